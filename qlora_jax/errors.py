@@ -1,0 +1,45 @@
+"""Errors for people: what the user gave, what was expected, what to do. A traceback is for our bugs."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used.
+
+    Args:
+        where: the file, `file:line`, setting, tensor or command the problem is in.
+        found: what is there.
+        expected: what would have been right, if that is not obvious from `found`.
+        fix: what to do about it.
+    """
+
+    def __init__(self, where: object, *, found: str, expected: str = "", fix: str = "") -> None:
+        self.where, self.found, self.expected, self.fix = str(where), found, expected, fix
+        lines = [self.where, f"  found:    {found}"]
+        if expected:
+            lines.append(f"  expected: {expected}")
+        if fix:
+            lines.append(f"  do:       {fix}")
+        super().__init__("\n".join(lines))
+
+
+def exit_status(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Turn a command's `main` into one that returns an exit status: `InputError` becomes one message and status 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+
+    return wrapped

@@ -1,0 +1,218 @@
+"""Llama as Flax modules: embedding, decoder layer, head. One family, one file, driven by the checkpoint's own config keys.
+
+Axes, here and in every einsum: B batch, T time, S cached time, D hidden, H query heads, K kv heads, P head dim, F mlp,
+V vocab, R rank, L layers.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
+from qlora_jax.errors import InputError
+from qlora_jax.linear import FrozenParam, LoRA, NF4Linear
+
+Attention = Literal["xla", "cudnn"]
+Cache = tuple[jax.Array, jax.Array]  # keys and values seen so far, each [B, S, K, P]
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The keys of a Hugging Face `config.json` that decide the mathematics, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], where: object = "config.json") -> Self:
+        """Read a parsed `config.json`.
+
+        Raises:
+            InputError: a key is missing, or one that changes the mathematics has a value that is not supported (all at once).
+        """
+        problems = [f"{key} is missing" for key in _REQUIRED if key not in config]
+        problems += [
+            f"{key} is {config[key]!r}, supported: {only!r}"
+            for key, only in _ONLY.items()
+            if config.get(key, only) != only
+        ]
+        problems += [f"{key} is {config[key]!r}, not supported" for key in _REFUSED if config.get(key)]
+        for key in ("rope_scaling", "rope_parameters"):  # the name in transformers 4, and in 5
+            scaling = config.get(key) or {}
+            if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+                problems.append(f"{key} is {scaling!r}, supported: rope_type 'default'")
+        if problems:
+            raise InputError(
+                where, found="; ".join(problems), expected="a Llama without these", fix="use another base model"
+            )
+        heads = config["num_attention_heads"]
+        rope = config.get("rope_parameters") or {}
+        return cls(
+            **{key: config[key] for key in _REQUIRED},
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+        )
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each linear of a decoder layer, by name."""
+        hidden, mlp = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        shapes = (
+            (queries, hidden),
+            (keys, hidden),
+            (keys, hidden),
+            (hidden, queries),
+            (mlp, hidden),
+            (mlp, hidden),
+            (hidden, mlp),
+        )
+        return dict(zip(LINEAR_NAMES, shapes, strict=True))
+
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_ONLY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "attention_dropout": 0.0,
+}
+_REFUSED = (
+    "sliding_window",
+    "use_sliding_window",
+    "layer_types",
+    "partial_rotary_factor",
+    "logit_softcapping",
+    "num_local_experts",
+)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) in float32, rounded to x's dtype, times `weight` [D]."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        self.weight = FrozenParam(jnp.ones((size,), jnp.bfloat16))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] → the same shape and dtype."""
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * jnp.broadcast_to(self.weight[...].astype(x.dtype), x.shape)
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding of x [B, T, heads, P] at `positions` [B, T]; angles and product in float32.
+
+    Pairs are (i, i + P/2), Hugging Face's order. bfloat16 could not tell position 257 from 256.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]  # [B, T, 1, P/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each on a normed input and added to it. All seven linears are NF4; those in `lora.targets` carry an adapter."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        lora: LoraSettings | None,
+        quantization: QuantizationSettings,
+        attention: Attention,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config, self.attention = config, attention
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for name, (rows, columns) in config.linear_shapes().items():
+            targeted = lora is not None and name in lora.targets
+            adapter = LoRA(columns, rows, lora.r, lora.scaling, lora.lora_dropout, rngs) if targeted else None
+            setattr(self, name, NF4Linear(columns, rows, adapter, double_quant=quantization.double_quant, rngs=rngs))
+
+    def __call__(self, h: jax.Array, positions: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """h [B, T, D] at `positions` [B, T] → [B, T, D], attending causally. `key` turns the adapters' dropout on."""
+        keys = _linear_keys(key)
+        q, k, v = self._heads(self.input_layernorm(h), positions, keys)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.attention)
+        return self._rest(h, attended, keys)
+
+    def decode(self, h: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The same for generation: h [B, T, D] continues at positions[:, 0], after what `cache` holds; no dropout."""
+        keys = _linear_keys(None)
+        q, k, v = self._heads(self.input_layernorm(h), positions, keys)
+        start = positions[0, 0]
+        cache = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1) for old, new in zip(cache, (k, v), strict=True)
+        )
+        slots = jnp.arange(cache[0].shape[1])
+        mask = slots[None, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
+        attended = jax.nn.dot_product_attention(q, *cache, mask=mask, implementation="xla")
+        return self._rest(h, attended, keys), cache
+
+    def _heads(self, x: jax.Array, positions: jax.Array, keys: dict[str, jax.Array | None]) -> tuple[jax.Array, ...]:
+        """x [B, T, D] → q [B, T, H, P], k and v [B, T, K, P], q and k rotated."""
+        q, k, v = (
+            getattr(self, name)(x, keys[name]).reshape(*x.shape[:2], -1, self.config.head_dim)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta), v
+
+    def _rest(self, h: jax.Array, attended: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
+        """The layer after attention: attended [B, T, H, P] through o_proj, then SwiGLU."""
+        h = h + self.o_proj(attended.reshape(*h.shape[:2], -1), keys["o_proj"])
+        x = self.post_attention_layernorm(h)
+        gated = jax.nn.silu(self.gate_proj(x, keys["gate_proj"])) * self.up_proj(x, keys["up_proj"])
+        return h + self.down_proj(gated, keys["down_proj"])
+
+
+def _linear_keys(key: jax.Array | None) -> dict[str, jax.Array | None]:
+    """One dropout key a linear, so that each draws its own mask, as peft's modules do."""
+    return {name: None if key is None else jax.random.fold_in(key, i) for i, name in enumerate(LINEAR_NAMES)}
+
+
+class Embedding(nnx.Module):
+    """Token ids to vectors; `weight` [V, D] stays bfloat16."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
+        self.weight = FrozenParam(
+            0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.bfloat16)
+        )
+
+    def __call__(self, input_ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """input_ids [B, T] → h [B, T, D] in `dtype`."""
+        return jnp.take(self.weight[...], input_ids, axis=0, mode="clip").astype(dtype)
+
+
+class Head(nnx.Module):
+    """Final norm and projection to the vocabulary; `weight` [V, D] is the embedding's own array when the two are tied."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.weight = FrozenParam(
+            0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.bfloat16)
+        )
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """h [..., D] → logits [..., V] float32."""
+        x = self.norm(h)
+        return jnp.einsum("...d,vd->...v", x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32)

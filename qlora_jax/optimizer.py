@@ -1,0 +1,99 @@
+"""AdamW with moments that may live on the host, learning-rate schedules, and clipping by the global norm.
+
+The update rule is optax's own (`scale_by_adam`, `add_decayed_weights`); what is added here is where its state lives. The
+paged optimizer of the QLoRA article lets the driver move moments out of the GPU page by page when memory runs short. Here
+they live on the host by decision, and visit layer by layer: layer l is updated while the moments of layer l + 1 are on
+their way. Both places give the same bits.
+
+    g ← g · min(1, max_norm / (‖g‖₂ + 1e-6))          over all adapters, after accumulation (torch's clip_grad_norm_)
+    m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²;  p ← p - lr · (m̂ / (√v̂ + ε) + decay · p)
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qlora_jax.config import TrainingSettings
+from qlora_jax.placement import Tree, Where, put
+
+Schedule = Callable[[int], float]
+
+
+def schedule(settings: TrainingSettings, total_steps: int) -> Schedule:
+    """Step number from 0 → learning rate; the factors of transformers' `get_scheduler`.
+
+    `constant` ignores the warm-up, as it does there; the warm-up takes ceil(total_steps · warmup_ratio) steps.
+    """
+    kind = settings.lr_scheduler_type
+    warmup = 0 if kind == "constant" else math.ceil(total_steps * settings.warmup_ratio)
+
+    def learning_rate(step: int) -> float:
+        if step < warmup:
+            return settings.learning_rate * step / max(1, warmup)
+        remaining = max(0, total_steps - step) / max(1, total_steps - warmup)
+        factors = {"linear": remaining, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - remaining)))}
+        return settings.learning_rate * factors.get(kind, 1.0)
+
+    return learning_rate
+
+
+class AdamW:
+    """AdamW over a list of trees, one a layer. The moments are float32 and live where `where` says."""
+
+    def __init__(self, settings: TrainingSettings, params: list[Tree], where: Where) -> None:
+        """Moments start at zero; `params` is only described, not kept."""
+        self.where, self.max_norm = where, settings.max_grad_norm
+        self._rule = optax.chain(
+            optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
+            optax.add_decayed_weights(settings.weight_decay),
+        )
+        init = jax.jit(self._rule.init)
+        self.moments = [put(init(layer), where) for layer in params]
+
+    def update(self, params: list[Tree], grads: list[Tree], learning_rate: float) -> tuple[list[Tree], jax.Array]:
+        """One step. `params` and `grads` are spent: the lists are refilled and emptied.
+
+        Returns:
+            (new params; the gradients' global norm before clipping, float32 scalar)
+        """
+        norm = _global_norm([_square_sum(layer) for layer in grads])
+        factor = _clip_factor(norm, self.max_norm)
+        rate = put(np.float32(learning_rate), "device")
+        coming = put(self.moments[0], "device")
+        for layer in range(len(params)):
+            moments = coming
+            coming = put(self.moments[layer + 1], "device") if layer + 1 < len(params) else None
+            params[layer], moments = self._update_layer(params[layer], grads[layer], moments, factor, rate)
+            grads[layer] = None
+            self.moments[layer] = put(moments, self.where)
+        return params, norm
+
+    @functools.cached_property
+    def _update_layer(self) -> Callable[..., Any]:
+        def update(params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array) -> tuple[Tree, Any]:
+            grads = jax.tree.map(lambda g: g * factor, grads)
+            steps, moments = self._rule.update(grads, moments, params)
+            return jax.tree.map(lambda p, step: p - rate * step, params, steps), moments
+
+        return jax.jit(update, donate_argnames=("params", "moments"))
+
+
+@jax.jit
+def _square_sum(tree: Tree) -> jax.Array:
+    return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+@jax.jit
+def _global_norm(square_sums: list[jax.Array]) -> jax.Array:
+    return jnp.sqrt(functools.reduce(jnp.add, square_sums))
+
+
+@functools.partial(jax.jit, static_argnames="max_norm")
+def _clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
+    return jnp.minimum(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else jnp.ones_like(norm)

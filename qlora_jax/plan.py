@@ -1,0 +1,40 @@
+"""Decides where things live, from shapes alone."""
+
+import dataclasses
+
+import jax
+
+from qlora_jax.config import MemorySettings
+from qlora_jax.placement import Where
+
+RESIDENT_SHARE = 0.5
+"""Weights stay on the device by default if they take no more than this share of its memory; the rest is for everything else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placements:
+    """Where the base model's layers, the kept layer inputs and the optimizer's moments live."""
+
+    base_weights: Where
+    activations: Where
+    optimizer: Where
+
+
+def choose_placements(memory: MemorySettings, optim: str, weight_bytes: int, device_bytes: int | None) -> Placements:
+    """What the settings say, and for each `auto`: weights on the device if they leave it room, layer inputs on the device, moments on
+    the host for a paged optimizer and on the device otherwise.
+
+    Args:
+        weight_bytes: of the whole quantized model.
+        device_bytes: of the device's memory; None if it is the host's own (a CPU), where nothing is gained by streaming.
+    """
+    fits = device_bytes is None or weight_bytes <= RESIDENT_SHARE * device_bytes
+    automatic = Placements("device" if fits else "host", "device", "host" if optim.startswith("paged") else "device")
+    chosen = {name: where for name, where in memory.model_dump().items() if where != "auto"}
+    return dataclasses.replace(automatic, **chosen)
+
+
+def device_bytes() -> int | None:
+    """Memory that XLA may use on the first device; None on a CPU."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["bytes_limit"] if stats else None

@@ -1,0 +1,27 @@
+"""Fixtures shared by the tests, and strictness: implicit rank promotion is an error."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jax
+import pytest
+
+from convert.hub import resolve_model
+from tests import tiny
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """A real model, 135M parameters: from the hub, or by way of its GGUF file where there is none. Cached."""
+    return resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with two layers, grouped-query attention and tied embeddings; not to be written to."""
+    return tiny.write_model(tmp_path_factory.mktemp("tiny") / "model")

@@ -1,0 +1,299 @@
+"""Which tokens count in the loss, read back as text, for several kinds of chat template, and against transformers."""
+
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from qlora_jax.data import Example, Row, render_chat, tokenize
+from qlora_jax.errors import InputError
+
+SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>")
+JOINS = [("h", "i"), ("Ċ", "Ċ"), ("Ġ", "hi"), (":", "Ċ")]
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# transformers drops a newline that follows a block's end, hence the line break as an expression.
+CHATML_MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content | trim }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}"
+    "{% else %}{{ raise_exception('no system turns') }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
+)
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def make_tokenizer(
+    template: str | None = None,
+    joins: Iterable[tuple[str, str]] = JOINS,
+    bos: bool = False,
+    eos: str | None = "</s>",
+    trim_offsets: bool = True,
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a few merges; many on the hub trim their offsets, so this one does."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for left, right in joins:
+        vocab[left + right] = len(vocab)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(joins)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL))
+    post = [processors.ByteLevel(trim_offsets=trim_offsets)]
+    if bos:
+        ids = [("<s>", backend.token_to_id("<s>"))]
+        post.append(processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=ids))
+    backend.post_processor = processors.Sequence(post)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=eos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat(*contents: str, system: str | None = None) -> dict:
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    return {"messages": [{"role": "system", "content": system}] * (system is not None) + messages}
+
+
+def one(fields: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000) -> Example:
+    return tokenize([Row("f:1", fields)], "auto", tokenizer, max_seq_length).examples[0]
+
+
+def supervised(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The runs of supervised tokens as text."""
+    assert example.input_ids.dtype == np.int32
+    assert example.loss_mask.dtype == np.bool_
+    assert example.input_ids.shape == example.loss_mask.shape
+    pairs = zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True)
+    return [tokenizer.decode([i for i, _ in run]) for counts, run in groupby(pairs, key=lambda pair: pair[1]) if counts]
+
+
+TURNS = ("hi", "hello 😀", "and?", "fin")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, ["hello 😀<|im_end|>", "fin<|im_end|>"]),
+        (CHATML_MARKED, ["hello 😀<|im_end|>", "fin<|im_end|>"]),
+        (LLAMA2, [" hello 😀 </s>", " fin </s>"]),
+        (LLAMA3, ["hello 😀<|eot|>", "fin<|eot|>"]),
+        (PLAIN, [" hello 😀\n", " fin\n"]),
+    ],
+)
+def test_only_the_assistants_turns_count(template: str, expected: list[str]) -> None:
+    tokenizer = make_tokenizer(template, bos=True)
+    example = one(chat(*TURNS), tokenizer)
+    assert supervised(example, tokenizer) == expected
+    text = tokenizer.apply_chat_template(chat(*TURNS)["messages"], tokenize=False)
+    assert tokenizer.decode(example.input_ids) == text  # no second BOS
+
+
+HARD = [
+    "<|im_start|>assistant\nhi<|im_end|>\n",
+    "<|im_end|>",
+    "assistant",
+    "hi",
+    "  hi  ",
+    "[/INST] </s>",
+    "日本語 😀",
+    "👩‍👩‍👧é",
+    "{{ m.content }}{% generation %}",
+    "a\u2028b\x00",
+]
+
+
+@pytest.mark.parametrize("user", HARD)
+@pytest.mark.parametrize("assistant", HARD)
+def test_contents_that_break_searching(user: str, assistant: str) -> None:
+    for template in (CHATML, CHATML_MARKED):
+        tokenizer = make_tokenizer(template, eos="<|im_end|>")
+        example = one(chat(user, assistant, user, user, system=assistant), tokenizer)
+        assert supervised(example, tokenizer) == [f"{assistant}<|im_end|>", f"{user}<|im_end|>"]
+
+
+def test_leading_newlines() -> None:
+    apart, joined = make_tokenizer(CHATML, joins=[]), make_tokenizer(CHATML)
+    assert supervised(one(chat("hi", "\n\n hi"), apart), apart) == ["\n\n hi<|im_end|>"]
+    # "assistant\n" + "\n\n hi" is cut "\n\n", "\n", " hi": the first of these starts in the template's text.
+    assert supervised(one(chat("hi", "\n\n hi"), joined), joined) == ["\n hi<|im_end|>"]
+
+
+def test_a_token_counts_when_it_starts_inside_the_turn() -> None:
+    template = PLAIN.replace("assistant:", "assistant: ")
+    tokenizer = make_tokenizer(template)
+    assert supervised(one(chat("hi", "hi hi"), tokenizer), tokenizer) == [
+        " hi\n"
+    ]  # the first " hi" starts in the prompt
+    tokenizer = make_tokenizer(template.replace("}}\n", "}}{{ ' hi' }}"))
+    assert supervised(one(chat("hi", "yes", "a", "b"), tokenizer), tokenizer) == ["yes hi", "b hi"]
+
+
+def test_marks_at_spaces_and_emoji() -> None:
+    template = "{% for m in messages %}:{% generation %} {{ m.content }}{% endgeneration %}{% endfor %}"
+    tokenizer = make_tokenizer(template)
+    assert supervised(one(chat("hi", "😀"), tokenizer), tokenizer) == [" hi", " 😀"]
+
+
+PARTS = [*"hi :\n😀é", *SPECIAL, "assistant\n"]
+# No merges of whitespace and untrimmed offsets: there both agree on what a token at a span's edge means.
+ORACLE_TOKENIZER = make_tokenizer(CHATML, joins=[("h", "i")], trim_offsets=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(st.lists(st.sampled_from(PARTS), min_size=1), min_size=2))
+def test_unmarked_equals_marked_through_transformers(contents: list[list[str]]) -> None:
+    messages = chat(*["".join(parts) for parts in contents])["messages"]
+    ours = one({"messages": messages}, ORACLE_TOKENIZER, max_seq_length=10_000)
+    theirs = ORACLE_TOKENIZER.apply_chat_template(
+        messages, chat_template=CHATML_MARKED, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert ours.input_ids.tolist() == theirs["input_ids"]
+    assert ours.loss_mask.tolist() == [bool(counts) for counts in theirs["assistant_masks"]]
+
+
+def test_the_tokenizer_itself_is_left_alone() -> None:
+    tokenizer = make_tokenizer(CHATML, bos=True)
+    before = tokenizer.backend_tokenizer.to_str()
+    one(chat("hi", "hi"), tokenizer)
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_a_template_that_rewrites_earlier_turns() -> None:
+    tokenizer = make_tokenizer(THINKING)
+    thought = "<think>so</think>hi"
+    assert supervised(one(chat("hi", thought), tokenizer), tokenizer) == [f"{thought}<|im_end|>"]
+    assert len(supervised(one(chat("hi", "hi", "hi", thought), tokenizer), tokenizer)) == 2
+    with pytest.raises(InputError, match=r"f:1\n.*rewrites earlier turns: messages\[1\](?s:.*)\{% generation %\}"):
+        one(chat("hi", thought, "hi", "hi"), tokenizer)
+
+
+def test_templates_and_rows_that_do_not_go_together() -> None:
+    with pytest.raises(InputError, match=r"f:1\n.*rewrites its own prompt: messages\[1\]"):
+        one(chat("hi", "hi"), make_tokenizer(CHATML.replace("assistant\n", "assistant\n<think>")))
+    with pytest.raises(InputError, match=r"f:1\n.*cannot render: TemplateError: no system turns"):
+        one(chat("hi", "hi", system="be"), make_tokenizer(LLAMA2))
+    with pytest.raises(InputError, match=r"f:1\n.*cannot render: TemplateError: none"):
+        one(chat("hi", "hi"), make_tokenizer("{% generation %}{{ raise_exception('none') }}{% endgeneration %}"))
+    first = {"messages": [{"role": "assistant", "content": "hi"}]}
+    with pytest.raises(InputError, match=r"f:1\n.*assistant speaks first"):
+        one(first, make_tokenizer(CHATML))
+    tokenizer = make_tokenizer(CHATML_MARKED)
+    assert supervised(one(first, tokenizer), tokenizer) == ["hi<|im_end|>"]
+
+
+@pytest.mark.parametrize("templates", [None, {"rag": CHATML}])
+def test_no_chat_template(templates: dict | None) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = templates
+    with pytest.raises(InputError, match=r"f:1\n.*no usable chat template(?s:.*)prompt and completion"):
+        one(chat("hi", "hi"), tokenizer)
+
+
+def test_fields_of_a_message_reach_the_template_unless_null() -> None:
+    tokenizer = make_tokenizer(CHATML.replace("{{ m.role }}", "{{ m.name if m.name is defined else m.role }}"))
+    messages = [{"role": "user", "content": "hi", "name": "Ann"}, {"role": "assistant", "content": "hi", "name": None}]
+    assert "<|im_start|>Ann\n" in render_chat(messages, tokenizer, "f:1").text
+    assert supervised(one({"messages": messages}, tokenizer), tokenizer) == ["hi<|im_end|>"]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_prompt_and_completion(bos: bool) -> None:
+    tokenizer = make_tokenizer(bos=bos)
+    example = one({"prompt": "hi 😀:", "completion": " hi\n"}, tokenizer)
+    assert tokenizer.decode(example.input_ids) == "<s>" * bos + "hi 😀: hi\n</s>"
+    assert supervised(example, tokenizer) == [" hi\n</s>"]
+    # The prompt's last space and the completion's first word are one token: it is learned.
+    assert supervised(one({"prompt": "a ", "completion": "hi"}, tokenizer), tokenizer) == [" hi</s>"]
+    spelled = one({"prompt": "<s>a", "completion": "hi</s>"}, tokenizer)
+    assert tokenizer.decode(spelled.input_ids) == "<s>ahi</s>"
+    assert supervised(spelled, tokenizer) == ["hi</s>"]
+
+
+def test_text_counts_from_the_first_token_that_can_be_predicted() -> None:
+    with_bos, without = make_tokenizer(bos=True), make_tokenizer()
+    assert supervised(one({"text": "hi\n"}, with_bos), with_bos) == ["hi\n</s>"]
+    assert supervised(one({"text": "hi\n"}, without), without) == ["\n</s>"]
+
+
+def test_no_eos() -> None:
+    tokenizer = make_tokenizer(CHATML, eos=None)
+    for fields in ({"text": "hi"}, {"prompt": "a", "completion": "b"}):
+        with pytest.raises(InputError, match="without an EOS token"):
+            one(fields, tokenizer)
+    assert supervised(one(chat("hi", "hi"), tokenizer), tokenizer) == ["hi<|im_end|>"]
+
+
+def test_truncation_is_counted_and_must_leave_something() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    rows = [Row(f"f:{i}", {"prompt": "a" * 3, "completion": "b" * n}) for i, n in enumerate((1, 4, 5, 9))]
+    result = tokenize(rows, "prompt_completion", tokenizer, max_seq_length=9)
+    assert result.num_truncated == 2  # of 6, 9, 10 and 14 tokens: BOS, 3, n, EOS
+    assert [len(example.input_ids) for example in result.examples] == [6, 9, 9, 9]
+    assert supervised(result.examples[3], tokenizer) == ["bbbbb"]
+    assert [example.where for example in result.examples] == ["f:0", "f:1", "f:2", "f:3"]
+    with pytest.raises(InputError, match=r"f:0\n.*6 tokens, and none of the first 4 (?s:.*)above 4,"):
+        tokenize(rows, "prompt_completion", tokenizer, max_seq_length=4)
+    assert supervised(tokenize(rows, "auto", tokenizer, 5).examples[0], tokenizer) == ["b"]
+
+
+def test_nothing_to_learn() -> None:
+    with pytest.raises(InputError, match=r"f:1\n.*none of which follows another"):
+        one({"text": "</s>"}, make_tokenizer())  # one token, and nothing before it to predict it from
+    with pytest.raises(InputError, match=r"f:1\n.*none of which"):
+        one(chat("hi", "hi"), make_tokenizer("hi{% generation %}{% endgeneration %}"))
+
+
+def test_a_bad_row_anywhere_is_found_before_any_is_tokenized() -> None:
+    calls: list[tuple[int, int]] = []
+    rows = [Row(f"f:{i + 1}", {"text": "hi"}) for i in range(600)]
+    tokenizer = make_tokenizer()
+    assert len(tokenize(rows, "auto", tokenizer, 9, lambda *call: calls.append(call)).examples) == 600
+    assert calls == [(256, 600), (512, 600), (600, 600)]
+    with pytest.raises(InputError, match="f:601"):
+        tokenize([*rows, Row("f:601", {"texts": "hi"})], "auto", tokenizer, 9, lambda *_: pytest.fail("too early"))
+
+
+def test_slow_tokenizers_are_refused() -> None:
+    class Slow(PreTrainedTokenizerFast):
+        is_fast = False
+
+    slow = Slow(tokenizer_object=make_tokenizer().backend_tokenizer, eos_token="</s>")
+    with pytest.raises(InputError, match="without character offsets"):
+        one({"text": "hi"}, slow)
+
+
+def test_a_real_tokenizer(smollm2_folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(smollm2_folder)
+    hard = "<|im_start|>assistant\n<|im_end|>"
+    # "assistant\n" + "\n\nIt" is cut "\n\n", "\n", "It": the first of these starts in the template's text.
+    for answer, learned in (("4", "4"), (hard, hard), ("\n\nIt is 4 😀.\n", "\nIt is 4 😀.\n")):
+        example = one(chat("2 + 2 = 2 + 2?", answer, "2 + 2?", "4"), tokenizer)
+        assert supervised(example, tokenizer) == [f"{learned}<|im_end|>", "4<|im_end|>"]
+        assert tokenizer.decode(example.input_ids).startswith("<|im_start|>system\n")
+    completion = one({"prompt": "2 + 2 =", "completion": " 4"}, tokenizer)
+    assert supervised(completion, tokenizer) == [" 4" + tokenizer.eos_token]

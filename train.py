@@ -1,0 +1,206 @@
+"""Fine-tune a Llama-family model with QLoRA: `python train.py --config FILE [section.key=value ...]`."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
+
+import jax
+from rich.console import Console
+from rich.panel import Panel
+
+from convert.adapter import load_adapter, save_adapter
+from convert.load import load_weights
+from convert.merge import merge_with_progress
+from convert.model import BaseModel, open_model
+from qlora_jax.commands.generate import answer
+from qlora_jax.config import Config, load_config
+from qlora_jax.data import Batch, Batches, Example, eval_batches, read_rows, tokenize
+from qlora_jax.display import progress_bar
+from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
+from qlora_jax.errors import exit_status
+from qlora_jax.generate import Sampling
+from qlora_jax.placement import nbytes
+from qlora_jax.plan import Placements, choose_placements, device_bytes
+from qlora_jax.trainer import Trainer, prepare_output_dir
+
+EPILOG = """\
+Any setting of the file can be given on the command line, e.g. training.max_steps=20 lora.r=16.
+A run leaves in training.output_dir: adapter/ (PEFT's format), metrics.jsonl, loss.png, config.yaml (all settings, resolved), samples.jsonl
+when training.sample_prompt is set, and merged/ (a Hugging Face folder) when training.export_merged is true."""
+
+
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of settings; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    options = parser.parse_args(arguments)
+    run(load_config(options.config, options.overrides), Console(soft_wrap=True))
+
+
+def run(config: Config, console: Console) -> None:
+    """One whole run: read, quantize, train, export, show."""
+    output_dir = prepare_output_dir(config)
+    model = open_model(config.model.name_or_path, log=console.print)
+    training, held_out = load_batches(config, model, console)
+    engine, config, placements = make_engine(config, model)
+    (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    with progress_bar(console) as progress:
+        task = progress.add_task("quantizing layers", total=model.config.num_hidden_layers)
+        weights = load_weights(
+            model.folder, model.config, config.quantization, placements.base_weights, lambda: progress.advance(task)
+        )
+    adapters = engine.init_adapters(config.training.seed)
+    describe(config, engine, weights, adapters, training, console)
+    samples = Samples(config, engine, weights, model, output_dir / "samples.jsonl")
+    samples.take(0, adapters)
+    trainer = Trainer(
+        config.training,
+        engine,
+        weights,
+        training,
+        held_out,
+        optimizer=placements.optimizer,
+        output_dir=output_dir,
+        console=console,
+    )
+    adapters = trainer.train(adapters)
+    save_adapter(output_dir / "adapter", adapters, config.lora, config.quantization, model.name_or_path)
+    console.print(f"adapter: {output_dir / 'adapter'}   loss curve: {output_dir / 'loss.png'}")
+    samples.take(len(training), adapters)
+    if config.training.export_merged:
+        del weights
+        export_merged(config, model, output_dir, console)
+    samples.show(console)
+
+
+def load_batches(config: Config, model: BaseModel, console: Console) -> tuple[Batches, list[Batch]]:
+    """Read and tokenize the training rows and the held-out rows."""
+    training = config.training
+    pad_token_id = (
+        model.tokenizer.eos_token_id if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
+    )
+    examples = load_examples(config, config.data.path, model, console)
+    batches = Batches(
+        examples,
+        micro_batch_size=training.per_device_train_batch_size,
+        grad_accum_steps=training.gradient_accumulation_steps,
+        seed=training.seed,
+        pad_token_id=pad_token_id,
+        max_seq_length=config.data.max_seq_length,
+        num_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+    )
+    if config.data.eval_path is None:
+        return batches, []
+    held_out = load_examples(config, config.data.eval_path, model, console)
+    return batches, eval_batches(
+        held_out, training.per_device_eval_batch_size, pad_token_id, config.data.max_seq_length
+    )
+
+
+def load_examples(config: Config, path: Path, model: BaseModel, console: Console) -> list[Example]:
+    """One file's rows as token ids and masks, and a line about them."""
+    rows = read_rows(path)
+    with progress_bar(console) as progress:
+        task = progress.add_task(f"tokenizing {path.name}", total=len(rows))
+        tokenized = tokenize(
+            rows,
+            config.data.format,
+            model.tokenizer,
+            config.data.max_seq_length,
+            lambda done, _: progress.update(task, completed=done),
+        )
+    tokens = sum(example.input_ids.size for example in tokenized.examples)
+    supervised = sum(int(example.loss_mask.sum()) for example in tokenized.examples)
+    cut = f", {tokenized.num_truncated} cut to {config.data.max_seq_length} tokens" if tokenized.num_truncated else ""
+    console.print(f"{path}: {len(rows)} rows, {tokens:,} tokens, {supervised / tokens:.0%} supervised{cut}")
+    return tokenized.examples
+
+
+def make_engine(config: Config, model: BaseModel) -> tuple[Engine, Config, Placements]:
+    """The engine, and the settings with every `auto` replaced by what it came to."""
+    requested = config.training.compute_dtype
+    compute_dtype = default_compute_dtype() if requested == "auto" else jax.numpy.dtype(requested)
+    attention = default_attention(compute_dtype, model.config.head_dim)
+    options = {"compute_dtype": compute_dtype, "attention": attention}
+    engine = Engine(model.config, config.lora, config.quantization, **options)
+    weight_bytes = nbytes(engine.abstract_layer) * model.config.num_hidden_layers
+    placements = choose_placements(config.memory, config.training.optim, weight_bytes, device_bytes())
+    engine = Engine(model.config, config.lora, config.quantization, **options, activations=placements.activations)
+    settled = {"compute_dtype": compute_dtype.name, "gradient_checkpointing": "full"}
+    resolved = config.model_copy(
+        update={
+            "training": config.training.model_copy(update=settled),
+            "memory": config.memory.model_copy(update=dataclasses.asdict(placements)),
+        }
+    )
+    return engine, resolved, placements
+
+
+def describe(
+    config: Config, engine: Engine, weights: Weights, adapters: Adapters, training: Batches, console: Console
+) -> None:
+    """What is about to run, in three lines."""
+    layers, trainable = (
+        nbytes(engine.abstract_layer) * len(weights.layers),
+        sum(leaf.size for leaf in jax.tree.leaves(adapters)),
+    )
+    places = config.memory
+    console.print(
+        f"{len(weights.layers)} layers in NF4: {layers / 2**20:,.0f} MiB ({places.base_weights}), embedding and head: "
+        f"{nbytes(weights.embedding) / 2**20:,.0f} MiB, {engine.compute_dtype.name} on {jax.devices()[0].device_kind}"
+    )
+    console.print(f"LoRA r={config.lora.r} on {', '.join(config.lora.targets)}: {trainable:,} trainable parameters")
+    rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+    console.print(f"{len(training)} optimizer steps of {rows} rows, {training.epoch(len(training)):.2f} epochs")
+
+
+class Samples:
+    """The sample prompt, answered at some steps; kept in `samples.jsonl`."""
+
+    def __init__(self, config: Config, engine: Engine, weights: Weights, model: BaseModel, path: Path) -> None:
+        self.prompt, self.path = config.training.sample_prompt, path
+        self.answers: dict[int, str] = {}
+        self._sampling = Sampling(config.training.sample_max_new_tokens)
+        self._answer = lambda adapters: answer(engine, weights, adapters, model.tokenizer, self.prompt, self._sampling)
+
+    def take(self, step: int, adapters: Adapters) -> None:
+        """Answer the prompt with these adapters."""
+        if self.prompt is None:
+            return
+        self.answers[step] = self._answer(adapters)
+        lines = [
+            json.dumps({"step": step, "prompt": self.prompt, "answer": text}) for step, text in self.answers.items()
+        ]
+        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def show(self, console: Console) -> None:
+        """The first answer and the last, one above the other."""
+        if self.prompt is not None:
+            before, *_, after = self.answers.values()
+            console.print(Panel(before, title=f"before: {self.prompt}", title_align="left"))
+            console.print(Panel(after, title=f"after: {self.prompt}", title_align="left"))
+
+
+def export_merged(config: Config, model: BaseModel, output_dir: Path, console: Console) -> None:
+    """`merged/`, as `python -m convert.merge` would write it."""
+    merged = output_dir / "merged"
+    shutil.rmtree(merged, ignore_errors=True)  # only there if overwriting was asked for
+    merge_with_progress(
+        model.folder, load_adapter(output_dir / "adapter", model.config), merged, config.training.merge_base, console
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
