@@ -14,6 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that
 import jax
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 from convert.adapter import load_adapter, save_adapter
 from convert.load import load_weights
@@ -21,8 +22,8 @@ from convert.merge import merge_with_progress
 from convert.model import BaseModel, open_model
 from qlora_jax.commands.generate import answer
 from qlora_jax.config import Config, load_config
-from qlora_jax.data import Batch, Batches, Example, eval_batches, read_rows, tokenize
-from qlora_jax.display import progress_bar
+from qlora_jax.data import Batch, Batches, Example, Row, detect_format, eval_batches, read_rows, tokenize
+from qlora_jax.display import make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
 from qlora_jax.errors import exit_status
 from qlora_jax.generate import Sampling
@@ -45,14 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of settings; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     options = parser.parse_args(arguments)
-    run(load_config(options.config, options.overrides), Console(soft_wrap=True))
+    run(load_config(options.config, options.overrides), make_console())
 
 
 def run(config: Config, console: Console) -> None:
     """One whole run: read, quantize, train, export, show."""
     output_dir = prepare_output_dir(config)
     model = open_model(config.model.name_or_path, log=console.print)
-    training, held_out = load_batches(config, model, console)
+    rows = read_rows(config.data.path)
+    config = settle_format(config, rows)
+    training, held_out = load_batches(config, rows, model, console)
     engine, config, placements = make_engine(config, model)
     (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     with progress_bar(console) as progress:
@@ -76,6 +79,8 @@ def run(config: Config, console: Console) -> None:
     )
     adapters = trainer.train(adapters)
     save_adapter(output_dir / "adapter", adapters, config.lora, config.quantization, model.name_or_path)
+    # Another run's merged model would not be this adapter's. It is only there if overwriting was asked for.
+    shutil.rmtree(output_dir / "merged", ignore_errors=True)
     console.print(f"adapter: {output_dir / 'adapter'}   loss curve: {output_dir / 'loss.png'}")
     samples.take(len(training), adapters)
     if config.training.export_merged:
@@ -84,13 +89,22 @@ def run(config: Config, console: Console) -> None:
     samples.show(console)
 
 
-def load_batches(config: Config, model: BaseModel, console: Console) -> tuple[Batches, list[Batch]]:
-    """Read and tokenize the training rows and the held-out rows."""
+def settle_format(config: Config, rows: Sequence[Row]) -> Config:
+    """The settings with `data.format` as the training rows have it, where it is `auto`."""
+    if config.data.format != "auto":
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"format": detect_format(rows)})})
+
+
+def load_batches(
+    config: Config, rows: Sequence[Row], model: BaseModel, console: Console
+) -> tuple[Batches, list[Batch]]:
+    """Tokenize the training rows, and read and tokenize the held-out rows."""
     training = config.training
     pad_token_id = (
         model.tokenizer.eos_token_id if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
     )
-    examples = load_examples(config, config.data.path, model, console)
+    examples = load_examples(config, config.data.path, rows, model, console)
     batches = Batches(
         examples,
         micro_batch_size=training.per_device_train_batch_size,
@@ -103,15 +117,15 @@ def load_batches(config: Config, model: BaseModel, console: Console) -> tuple[Ba
     )
     if config.data.eval_path is None:
         return batches, []
-    held_out = load_examples(config, config.data.eval_path, model, console)
+    eval_path = config.data.eval_path
+    held_out = load_examples(config, eval_path, read_rows(eval_path), model, console)
     return batches, eval_batches(
         held_out, training.per_device_eval_batch_size, pad_token_id, config.data.max_seq_length
     )
 
 
-def load_examples(config: Config, path: Path, model: BaseModel, console: Console) -> list[Example]:
+def load_examples(config: Config, path: Path, rows: Sequence[Row], model: BaseModel, console: Console) -> list[Example]:
     """One file's rows as token ids and masks, and a line about them."""
-    rows = read_rows(path)
     with progress_bar(console) as progress:
         task = progress.add_task(f"tokenizing {path.name}", total=len(rows))
         tokenized = tokenize(
@@ -189,17 +203,15 @@ class Samples:
         """The first answer and the last, one above the other."""
         if self.prompt is not None:
             before, *_, after = self.answers.values()
-            console.print(Panel(before, title=f"before: {self.prompt}", title_align="left"))
-            console.print(Panel(after, title=f"after: {self.prompt}", title_align="left"))
+            for when, text in (("before", before), ("after", after)):  # as Text: an answer may look like rich's markup
+                panel = Panel(Text(text), title=Text(f"{when}: {self.prompt}"), title_align="left")
+                console.print(panel, soft_wrap=False)
 
 
 def export_merged(config: Config, model: BaseModel, output_dir: Path, console: Console) -> None:
     """`merged/`, as `python -m convert.merge` would write it."""
-    merged = output_dir / "merged"
-    shutil.rmtree(merged, ignore_errors=True)  # only there if overwriting was asked for
-    merge_with_progress(
-        model.folder, load_adapter(output_dir / "adapter", model.config), merged, config.training.merge_base, console
-    )
+    adapter = load_adapter(output_dir / "adapter", model.config)
+    merge_with_progress(model.folder, adapter, output_dir / "merged", config.training.merge_base, console)
 
 
 if __name__ == "__main__":

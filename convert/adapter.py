@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import safetensors
 import safetensors.numpy
 
@@ -106,7 +107,19 @@ def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
     scaling = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
     pairs = _pairs(folder, tensors, rank, config)
     base_model = settings.get("base_model_name_or_path")
-    return Adapter(folder, base_model, scaling, QuantizationSettings.model_validate_json(quantization), pairs)
+    return Adapter(folder, base_model, scaling, _quantization(folder, quantization), pairs)
+
+
+def _quantization(folder: Path, text: str) -> QuantizationSettings:
+    try:
+        return QuantizationSettings.model_validate_json(text)
+    except pydantic.ValidationError:
+        raise InputError(
+            folder / WEIGHTS_FILE,
+            found=f"metadata {QUANTIZATION_KEY!r} that cannot be used: {text}",
+            expected=f"settings such as {QuantizationSettings().model_dump_json()}",
+            fix="save the adapter again",
+        ) from None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -163,6 +176,8 @@ def _pairs(
             if tensor is None or tensor.shape != shape:
                 what = "missing" if tensor is None else f"of shape {tensor.shape}"
                 problems.append(f"{names.adapter(layer, name, part)} is {what}, expected {shape}")
+            elif not np.isfinite(tensor).all():
+                problems.append(f"{names.adapter(layer, name, part)} holds values that are not finite")
         if layer >= config.num_hidden_layers:
             problems.append(f"layer {layer} of {name}: the model has {config.num_hidden_layers} layers")
         pairs[layer, name] = (found.get((layer, name, "lora_a")), found.get((layer, name, "lora_b")))

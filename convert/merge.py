@@ -23,7 +23,7 @@ from convert.hub import resolve_model
 from convert.load import read_bfloat16, read_config
 from convert.shards import TensorSpec, write_index, write_json, write_shard
 from qlora_jax import nf4
-from qlora_jax.display import progress_bar
+from qlora_jax.display import make_console, progress_bar
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.placement import put
 
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--base", choices=("original", "dequantized"), default="dequantized", help="default: dequantized; see below"
     )
     options = parser.parse_args(arguments)
-    console = Console(stderr=True, soft_wrap=True)
+    console = make_console(stderr=True)
     name = options.model or read_adapter_config(options.adapter).get("base_model_name_or_path")
     if not name:
         raise InputError(

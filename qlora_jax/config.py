@@ -18,7 +18,7 @@ LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 Where = Literal["auto", "device", "host"]
 
 
-class Section(pydantic.BaseModel, frozen=True, extra="forbid"):
+class Section(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A group of settings: immutable, and without room for a misspelt one."""
 
 
@@ -44,7 +44,7 @@ class LoraSettings(Section):
     r: pydantic.PositiveInt = 64
     lora_alpha: float = pydantic.Field(default=16.0, gt=0)
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | list[LinearName] = "all-linear"
+    target_modules: Literal["all-linear"] | tuple[LinearName, ...] = "all-linear"
     use_rslora: bool = False
 
     @property
@@ -57,11 +57,12 @@ class LoraSettings(Section):
         """The linears of a decoder layer that carry an adapter, in the layer's own order."""
         return tuple(n for n in LINEAR_NAMES if self.target_modules == "all-linear" or n in self.target_modules)
 
-    @pydantic.field_validator("target_modules")
+    @pydantic.field_validator("target_modules", mode="before")
     @classmethod
-    def _some_target(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
-            raise ValueError("at least one module must carry an adapter")
+    def _all_linear_or_names(cls, value: Any) -> Any:
+        names = value if isinstance(value, list | tuple) else ()
+        if value != "all-linear" and not (names and all(name in LINEAR_NAMES for name in names)):
+            raise ValueError(f"expected all-linear, or a list of some of {', '.join(LINEAR_NAMES)}")
         return value
 
 
@@ -211,7 +212,7 @@ def _explain(error: Any) -> str:
         return f"    {name}: unknown setting{_nearest(location)}"
     if error["type"] == "missing":
         return f"    {name}: missing, and it has no default"
-    return f"    {name}: {error['msg'].lower()}, found {error['input']!r}"
+    return f"    {name}: {error['msg'].lower().removeprefix('value error, ')}, found {error['input']!r}"
 
 
 def _nearest(location: list[str]) -> str:

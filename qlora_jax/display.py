@@ -9,6 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qlora_jax.metrics import Record
 
 
+def make_console(*, stderr: bool = False) -> Console:
+    """Text is shown as it is: what looks like rich's markup or emoji may be part of a path or of a model's answer."""
+    return Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False)
+
+
 def progress_bar(console: Console) -> Progress:
     """A bar for work before or after training; it leaves nothing behind, and shows nothing where there is no terminal."""
     return Progress(console=console, transient=True, disable=not console.is_terminal)

@@ -34,7 +34,7 @@ from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import Batch
 from qlora_jax.llama import Attention, Cache, DecoderLayer, Embedding, Head, LlamaConfig
 from qlora_jax.loss import chunked_loss, chunked_loss_and_grad
-from qlora_jax.placement import LayerInputs, LayerStore, Tree, Where, put
+from qlora_jax.placement import LayerInputs, LayerStore, Tree, Where, put, sharding
 
 Adapters = list[
     Tree
@@ -74,17 +74,16 @@ class Engine:
     ) -> None:
         self.config, self.lora, self.activations = config, lora, activations
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self._make_layer = lambda rngs: DecoderLayer(config, lora, quantization, attention, rngs)
-        self._layer_def, self.abstract_adapter, self.abstract_layer = _describe(self._make_layer)
-        self._embedding_def, _, self.abstract_embedding = _describe(lambda rngs: Embedding(config, rngs))
-        self._head_def, _, self.abstract_head = _describe(lambda rngs: Head(config, rngs))
+        self._layer_settings = (config, lora, quantization, attention)
+        self._layer_def, self.abstract_adapter, self.abstract_layer = _describe(DecoderLayer, *self._layer_settings)
+        self._embedding_def, _, self.abstract_embedding = _describe(Embedding, config)
+        self._head_def, _, self.abstract_head = _describe(Head, config)
         self._numbers = [put(np.int32(i), "device") for i in range(config.num_hidden_layers)]
 
     def init_adapters(self, seed: int) -> Adapters:
         """Fresh adapters: A uniform, B zero, reproducible from the seed."""
-        make = jax.jit(lambda key: nnx.to_pure_dict(nnx.split(self._make_layer(nnx.Rngs(key)), nnx.LoRAParam, ...)[1]))
         keys = jax.random.split(jax.random.key(seed), self.config.num_hidden_layers)
-        return [put(make(key), "device") for key in keys]
+        return [put(_init_adapter(self._layer_settings, key), "device") for key in keys]
 
     def value_and_grad(
         self, weights: Weights, adapters: Adapters, batch: Batch, key: jax.Array
@@ -101,26 +100,32 @@ class Engine:
         token_weight = put(np.float32(1 / max(batch.num_tokens, 1)), "device")
         depth = len(weights.layers)
         walk = weights.layers.walk([*range(depth), *reversed(range(depth))])
-        hidden = [self._embed(weights.embedding, input_ids) for input_ids, _ in micro_batches]
+        hidden = [
+            _embed(self._embedding_def, weights.embedding, input_ids, self.compute_dtype)
+            for input_ids, _ in micro_batches
+        ]
         kept = LayerInputs(self.activations)
         for _ in range(depth):
             layer, frozen = next(walk)
-            kept.push(hidden)
+            kept.push(tuple(hidden))  # a copy: the list goes on
             for m, h in enumerate(hidden):
-                hidden[m], token = self._forward(adapters[layer], frozen, h, key, self._numbers[layer], self._number(m))
+                hidden[m], token = _forward(
+                    self._layer_def, adapters[layer], frozen, h, key, self._numbers[layer], self._number(m)
+                )
             weights.layers.used(token)
             del frozen, h
         head = [
-            self._loss_and_grad(weights.head, h, labels, token_weight)
+            _loss_and_grad(self._head_def, weights.head, h, labels, token_weight)
             for h, (_, labels) in zip(hidden, micro_batches, strict=True)
         ]
         losses, hidden_grads = [loss for loss, _ in head], [dh for _, dh in head]
         del hidden, head
         grads: Adapters = [None] * depth
         for layer, frozen in walk:
-            grads[layer] = _zeros_like(adapters[layer])
+            grads[layer] = _zeros_like()(adapters[layer])
             for m, h in enumerate(kept.pop()):
-                grads[layer], hidden_grads[m], token = self._backward(
+                grads[layer], hidden_grads[m], token = _backward(
+                    self._layer_def,
                     adapters[layer],
                     frozen,
                     grads[layer],
@@ -142,7 +147,7 @@ class Engine:
 
     def logits(self, weights: Weights, adapters: Adapters, input_ids: np.ndarray) -> jax.Array:
         """input_ids [B, T] → logits [B, T, V] float32; for comparisons, where V is affordable."""
-        return self._logits(weights.head, self._hidden(weights, adapters, put(input_ids, "device")))
+        return _logits(self._head_def, weights.head, self._hidden(weights, adapters, put(input_ids, "device")))
 
     def new_cache(self, batch_size: int, length: int) -> list[Cache]:
         """An empty key-value cache for `length` tokens, one entry a layer."""
@@ -158,26 +163,28 @@ class Engine:
         Returns:
             (logits of the last position [B, V] float32; the cache with T more tokens, the old one being spent)
         """
-        h = self._embed(weights.embedding, put(input_ids, "device"))
+        h = _embed(self._embedding_def, weights.embedding, put(input_ids, "device"), self.compute_dtype)
         positions = put(
             np.broadcast_to(np.arange(start, start + input_ids.shape[1], dtype=np.int32), input_ids.shape), "device"
         )
         for layer, frozen in weights.layers.walk(range(len(weights.layers))):
-            h, cache[layer], token = self._decode(adapters[layer], frozen, h, positions, cache[layer])
+            h, cache[layer], token = _decode(self._layer_def, adapters[layer], frozen, h, positions, cache[layer])
             weights.layers.used(token)
             del frozen
-        return self._logits(weights.head, h[:, -1]), cache
+        return _logits(self._head_def, weights.head, h[:, -1]), cache
 
     def _batch_loss(self, weights: Weights, adapters: Adapters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         (input_ids, labels), *more = _micro_batches(batch)
         assert not more, "evaluation batches have one micro-batch"
-        return self._loss(weights.head, self._hidden(weights, adapters, input_ids), labels)
+        return _loss(self._head_def, weights.head, self._hidden(weights, adapters, input_ids), labels)
 
     def _hidden(self, weights: Weights, adapters: Adapters, input_ids: jax.Array) -> jax.Array:
         """input_ids [B, T] → the last layer's output [B, T, D], without dropout."""
-        h = self._embed(weights.embedding, input_ids)
+        h = _embed(self._embedding_def, weights.embedding, input_ids, self.compute_dtype)
         for layer, frozen in weights.layers.walk(range(len(weights.layers))):
-            h, token = self._forward(adapters[layer], frozen, h, None, self._numbers[layer], self._number(0))
+            h, token = _forward(
+                self._layer_def, adapters[layer], frozen, h, None, self._numbers[layer], self._number(0)
+            )
             weights.layers.used(token)
             del frozen
         return h
@@ -188,64 +195,96 @@ class Engine:
             self._numbers.append(put(np.int32(len(self._numbers)), "device"))
         return self._numbers[index]
 
-    def _layer(self, adapter: Tree, frozen: Tree) -> DecoderLayer:
-        return nnx.merge(self._layer_def, adapter, frozen)
 
-    def _run(
-        self, adapter: Tree, frozen: Tree, h: jax.Array, key: jax.Array | None, layer: jax.Array, micro_batch: jax.Array
-    ) -> jax.Array:
-        """One layer on h [B, T, D] of the micro-batch; the dropout key is the step's, folded with both numbers."""
-        if key is not None:
-            key = jax.random.fold_in(jax.random.fold_in(key, layer), micro_batch)
-        positions = jnp.broadcast_to(jnp.arange(h.shape[1])[None], h.shape[:2])
-        return self._layer(adapter, frozen)(h, positions, key)
+class Definition:
+    """A module's graph definition, as a static argument of the compiled functions.
 
-    @functools.cached_property
-    def _embed(self) -> Callable[..., Any]:
-        return jax.jit(
-            lambda embedding, input_ids: nnx.merge(self._embedding_def, embedding)(input_ids, self.compute_dtype)
-        )
+    Compared by identity, one for each set of settings: hashing the graph itself would cost a millisecond a call.
+    """
 
-    @functools.cached_property
-    def _forward(self) -> Callable[..., Any]:
-        def forward(*args: Any) -> tuple[jax.Array, jax.Array]:
-            h = self._run(*args)
-            return h, _token(h)
+    def __init__(self, graphdef: nnx.GraphDef) -> None:
+        self._graphdef = graphdef
 
-        return jax.jit(forward)
+    def merge(self, *trees: Tree) -> Any:
+        """The module over these parameters."""
+        return nnx.merge(self._graphdef, *trees)
 
-    @functools.cached_property
-    def _backward(self) -> Callable[..., Any]:
-        def backward(
-            adapter: Tree, frozen: Tree, grads: Tree, h: jax.Array, dh: jax.Array, *rest: Any
-        ) -> tuple[Tree, jax.Array, jax.Array]:
-            _, vjp = jax.vjp(lambda adapter, h: self._run(adapter, frozen, h, *rest), adapter, h)
-            new_grads, dh = vjp(dh)
-            return jax.tree.map(jnp.add, grads, new_grads), dh, _token(dh)
 
-        return jax.jit(backward, donate_argnames=("grads", "dh"))
+# The compiled functions. Definitions are static arguments, so that engines of one shape share what was compiled.
 
-    @functools.cached_property
-    def _loss_and_grad(self) -> Callable[..., Any]:
-        return jax.jit(lambda head, *args: chunked_loss_and_grad(nnx.merge(self._head_def, head), *args))
 
-    @functools.cached_property
-    def _loss(self) -> Callable[..., Any]:
-        return jax.jit(lambda head, *args: chunked_loss(nnx.merge(self._head_def, head), *args))
+@functools.partial(jax.jit, static_argnames="layer_settings")
+def _init_adapter(layer_settings: tuple[Any, ...], key: jax.Array) -> Tree:
+    layer = DecoderLayer(
+        *layer_settings, nnx.Rngs(key)
+    )  # its random frozen weights are not returned, so never computed
+    return nnx.to_pure_dict(nnx.split(layer, nnx.LoRAParam, ...)[1])
 
-    @functools.cached_property
-    def _logits(self) -> Callable[..., Any]:
-        return jax.jit(lambda head, h: nnx.merge(self._head_def, head)(h))
 
-    @functools.cached_property
-    def _decode(self) -> Callable[..., Any]:
-        def decode(
-            adapter: Tree, frozen: Tree, h: jax.Array, positions: jax.Array, cache: Cache
-        ) -> tuple[jax.Array, Cache, jax.Array]:
-            h, cache = self._layer(adapter, frozen).decode(h, positions, cache)
-            return h, cache, _token(h)
+@functools.partial(jax.jit, static_argnames=("embedding_def", "dtype"))
+def _embed(embedding_def: Definition, embedding: Tree, input_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return embedding_def.merge(embedding)(input_ids, dtype)
 
-        return jax.jit(decode, donate_argnames="cache")
+
+def _run(
+    layer_def: Definition,
+    adapter: Tree,
+    frozen: Tree,
+    h: jax.Array,
+    key: jax.Array | None,
+    layer: jax.Array,
+    micro_batch: jax.Array,
+) -> jax.Array:
+    """One layer on h [B, T, D] of one micro-batch; the dropout key is the step's, folded with both numbers."""
+    if key is not None:
+        key = jax.random.fold_in(jax.random.fold_in(key, layer), micro_batch)
+    positions = jnp.broadcast_to(jnp.arange(h.shape[1])[None], h.shape[:2])
+    return layer_def.merge(adapter, frozen)(h, positions, key)
+
+
+@functools.partial(jax.jit, static_argnames="layer_def")
+def _forward(layer_def: Definition, *args: Any) -> tuple[jax.Array, jax.Array]:
+    h = _run(layer_def, *args)
+    return h, _token(h)
+
+
+@functools.partial(jax.jit, static_argnames="layer_def", donate_argnames=("grads", "dh"))
+def _backward(
+    layer_def: Definition, adapter: Tree, frozen: Tree, grads: Tree, h: jax.Array, dh: jax.Array, *rest: Any
+) -> tuple[Tree, jax.Array, jax.Array]:
+    """Run the layer again from its kept inputs and pull dh through it; the adapter's gradient is added to `grads`."""
+    _, vjp = jax.vjp(lambda adapter, h: _run(layer_def, adapter, frozen, h, *rest), adapter, h)
+    new_grads, dh = vjp(dh)
+    return jax.tree.map(jnp.add, grads, new_grads), dh, _token(dh)
+
+
+@functools.partial(jax.jit, static_argnames="head_def")
+def _loss_and_grad(head_def: Definition, head: Tree, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return chunked_loss_and_grad(head_def.merge(head), *args)
+
+
+@functools.partial(jax.jit, static_argnames="head_def")
+def _loss(head_def: Definition, head: Tree, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return chunked_loss(head_def.merge(head), *args)
+
+
+@functools.partial(jax.jit, static_argnames="head_def")
+def _logits(head_def: Definition, head: Tree, h: jax.Array) -> jax.Array:
+    return head_def.merge(head)(h)
+
+
+@functools.partial(jax.jit, static_argnames="layer_def", donate_argnames="cache")
+def _decode(
+    layer_def: Definition, adapter: Tree, frozen: Tree, h: jax.Array, positions: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache, jax.Array]:
+    h, cache = layer_def.merge(adapter, frozen).decode(h, positions, cache)
+    return h, cache, _token(h)
+
+
+@functools.cache
+def _zeros_like() -> Callable[[Tree], Tree]:
+    # Placed by name: zeros depend on no input, and would come without the mesh, which is another type to the functions above.
+    return jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=sharding("device"))
 
 
 def default_compute_dtype() -> jnp.dtype:
@@ -259,10 +298,11 @@ def default_attention(compute_dtype: jax.typing.DTypeLike, head_dim: int) -> Att
     return "cudnn" if jax.default_backend() == "gpu" and fits else "xla"
 
 
-def _describe(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """(graph definition, shapes of the trained parameters, shapes of the frozen ones) of a module, without allocating it."""
-    graphdef, trained, frozen = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.LoRAParam, ...)
-    return graphdef, nnx.to_pure_dict(trained), nnx.to_pure_dict(frozen)
+@functools.cache
+def _describe(module: type[nnx.Module], *settings: Any) -> tuple[Definition, Tree, Tree]:
+    """(definition, shapes of the trained parameters, shapes of the frozen ones) of a module, without allocating it."""
+    graphdef, trained, frozen = nnx.split(nnx.eval_shape(lambda: module(*settings, nnx.Rngs(0))), nnx.LoRAParam, ...)
+    return Definition(graphdef), nnx.to_pure_dict(trained), nnx.to_pure_dict(frozen)
 
 
 def _micro_batches(batch: Batch) -> list[tuple[jax.Array, jax.Array]]:
@@ -275,11 +315,6 @@ def _micro_batches(batch: Batch) -> list[tuple[jax.Array, jax.Array]]:
 def _token(x: jax.Array) -> jax.Array:
     """A scalar that is there when x is; unlike x it is never donated, so one can wait for it."""
     return jnp.ravel(x)[0]
-
-
-@jax.jit
-def _zeros_like(tree: Tree) -> Tree:
-    return jax.tree.map(jnp.zeros_like, tree)
 
 
 @jax.jit

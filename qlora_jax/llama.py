@@ -58,7 +58,7 @@ class LlamaConfig:
                 where, found="; ".join(problems), expected="a Llama without these", fix="use another base model"
             )
         heads = config["num_attention_heads"]
-        rope = config.get("rope_parameters") or {}
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in the order of transformers 5
         return cls(
             **{key: config[key] for key in _REQUIRED},
             num_key_value_heads=config.get("num_key_value_heads") or heads,

@@ -1,5 +1,6 @@
 """The run: optimizer steps, evaluation and metrics over an engine, weights and batches that others have made."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -84,6 +85,12 @@ class Trainer:
         Raises:
             InputError: the loss or the gradient is no longer finite.
         """
+        with contextlib.closing(self.metrics):
+            adapters = self._train(adapters)
+        plot_loss(self.metrics.records, self.output_dir / "loss.png")
+        return adapters
+
+    def _train(self, adapters: Adapters) -> Adapters:
         optimizer = AdamW(self.settings, adapters, self.optimizer_where)
         learning_rate = schedule(self.settings, len(self.batches))
         key = jax.random.key(self.settings.seed)
@@ -103,11 +110,13 @@ class Trainer:
                     window = self._log(done, learning_rate(step), window)
                 self.display.advance()
                 if self.settings.eval_steps and done % self.settings.eval_steps == 0 and done < len(self.batches):
+                    jax.block_until_ready(
+                        (window.losses, window.norms)
+                    )  # else the evaluation's time would hold these steps'
+                    paused = time.perf_counter()
                     self._evaluate(adapters, done)
-                    window.started = time.perf_counter()
+                    window.started += time.perf_counter() - paused
         self._evaluate(adapters, len(self.batches))
-        self.metrics.close()
-        plot_loss(self.metrics.records, self.output_dir / "loss.png")
         return adapters
 
     def _log(self, step: int, learning_rate: float, window: _Window) -> _Window:

@@ -9,7 +9,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import jax
 import pytest
 
-from convert.hub import resolve_model
 from tests import tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,6 +17,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """A real model, 135M parameters: from the hub, or by way of its GGUF file where there is none. Cached."""
+    from convert.hub import resolve_model  # needs the network's libraries, which tests of the GPU do without
+
     return resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")
 
 

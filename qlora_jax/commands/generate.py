@@ -3,14 +3,13 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from convert.adapter import as_adapters, load_adapter
 from convert.load import load_weights
 from convert.model import open_model
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.display import progress_bar
+from qlora_jax.display import make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
 from qlora_jax.generate import Sampling, generate
 
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the answer to standard output."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = make_console(stderr=True)
     model = open_model(options.model, log=console.print)
     adapter = load_adapter(options.adapter, model.config) if options.adapter else None
     quantization = adapter.quantization if adapter else QuantizationSettings()

@@ -1,0 +1,201 @@
+"""The two walks: against jax.grad through the whole model, and the same bits wherever things live."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.folder import ModelFolder
+from convert.load import load_weights, read_config
+from qlora_jax import engine as engine_module
+from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
+from qlora_jax.data import Batch
+from qlora_jax.engine import Adapters, Engine, Weights
+from qlora_jax.llama import DecoderLayer, Embedding, Head
+from qlora_jax.loss import cross_entropy, shift
+from qlora_jax.optimizer import AdamW
+from qlora_jax.placement import Where, put
+from tests import tiny
+
+QUANTIZATION = QuantizationSettings()
+LORA = LoraSettings(r=4, lora_dropout=0.1)
+NO_DROPOUT = LoraSettings(r=4, lora_dropout=0.0)
+FLOAT32_SUM = 1e-5
+"""Relative: two orders of a few thousand float32 additions differ by about sqrt(n) half-ulps of 6e-8."""
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=4, tie_word_embeddings=False)
+
+
+def make(
+    folder: Path, weights: Where = "device", activations: Where = "device", lora: LoraSettings = LORA
+) -> tuple[Engine, Weights]:
+    model = ModelFolder(folder)
+    config = read_config(model)
+    engine = Engine(config, lora, QUANTIZATION, compute_dtype=jnp.float32, activations=activations)
+    return engine, load_weights(model, config, QUANTIZATION, weights)
+
+
+def make_batch(micro_batches: int, rows: int, length: int = 24, seed: int = 0) -> Batch:
+    """Random ids; half of the labels count, and the first row has fewer than the others."""
+    rng = np.random.default_rng(seed)
+    shape = (micro_batches * rows, length)
+    ids = rng.integers(0, 256, shape).astype(np.int32)
+    labels = np.where(rng.random(shape) < 0.5, ids, -100).astype(np.int32)
+    labels[0, 4:] = -100
+    shape = (micro_batches, rows, length)
+    return Batch(ids.reshape(shape), labels.reshape(shape), int((labels[:, 1:] != -100).sum()), ids.size)
+
+
+def moved(adapters: Adapters, seed: int = 1) -> Adapters:
+    """Adapters whose B is not zero, so that every gradient is alive."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda a: put(np.asarray(a) + 0.05 * rng.standard_normal(a.shape).astype(np.float32), "device"), adapters
+    )
+
+
+def key(seed: int) -> jax.Array:
+    return put(jax.random.key(seed), "device")
+
+
+def whole_model_loss(
+    engine: Engine, weights: Weights, batch: Batch, dropout_key: jax.Array, adapters: Adapters
+) -> jax.Array:
+    """The plain formula: one function through all layers and micro-batches, no chunks, no recomputation."""
+    config = engine.config
+    make_layer = functools.partial(DecoderLayer, config, engine.lora, QUANTIZATION, "xla")
+    layer_def = nnx.graphdef(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))
+    head = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Head(config, nnx.Rngs(0)))), weights.head)
+    embedding = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Embedding(config, nnx.Rngs(0)))), weights.embedding)
+    total = jnp.float32(0)
+    for m, (ids, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
+        h = embedding(jnp.asarray(ids), jnp.float32)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+        for i, frozen in weights.layers.walk(range(config.num_hidden_layers)):
+            layer_key = jax.random.fold_in(jax.random.fold_in(dropout_key, i), m)
+            h = nnx.merge(layer_def, adapters[i], frozen)(h, positions, layer_key)
+        total += cross_entropy(head, h.reshape(-1, h.shape[-1]), shift(jnp.asarray(labels)).reshape(-1))[0]
+    return total / batch.num_tokens
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_equal_jax_grad_through_the_whole_model(deep_folder: Path, micro_batches: int) -> None:
+    engine, weights = make(deep_folder, weights="host", activations="host")
+    adapters, batch = moved(engine.init_adapters(0)), make_batch(micro_batches, 2)
+    loss, grads = engine.value_and_grad(weights, adapters, batch, key(7))
+    oracle = functools.partial(whole_model_loss, engine, weights, batch, key(7))
+    expected_loss, expected = jax.value_and_grad(oracle)(adapters)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=FLOAT32_SUM)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        found = functools.reduce(lambda tree, step: tree[getattr(step, "idx", getattr(step, "key", None))], path, grads)
+        scale = float(jnp.abs(leaf).max())
+        assert scale > 0, path
+        assert float(jnp.abs(found - leaf).max()) <= FLOAT32_SUM * scale, path
+
+
+def train(
+    folder: Path, weights: Where, activations: Where, optimizer: Where, batches: list[Batch]
+) -> tuple[list[float], Adapters]:
+    engine, base = make(folder, weights, activations)
+    adapters = engine.init_adapters(0)
+    settings = TrainingSettings(output_dir=Path("unused"), learning_rate=1e-2, max_grad_norm=0.3)
+    rule = AdamW(settings, adapters, optimizer)
+    losses = []
+    for step, batch in enumerate(batches):
+        with jax.transfer_guard("allow" if step == 0 else "disallow"):  # compiling may move constants
+            step_key = key(step) if step == 0 else KEYS[step]
+            loss, grads = engine.value_and_grad(base, adapters, batch, step_key)
+            adapters, _ = rule.update(adapters, grads, settings.learning_rate)
+        losses.append(float(loss))
+    return losses, adapters
+
+
+KEYS = [key(step) for step in range(5)]
+
+
+def test_the_same_bits_wherever_things_live(deep_folder: Path) -> None:
+    """Five steps with dropout and two micro-batches, under the transfer guard."""
+    batches = [make_batch(2, 2, seed=step) for step in range(5)]
+    places: list[tuple[Where, Where, Where]] = [
+        ("device", "device", "device"), ("host", "device", "device"), ("device", "host", "device"),
+        ("device", "device", "host"), ("host", "host", "host"),
+    ]  # fmt: skip
+    losses, adapters = train(deep_folder, *places[0], batches)
+    assert losses[-1] < losses[0]
+    for other in places[1:]:
+        other_losses, other_adapters = train(deep_folder, *other, batches)
+        assert other_losses == losses, other
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), adapters, other_adapters)
+        assert all(jax.tree.leaves(same)), other
+
+
+def test_the_schedule_of_fetches(deep_folder: Path) -> None:
+    engine, weights = make(deep_folder, weights="host", lora=NO_DROPOUT)
+    engine.value_and_grad(weights, engine.init_adapters(0), make_batch(3, 2), key(0))
+    assert list(weights.layers.fetched) == [0, 1, 2, 3, 2, 1, 0]  # whatever the number of micro-batches
+    weights.layers.fetched.clear()
+    engine.loss(weights, engine.init_adapters(0), [make_batch(1, 2)])
+    assert list(weights.layers.fetched) == [0, 1, 2, 3]
+
+
+def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(deep_folder: Path) -> None:
+    engine, weights = make(deep_folder, lora=NO_DROPOUT)
+    adapters = moved(engine.init_adapters(0))
+    whole = make_batch(1, 8)
+    results = []
+    for shape in ((1, 8), (2, 4), (4, 2)):
+        ids, labels = (array.reshape(*shape, -1) for array in (whole.input_ids, whole.labels))
+        results.append(engine.value_and_grad(weights, adapters, Batch(ids, labels, whole.num_tokens, ids.size), key(0)))
+    for loss, grads in results[1:]:
+        assert float(loss) == pytest.approx(float(results[0][0]), rel=FLOAT32_SUM)
+        for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(results[0][1]), strict=True):
+            assert float(jnp.abs(one - other).max()) <= FLOAT32_SUM * float(jnp.abs(other).max())
+
+
+def test_dropout_is_drawn_anew_by_step_layer_and_micro_batch(deep_folder: Path) -> None:
+    engine, weights = make(deep_folder, lora=LORA)
+    adapters = moved(engine.init_adapters(0))
+    same_rows = make_batch(1, 2)
+    twice = Batch(
+        *(np.concatenate([array, array]) for array in (same_rows.input_ids, same_rows.labels)),
+        2 * same_rows.num_tokens,
+        0,
+    )
+    losses = [
+        float(engine.value_and_grad(weights, adapters, batch, key(seed))[0])
+        for batch, seed in ((twice, 0), (twice, 0), (twice, 1))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    alone = float(engine.value_and_grad(weights, adapters, same_rows, key(0))[0])
+    assert losses[0] != pytest.approx(alone, rel=1e-4)  # the second micro-batch had masks of its own
+
+
+def test_one_compilation_serves_every_layer(deep_folder: Path, tiny_folder: Path) -> None:
+    """Compile time does not grow with depth: the layer functions are compiled once, for 2 layers as for 4."""
+    functions = (engine_module._forward, engine_module._backward)
+    for folder, depth in ((tiny_folder, 2), (deep_folder, 4)):
+        engine, weights = make(folder, lora=NO_DROPOUT)
+        assert len(weights.layers) == depth
+        before = [function._cache_size() for function in functions]
+        engine.value_and_grad(weights, engine.init_adapters(0), make_batch(2, 2, length=23), key(0))
+        assert [function._cache_size() for function in functions] == [size + 1 for size in before]
+
+
+def test_fresh_adapters_change_nothing_and_follow_their_seed(deep_folder: Path) -> None:
+    engine, weights = make(deep_folder)
+    ids = make_batch(1, 2).input_ids[0]
+    first, same, other = (engine.init_adapters(seed) for seed in (0, 0, 1))
+    lora_a = [adapters[1]["q_proj"]["adapter"]["lora_a"] for adapters in (first, same, other)]
+    assert bool((lora_a[0] == lora_a[1]).all())
+    assert not bool((lora_a[0] == lora_a[2]).any())
+    # With B at zero A has no say: exactly, because both calls run the same compiled function.
+    assert bool((engine.logits(weights, first, ids) == engine.logits(weights, other, ids)).all())
+    bare = Engine(engine.config, None, QUANTIZATION, compute_dtype=jnp.float32).logits(weights, [{}] * 4, ids)
+    assert float(jnp.abs(engine.logits(weights, first, ids) - bare).max()) <= FLOAT32_SUM * float(jnp.abs(bare).max())

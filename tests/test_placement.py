@@ -1,0 +1,81 @@
+"""The schedule of fetches, the bound on layers in flight, and the stack of layer inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax import placement
+from qlora_jax.placement import LayerInputs, LayerStore, nbytes, put
+
+
+def make_store(depth: int, where: placement.Where) -> LayerStore:
+    return LayerStore(({"w": np.full((2, 2), i, np.float32)} for i in range(depth)), where)
+
+
+def kind(array: jax.Array) -> str | None:
+    return array.sharding.memory_kind
+
+
+def test_each_layer_visits_twice_and_the_layer_at_the_turn_once() -> None:
+    store = make_store(4, "host")
+    seen = []
+    for index, weights in store.walk([0, 1, 2, 3, 3, 2, 1, 0]):
+        assert kind(weights["w"]) == "device"
+        seen.append((index, float(weights["w"][0, 0]), list(store.fetched)))
+    assert [(index, value) for index, value, _ in seen] == [(i, float(i)) for i in (0, 1, 2, 3, 3, 2, 1, 0)]
+    assert list(store.fetched) == [0, 1, 2, 3, 2, 1, 0]
+    # When a layer is handed out, the copy of the next other one has been issued, and none beyond it.
+    assert [fetched[-1] for _, _, fetched in seen] == [1, 2, 3, 2, 2, 1, 0, 0]
+
+
+def test_resident_layers_are_handed_out_as_they_are() -> None:
+    store = make_store(3, "device")
+    first, second = ([weights["w"] for _, weights in store.walk(range(3))] for _ in range(2))
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert list(store.fetched) == []
+
+
+def test_streamed_layers_live_in_host_memory() -> None:
+    store = make_store(2, "host")
+    assert [kind(layer["w"]) for layer in store._layers] == ["pinned_host"] * 2
+
+
+def test_a_copy_waits_until_old_work_is_done() -> None:
+    """With SLOTS layers on the device, layer l + 1 may only arrive once the work on layer l + 1 - SLOTS is done."""
+
+    class Token:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def block_until_ready(self) -> None:
+            waited.append(self.index)
+
+    waited: list[int] = []
+    store = make_store(6, "host")
+    waits_before_fetch = []
+    for index, _ in store.walk(range(6)):
+        waits_before_fetch.append(list(waited))
+        store.used(Token(index))
+    # handing out layer l happens after fetching l + 1, which waited for l - (SLOTS - 1) and everything before it
+    assert placement.SLOTS == 3
+    assert waits_before_fetch == [[], [], [0], [0, 1], [0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_layer_inputs_come_back_in_reverse_and_on_the_device(where: placement.Where) -> None:
+    stack = LayerInputs(where)
+    values = [[put(np.full((3,), 10 * i + j, np.float32), "device") for j in range(2)] for i in range(4)]
+    for pair in values:
+        stack.push(pair)
+    if where == "host":
+        assert kind(stack._stack[0][0]) == "pinned_host"
+    for pair in reversed(values):
+        popped = stack.pop()
+        assert [kind(array) for array in popped] == ["device", "device"]
+        assert [array.tolist() for array in popped] == [array.tolist() for array in pair]
+
+
+def test_nbytes_of_arrays_and_of_descriptions() -> None:
+    tree = {"a": jnp.zeros((3, 5), jnp.bfloat16), "b": jax.ShapeDtypeStruct((7,), jnp.uint8)}
+    assert nbytes(tree) == 3 * 5 * 2 + 7
