@@ -29,7 +29,7 @@ from qlora_jax.errors import exit_status
 from qlora_jax.generate import Sampling
 from qlora_jax.placement import nbytes
 from qlora_jax.plan import Placements, choose_placements, device_bytes
-from qlora_jax.trainer import Trainer, prepare_output_dir
+from qlora_jax.trainer import Trainer, make_output_dir, refuse_finished_run
 
 EPILOG = """\
 Any setting of the file can be given on the command line, e.g. training.max_steps=20 lora.r=16.
@@ -51,12 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(config: Config, console: Console) -> None:
     """One whole run: read, quantize, train, export, show."""
-    output_dir = prepare_output_dir(config)
+    if config.training.full_determinism:  # XLA reads this once, when the device is first used
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_exclude_nondeterministic_ops=true"
+    refuse_finished_run(config.training)
     model = open_model(config.model.name_or_path, log=console.print)
     rows = read_rows(config.data.path)
     config = settle_format(config, rows)
     training, held_out = load_batches(config, rows, model, console)
     engine, config, placements = make_engine(config, model)
+    output_dir = make_output_dir(config.training)
     (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     with progress_bar(console) as progress:
         task = progress.add_task("quantizing layers", total=model.config.num_hidden_layers)

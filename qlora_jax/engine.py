@@ -11,7 +11,9 @@ Nothing of a layer outlives its turn but its inputs ([B, T, D] in the compute dt
 dequantized weight does: it exists inside the compiled layer only, shared there by the recomputed forward and dX.
 
 Where a layer's weights live is not the engine's business. It asks a `LayerStore` to walk 0 … L-1, L-1 … 0, and each layer is on the
-device when its turn comes: because it lives there, or because its copy was started a layer ago. Both give the same bits.
+device when its turn comes: because it lives there, or because its copy was started a layer ago. The same compiled functions see the
+same values in the same order, so both give the same bits, as far as the device's own kernels do (on a GPU cuDNN's attention gradient
+adds in any order; `training.full_determinism` excludes such kernels).
 
 With gradient accumulation the layers are the outer loop and the micro-batches the inner one. The weights then cross the bus twice a step
 however many micro-batches it has; the price is that the inputs of all micro-batches are kept.

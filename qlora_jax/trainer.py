@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from qlora_jax.config import Config, TrainingSettings
+from qlora_jax.config import TrainingSettings
 from qlora_jax.data import Batch, Batches
 from qlora_jax.display import RunDisplay
 from qlora_jax.engine import Adapters, Engine, Weights
@@ -21,18 +21,27 @@ from qlora_jax.optimizer import AdamW, schedule
 from qlora_jax.placement import Where, put
 
 
-def prepare_output_dir(config: Config) -> Path:
-    """Make `output_dir`, or refuse one that holds a finished run. What an unfinished one left is kept under another name.
+def refuse_finished_run(settings: TrainingSettings) -> None:
+    """Stop before anything is read or written if `output_dir` holds a finished run.
 
     Raises:
-        InputError: a finished run is there and `overwrite_output_dir` was not asked for, or the folder cannot be made.
+        InputError: it does, and `overwrite_output_dir` was not asked for.
     """
-    folder = config.training.output_dir
-    if not config.training.overwrite_output_dir and ((folder / "adapter").exists() or (folder / "merged").exists()):
+    folder = settings.output_dir
+    if not settings.overwrite_output_dir and ((folder / "adapter").exists() or (folder / "merged").exists()):
         fix = "name another training.output_dir, or allow it with training.overwrite_output_dir=true"
         raise InputError(
             folder, found="a finished run (adapter/ or merged/)", expected="a new or empty folder", fix=fix
         )
+
+
+def make_output_dir(settings: TrainingSettings) -> Path:
+    """Make `output_dir`; the metrics that an earlier run left there are kept under another name.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    folder = settings.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

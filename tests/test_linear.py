@@ -1,0 +1,217 @@
+"""The frozen linear and its adapter: the same numbers as the dense formula, and nothing dense kept for the backward pass."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax import nf4
+from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
+from qlora_jax.linear import FrozenParam, LoRA, NF4Linear, frozen_matmul
+from qlora_jax.llama import DecoderLayer, LlamaConfig
+from tests import tiny
+
+IN, OUT, TOKENS, RANK = 256, 192, 8, 4
+F32_EPS = float(np.finfo(np.float32).eps)
+BF16_ROUNDING = 2.0**-8  # half a step of an 8-bit significand, relative
+SIGMAS = 5  # of chance, in tests that draw
+
+
+def random(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["single", "double"])
+def weight(request: pytest.FixtureRequest) -> nf4.QuantizedTensor:
+    return nf4.quantize(0.05 * random(0, OUT, IN, dtype=jnp.bfloat16), request.param)
+
+
+def dense(weight: nf4.QuantizedTensor) -> np.ndarray:
+    return np.asarray(nf4.dequantize(weight), np.float64)
+
+
+def assert_is_product(found: jax.Array, left: jax.Array, right: np.ndarray) -> None:
+    """found = left @ right, up to the rounding of K float32 sums and of found's dtype: a bound for every element."""
+    left = np.asarray(left, np.float64)
+    exact = left @ right
+    sum_rounding = right.shape[0] * F32_EPS * (np.abs(left) @ np.abs(right))
+    output_rounding = (0 if found.dtype == jnp.float32 else BF16_ROUNDING) * np.abs(exact)
+    assert (np.abs(np.asarray(found, np.float64) - exact) <= sum_rounding + output_rounding).all()
+
+
+def paths(tree: Any) -> set[str]:
+    """Paths of a tree's parameters, a quantized tensor counting as one."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nf4.QuantizedTensor))
+    return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves}
+
+
+# --------------------------------------------------------------------------------------------------------- frozen_matmul
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+def test_value_and_dx_equal_the_dense_matmul(weight: nf4.QuantizedTensor, dtype: Any, jitted: bool) -> None:
+    def value_and_dx(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, vjp = jax.vjp(lambda x: frozen_matmul(x, weight), x)
+        return y, *vjp(dy)
+
+    x, dy = random(1, 2, TOKENS, IN, dtype=dtype), random(2, 2, TOKENS, OUT, dtype=dtype)
+    y, dx = (jax.jit(value_and_dx) if jitted else value_and_dx)(x, dy)
+    assert (y.shape, y.dtype) == ((2, TOKENS, OUT), dtype)
+    assert (dx.shape, dx.dtype) == (x.shape, dtype)
+    assert_is_product(y, x, dense(weight).T)
+    assert_is_product(dx, dy, dense(weight))
+
+
+def test_only_codes_and_scales_are_kept_for_the_backward_pass(weight: nf4.QuantizedTensor) -> None:
+    x = random(1, TOKENS, IN, dtype=jnp.bfloat16)
+    _, vjp = jax.vjp(lambda x: frozen_matmul(x, weight), x)
+    kept = sorted((leaf.dtype.name, leaf.size) for leaf in jax.tree.leaves(vjp))
+    assert kept == sorted((leaf.dtype.name, leaf.size) for leaf in jax.tree.leaves(weight))
+    assert ("uint8", OUT * IN // 2) in kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_no_dense_matrix_is_kept_with_an_adapter(dropout: float) -> None:
+    x, key = random(1, TOKENS, IN, dtype=jnp.bfloat16), jax.random.key(0)
+    graph, adapter, frozen = nnx.split(make_linear(dropout=dropout), nnx.LoRAParam, ...)
+
+    def floats_kept(run: Any) -> list[int]:
+        _, vjp = jax.vjp(run, adapter, x)
+        return [leaf.size for leaf in jax.tree.leaves(vjp) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    def dense_run(adapter: Any, x: jax.Array) -> jax.Array:
+        linear = nnx.merge(graph, adapter, frozen)
+        return jnp.einsum("...i,oi->...o", x, nf4.dequantize(linear.weight.get_value())) + linear.adapter(x, key)
+
+    assert max(floats_kept(lambda adapter, x: nnx.merge(graph, adapter, frozen)(x, key))) <= TOKENS * IN
+    assert max(floats_kept(dense_run)) == OUT * IN  # so the measure sees a dense matrix where there is one
+
+
+def test_no_gradient_reaches_the_weight(weight: nf4.QuantizedTensor) -> None:
+    x = random(1, TOKENS, IN)
+    y, vjp = jax.vjp(frozen_matmul, x, weight)
+    dx, dweight = vjp(jnp.ones_like(y))
+    assert np.asarray(dx).any()
+    for leaf in jax.tree.leaves(dweight):
+        assert leaf.dtype == jax.dtypes.float0 or not np.asarray(leaf).any()
+
+
+# ------------------------------------------------------------------------------------------------------------------ LoRA
+
+
+def make_linear(rank: int | None = RANK, dropout: float = 0.0, scaling: float = 2.0) -> NF4Linear:
+    adapter = None if rank is None else LoRA(IN, OUT, rank, scaling, dropout, nnx.Rngs(1))
+    return NF4Linear(IN, OUT, adapter, double_quant=True, rngs=nnx.Rngs(0))
+
+
+def make_lora(a: Any, b: Any, scaling: float = 1.0, dropout: float = 0.0) -> LoRA:
+    """An adapter with given matrices."""
+    (rank, columns), rows = np.shape(a), np.shape(b)[0]
+    lora = LoRA(columns, rows, rank, scaling, dropout, nnx.Rngs(0))
+    lora.lora_a[...], lora.lora_b[...] = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    return lora
+
+
+def test_start_values() -> None:
+    """kaiming_uniform with a = √5 is uniform in ±1/√in; B is zero."""
+    lora = LoRA(IN, OUT, 64, 1.0, 0.0, nnx.Rngs(0))
+    a, b, bound = np.asarray(lora.lora_a[...]), np.asarray(lora.lora_b[...]), IN**-0.5
+    assert (a.shape, a.dtype, b.shape, b.dtype) == ((64, IN), np.float32, (OUT, 64), np.float32)
+    assert not b.any()
+    assert np.abs(a).max() <= bound
+    assert min(a.max(), -a.min()) > bound * (1 - 20 / a.size)  # missed with a chance of exp(-10)
+    deviation = bound / 3**0.5  # of a uniform value; of its square: bound² √(4/45)
+    assert abs(a.mean()) < SIGMAS * deviation / a.size**0.5
+    assert abs((a**2).mean() - bound**2 / 3) < SIGMAS * bound**2 * (4 / 45) ** 0.5 / a.size**0.5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_fresh_adapter_changes_nothing(dtype: Any) -> None:
+    x = random(1, 2, TOKENS, IN, dtype=dtype)
+    with_adapter, without = make_linear(dropout=0.5), make_linear(rank=None)
+    without.weight = with_adapter.weight
+    for key in (None, jax.random.key(0)):
+        np.testing.assert_array_equal(with_adapter(x, key), without(x))
+
+
+@pytest.mark.parametrize(("rslora", "scaling"), [(False, 16 / 4), (True, 16 / 2)])
+def test_value_is_the_formula(rslora: bool, scaling: float) -> None:
+    settings = LoraSettings(r=RANK, lora_alpha=16, use_rslora=rslora)
+    assert settings.scaling == scaling
+    x, a, b = (random(seed, *shape) for seed, shape in enumerate([(2, TOKENS, IN), (RANK, IN), (OUT, RANK)]))
+    found = make_lora(a, b, settings.scaling)(x, None)
+    x, a, b = (np.asarray(array, np.float64) for array in (x, a, b))
+    exact = scaling * (x @ a.T) @ b.T
+    rounding = (IN + RANK + 2) * F32_EPS * scaling * (np.abs(x) @ np.abs(a).T) @ np.abs(b).T
+    assert (np.abs(np.asarray(found) - exact) <= rounding).all()
+
+
+def test_adapter_is_multiplied_in_the_inputs_dtype() -> None:
+    lora = make_lora(random(0, RANK, IN), random(1, OUT, RANK))
+    assert lora(random(2, TOKENS, IN, dtype=jnp.bfloat16), None).dtype == jnp.bfloat16
+    assert lora.lora_a[...].dtype == lora.lora_b[...].dtype == jnp.float32
+
+
+# --------------------------------------------------------------------------------------------------------------- dropout
+
+DROPOUT = 0.25
+
+
+def test_dropout_drops_or_scales_each_input() -> None:
+    """With A and B the identity, what the adapter sees comes out: zeros, and inputs over 1 - p, whose mean is the input's."""
+    lora = make_lora(np.eye(64), np.eye(64), dropout=DROPOUT)
+    x = 1 + random(0, 512, 64) ** 2  # nowhere zero
+    seen = np.asarray(lora(x, jax.random.key(0)))
+    dropped = seen == 0
+    np.testing.assert_array_equal(seen, np.where(dropped, 0, np.asarray(x / (1 - DROPOUT))))
+    deviation = (DROPOUT * (1 - DROPOUT) / dropped.size) ** 0.5
+    assert abs(dropped.mean() - DROPOUT) < SIGMAS * deviation
+    assert dropped.any(axis=0).all()  # drawn anew for every token and every feature
+    assert dropped.any(axis=1).all()
+
+
+def test_dropout_is_off_without_a_key_or_a_rate() -> None:
+    x = random(0, TOKENS, 64)
+    np.testing.assert_array_equal(make_lora(np.eye(64), np.eye(64), dropout=DROPOUT)(x, None), x)
+    np.testing.assert_array_equal(make_lora(np.eye(64), np.eye(64), dropout=0.0)(x, jax.random.key(0)), x)
+
+
+def test_dropout_is_reproducible_by_key() -> None:
+    lora, x = make_lora(random(0, RANK, IN), random(1, OUT, RANK), dropout=DROPOUT), random(2, TOKENS, IN)
+    first, again, other = (np.asarray(lora(x, jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).mean() > 0.9
+
+
+def test_dropout_touches_the_adapters_input_only() -> None:
+    linear, key = make_linear(dropout=DROPOUT), jax.random.key(0)
+    linear.adapter.lora_b[...] = random(1, OUT, RANK)
+    x = random(2, TOKENS, IN)
+    expected = frozen_matmul(x, linear.weight.get_value()) + linear.adapter(x, key)
+    np.testing.assert_array_equal(linear(x, key), expected)
+    assert not np.array_equal(linear(x, key), linear(x, None))
+
+
+# ----------------------------------------------------------------------------------------------------------------- trees
+
+
+def test_split_separates_exactly_the_adapter() -> None:
+    _, trained, frozen = nnx.split(make_linear(), nnx.LoRAParam, ...)
+    assert paths(nnx.to_pure_dict(trained)) == {"adapter.lora_a", "adapter.lora_b"}
+    assert paths(nnx.to_pure_dict(frozen)) == {"weight"}
+    assert isinstance(make_linear().weight, FrozenParam)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "q_proj"], ["down_proj"]], ids=str)
+def test_split_of_a_decoder_layer(targets: Any) -> None:
+    config, lora = LlamaConfig.from_hf(tiny.hf_config()), LoraSettings(r=RANK, target_modules=targets)
+    layer = nnx.eval_shape(lambda: DecoderLayer(config, lora, QuantizationSettings(), "xla", nnx.Rngs(0)))
+    _, trained, frozen = nnx.split(layer, nnx.LoRAParam, ...)
+    names = LINEAR_NAMES if targets == "all-linear" else targets
+    assert paths(nnx.to_pure_dict(trained)) == {f"{n}.adapter.lora_{x}" for n in names for x in "ab"}
+    norms = ("input_layernorm", "post_attention_layernorm")
+    assert paths(nnx.to_pure_dict(frozen)) == {f"{name}.weight" for name in (*LINEAR_NAMES, *norms)}
