@@ -98,6 +98,8 @@ class Engine:
         Returns:
             (loss, float32 scalar; gradients, shaped as `adapters`)
         """
+        if self.lora is None or self.lora.lora_dropout == 0:
+            key = None  # nothing to draw, and the compiled forward then serves evaluation too
         micro_batches = _micro_batches(batch)
         token_weight = put(np.float32(1 / max(batch.num_tokens, 1)), "device")
         depth = len(weights.layers)
