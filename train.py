@@ -28,7 +28,7 @@ from qlora_jax.engine import Adapters, Engine, Weights, default_attention, defau
 from qlora_jax.errors import exit_status
 from qlora_jax.generate import Sampling
 from qlora_jax.placement import nbytes
-from qlora_jax.plan import Placements, choose_placements, device_bytes
+from qlora_jax.plan import Placements, choose_placements, device_bytes, layer_bytes
 from qlora_jax.trainer import Trainer, make_output_dir, refuse_finished_run
 
 EPILOG = """\
@@ -150,11 +150,16 @@ def make_engine(config: Config, model: BaseModel) -> tuple[Engine, Config, Place
     requested = config.training.compute_dtype
     compute_dtype = default_compute_dtype() if requested == "auto" else jax.numpy.dtype(requested)
     attention = default_attention(compute_dtype, model.config.head_dim)
-    options = {"compute_dtype": compute_dtype, "attention": attention}
-    engine = Engine(model.config, config.lora, config.quantization, **options)
-    weight_bytes = nbytes(engine.abstract_layer) * model.config.num_hidden_layers
+    weight_bytes = layer_bytes(model.config, config.quantization) * model.config.num_hidden_layers
     placements = choose_placements(config.memory, config.training.optim, weight_bytes, device_bytes())
-    engine = Engine(model.config, config.lora, config.quantization, **options, activations=placements.activations)
+    engine = Engine(
+        model.config,
+        config.lora,
+        config.quantization,
+        compute_dtype=compute_dtype,
+        attention=attention,
+        activations=placements.activations,
+    )
     settled = {"compute_dtype": compute_dtype.name, "gradient_checkpointing": "full"}
     resolved = config.model_copy(
         update={
@@ -169,10 +174,8 @@ def describe(
     config: Config, engine: Engine, weights: Weights, adapters: Adapters, training: Batches, console: Console
 ) -> None:
     """What is about to run, in three lines."""
-    layers, trainable = (
-        nbytes(engine.abstract_layer) * len(weights.layers),
-        sum(leaf.size for leaf in jax.tree.leaves(adapters)),
-    )
+    layers = nbytes(engine.abstract_layer) * len(weights.layers)
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     places = config.memory
     console.print(
         f"{len(weights.layers)} layers in NF4: {layers / 2**20:,.0f} MiB ({places.base_weights}), embedding and head: "
