@@ -87,7 +87,7 @@ def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettin
     tree: Tree = {name: {"weight": read_bfloat16(folder, names.norm(layer, name))} for name in names.NORM_NAMES}
     for name in LINEAR_NAMES:
         weight = put(read_bfloat16(folder, names.linear(layer, name)), "device")
-        tree[name] = {"weight": nf4.quantize(weight, quantization.double_quant)}
+        tree[name] = {"weight": nf4.quantize(weight, quantization.double_quant, quantization.quant_type)}
     return jax.block_until_ready(tree)
 
 

@@ -110,7 +110,8 @@ def _base_weight(folder: ModelFolder, name: str, adapter: Adapter, base: Base) -
     weight = read_bfloat16(folder, name)
     if base == "original":
         return weight
-    return np.asarray(nf4.dequantize(nf4.quantize(put(weight, "device"), adapter.quantization.double_quant)))
+    settings = adapter.quantization
+    return np.asarray(nf4.dequantize(nf4.quantize(put(weight, "device"), settings.double_quant, settings.quant_type)))
 
 
 def merged_weight(weight: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> np.ndarray:

@@ -34,7 +34,7 @@ class ModelSettings(Section):
 class QuantizationSettings(Section):
     """As in BitsAndBytesConfig: `bnb_4bit_quant_type`, `bnb_4bit_use_double_quant`."""
 
-    quant_type: Literal["nf4"] = "nf4"
+    quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
 
 

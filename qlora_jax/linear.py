@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax import nf4
+from qlora_jax.config import QuantizationSettings
 
 
 class FrozenParam(nnx.Variable):
@@ -69,10 +70,15 @@ class NF4Linear(nnx.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, adapter: LoRA | None, *, double_quant: bool, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        adapter: LoRA | None,
+        quantization: QuantizationSettings,
+        rngs: nnx.Rngs,
     ) -> None:
         weight = 0.02 * jax.random.normal(rngs.params(), (out_features, in_features), jnp.bfloat16)
-        self.weight = FrozenParam(nf4.quantize(weight, double_quant))
+        self.weight = FrozenParam(nf4.quantize(weight, quantization.double_quant, quantization.quant_type))
         self.adapter = adapter
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:

@@ -147,7 +147,7 @@ class DecoderLayer(nnx.Module):
         for name, (rows, columns) in config.linear_shapes().items():
             targeted = lora is not None and name in lora.targets
             adapter = LoRA(columns, rows, lora.r, lora.scaling, lora.lora_dropout, rngs) if targeted else None
-            setattr(self, name, NF4Linear(columns, rows, adapter, double_quant=quantization.double_quant, rngs=rngs))
+            setattr(self, name, NF4Linear(columns, rows, adapter, quantization, rngs))
 
     def __call__(self, h: jax.Array, positions: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """h [B, T, D] at `positions` [B, T] → [B, T, D], attending causally. `key` turns the adapters' dropout on."""

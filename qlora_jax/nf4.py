@@ -25,6 +25,7 @@ its own offset, so reading one back is exact.
 """
 
 import functools
+from typing import Literal
 
 import flax.struct
 import jax
@@ -46,8 +47,16 @@ CODEBOOK = np.array(
 )  # fmt: skip
 """The 16 levels of NF4, ascending. Not symmetric: 7 negative levels, zero, 8 positive."""
 
-_BOUNDARIES = (CODEBOOK[1:] + CODEBOOK[:-1]) / np.float32(2)
-_LEVEL_PAIRS = np.stack([np.repeat(CODEBOOK, 16), np.tile(CODEBOOK, 16)], axis=1)  # [256, 2]: a byte's two levels
+FP4_CODEBOOK = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(
+    12
+)
+"""The 16 values of bitsandbytes' FP4 in the order of their bits: a sign, two bits of exponent, one of mantissa. Zero comes twice."""
+
+QuantType = Literal["nf4", "fp4"]
+CODEBOOKS: dict[QuantType, np.ndarray] = {"nf4": CODEBOOK, "fp4": FP4_CODEBOOK}
+
+SMALLEST_DIVISOR = np.float32(1e-38)
+"""bitsandbytes divides by no smaller scale, so that a block of zeros divides by something."""
 
 
 def dynamic_map() -> np.ndarray:
@@ -84,7 +93,7 @@ _DYNAMIC_THRESHOLDS = _thresholds(DYNAMIC_MAP)
 
 @flax.struct.dataclass
 class QuantizedTensor:
-    """A frozen weight in NF4. n = prod(shape) weights, row-major, in N = ceil(n / 64) blocks.
+    """A frozen weight in NF4 (or FP4). n = prod(shape) weights, row-major, in N = ceil(n / 64) blocks.
 
     `nested_absmax` and `nested_offset` are None without double quantization, and `absmax` is then float32.
     """
@@ -94,27 +103,98 @@ class QuantizedTensor:
     nested_absmax: jax.Array | None  # [ceil(N / 256)] float32
     nested_offset: jax.Array | None  # [] float32
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    quant_type: QuantType = flax.struct.field(pytree_node=False, default="nf4")
+    dtype: str = flax.struct.field(pytree_node=False, default="bfloat16")
+    """What dequantizing rounds to: the dtype that was quantized, as in bitsandbytes' `QuantState`."""
 
 
-@functools.partial(jax.jit, static_argnames="double_quant")
-def quantize(weight: jax.Array, double_quant: bool = True) -> QuantizedTensor:
+@functools.partial(jax.jit, static_argnames=("double_quant", "quant_type"))
+def quantize(weight: jax.Array, double_quant: bool = True, quant_type: QuantType = "nf4") -> QuantizedTensor:
     """Quantize a weight of any shape and float dtype; arithmetic in float32.
 
-    The weight must be finite (`check_finite` says so by name). A tie goes to the lower level; an all-zero block gets code 7, scale 0.
+    The weight must be finite (`check_finite` says so by name). A tie goes to the lower level; an all-zero block gets the code of 0.
     """
-    size = weight.size
-    blocks = _pad(weight.astype(jnp.float32).reshape(-1), BLOCK_SIZE).reshape(-1, BLOCK_SIZE)
-    absmax = jnp.max(jnp.abs(blocks), axis=1)
-    inverse = jnp.where(absmax > 0, 1 / absmax, 0)
-    scaled = jnp.clip(blocks * inverse[:, None], -1, 1).reshape(-1, 2)
-    nibbles = sum((scaled > boundary).astype(jnp.uint8) for boundary in _BOUNDARIES)
-    codes = (nibbles[:, 0] << 4 | nibbles[:, 1])[: (size + 1) // 2]
-    if not double_quant:
-        return QuantizedTensor(codes, absmax, None, None, weight.shape)
-    return QuantizedTensor(codes, *_quantize_absmax(absmax), weight.shape)
+    absmax, scaled = _scale_blocks(weight.astype(jnp.float32).reshape(-1))
+    order = np.argsort(CODEBOOKS[quant_type], kind="stable")
+    ranks = sum((scaled > boundary).astype(jnp.uint8) for boundary in boundaries(quant_type)).reshape(-1, 2)
+    codes = (ranks[:, 0] << 4 | ranks[:, 1])[: (weight.size + 1) // 2]
+    if (np.diff(order) < 0).any():  # the type's codes do not ascend: a second look-up, a byte at a time
+        pairs = (order[:, None] << 4 | order[None, :]).astype(np.uint8).reshape(-1)
+        codes = jnp.take(pairs, codes.astype(jnp.int32), mode="clip")
+    nested = quantize_absmax(absmax) if double_quant else (absmax, None, None)
+    return QuantizedTensor(codes, *nested, weight.shape, quant_type, weight.dtype.name)
 
 
-def _quantize_absmax(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def boundaries(quant_type: QuantType) -> np.ndarray:
+    """The 15 values, ascending, above which a scaled weight belongs to the next level; float32."""
+    levels = np.sort(CODEBOOKS[quant_type])
+    return (levels[1:] + levels[:-1]) / np.float32(2)
+
+
+def _scale_blocks(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights [n] float32 → (absmax [N] float32; weights over their block's absmax, clipped to ±1, [N, 64], 0 where a block is not full).
+
+    bitsandbytes' arithmetic: x · (1 / absmax), but x / absmax in a last block that is not full. XLA's CPU backend takes subnormal numbers
+    for zero; that would lose blocks of tiny weights, and blocks with a huge one, where 1 / absmax is subnormal. So absmax is found among
+    the bits, and such blocks are first moved by a power of two to where float32 has all its digits.
+    """
+    blocks = _pad(flat, BLOCK_SIZE).reshape(-1, BLOCK_SIZE)
+    absmax = jnp.max(jax.lax.bitcast_convert_type(blocks, jnp.int32) & _MAGNITUDE, axis=1)
+    ragged = flat.size % BLOCK_SIZE > 0
+    if ragged:  # here bitsandbytes also stores what it divides by
+        absmax = absmax.at[-1].max(_bits(SMALLEST_DIVISOR))
+    ordinary = (absmax == 0) | (absmax >= _bits(2.0**-64)) & (absmax < _bits(2.0**126))
+    scaled = jax.lax.cond(jnp.all(ordinary), _scale_ordinary, _scale_any, blocks, absmax, ragged)
+    return jax.lax.bitcast_convert_type(absmax, jnp.float32), jnp.clip(scaled, -1, 1)
+
+
+def _scale_ordinary(blocks: jax.Array, absmax_bits: jax.Array, ragged: jax.Array) -> jax.Array:
+    absmax = jax.lax.bitcast_convert_type(absmax_bits, jnp.float32)
+    scaled = blocks * jnp.where(absmax > 0, 1 / absmax, 0)[:, None]
+    return scaled.at[-1].set(jnp.where(ragged & (absmax[-1] > 0), blocks[-1] / absmax[-1], scaled[-1]))
+
+
+def _scale_any(blocks: jax.Array, absmax_bits: jax.Array, ragged: jax.Array) -> jax.Array:
+    divisor = jnp.maximum(absmax_bits, _bits(SMALLEST_DIVISOR))
+    huge = divisor >= _bits(2.0**126)
+    power = jnp.where(divisor < _bits(2.0**-64), 96, jnp.where(huge, -64, 0))
+    bits = jax.lax.bitcast_convert_type(blocks, jnp.int32)
+    moved, moved_divisor = _times_power(bits, power[:, None]), _times_power(divisor, power)
+    scaled = moved * jnp.where(huge, _subnormal_inverse(divisor), 1 / moved_divisor)[:, None]
+    return scaled.at[-1].set(jnp.where(ragged, moved[-1] / moved_divisor[-1], scaled[-1]))
+
+
+_MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign; as integers, magnitudes keep their order
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+def _times_power(bits: jax.Array, power: jax.Array) -> jax.Array:
+    """The float32 numbers with these bits, times 2^power, for a power of 96, 0 or -64. Only 96 brings subnormal numbers back from zero."""
+    value = jax.lax.bitcast_convert_type(bits, jnp.float32) * jnp.where(
+        power == 96, 2.0**96, jnp.where(power == -64, 2.0**-64, 1)
+    )
+    step = jnp.where(power == 96, 2.0 ** (96 - 149), 0)
+    subnormal = (bits & _MAGNITUDE).astype(jnp.float32) * jnp.where(bits < 0, -step, step)
+    return jnp.where((bits & _MAGNITUDE) < _bits(2.0**-126), subnormal, value)
+
+
+def _subnormal_inverse(bits: jax.Array) -> jax.Array:
+    """2^64 / x for x >= 2^126, given by its bits, with 1 / x rounded to the subnormal number that it is: a multiple of 2^-149."""
+    mantissa = bits & 0x7FFFFF | 0x800000  # x = mantissa · 2^103 or 2^104
+    quotient = jnp.where(bits >= _bits(2.0**127), 2.0**45, 2.0**46) / mantissa.astype(jnp.float32)
+    whole = jnp.floor(quotient).astype(jnp.int32)
+    # Rounding twice goes wrong where the first lands on a half. The exact remainder 2^46 or 2^47 - (2·whole + 1)·mantissa is less than
+    # 2^31, so that arithmetic modulo 2^32 gives it.
+    remainder = -(2 * whole + 1) * mantissa
+    up = (remainder > 0) | (remainder == 0) & (whole % 2 == 1)
+    rounded = jnp.where(quotient - whole == 0.5, whole + up, jnp.round(quotient).astype(jnp.int32))
+    return rounded.astype(jnp.float32) * 2.0 ** (64 - 149)
+
+
+def quantize_absmax(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scales [N] float32 → (codes [N] uint8, nested_absmax [ceil(N / 256)] float32, nested_offset [] float32)."""
     # Summed in two stages, so that the rounding error of millions of addends stays near one ulp.
     offset = _pad(absmax, ABSMAX_BLOCK_SIZE).reshape(-1, ABSMAX_BLOCK_SIZE).sum(1).sum() / absmax.size
@@ -125,13 +205,15 @@ def _quantize_absmax(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     return codes[: absmax.size], nested_absmax, offset
 
 
-def dequantize(weight: QuantizedTensor, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
-    """The weight's values, rounded once to `dtype`: an array of `weight.shape`. Usable inside jit."""
+def dequantize(weight: QuantizedTensor, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """The weight's values, rounded once to `dtype` (default: the weight's own): an array of `weight.shape`. Usable inside jit."""
     size = int(np.prod(weight.shape))
+    codebook = CODEBOOKS[weight.quant_type]
+    pairs = np.stack([np.repeat(codebook, 16), np.tile(codebook, 16)], axis=1)  # [256, 2]: a byte's two levels
     # One look-up a byte, not a nibble: 6 times faster on a CPU.
-    levels = jnp.take(_LEVEL_PAIRS, weight.codes.astype(jnp.int32), axis=0, mode="clip").reshape(-1)
+    levels = jnp.take(pairs, weight.codes.astype(jnp.int32), axis=0, mode="clip").reshape(-1)
     blocks = _pad(levels, BLOCK_SIZE).reshape(-1, BLOCK_SIZE)
-    values = (blocks * dequantize_absmax(weight)[:, None]).astype(dtype)
+    values = (blocks * dequantize_absmax(weight)[:, None]).astype(dtype or weight.dtype)
     return values.reshape(-1)[:size].reshape(weight.shape)
 
 

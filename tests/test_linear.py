@@ -105,7 +105,7 @@ def test_no_gradient_reaches_the_weight(weight: nf4.QuantizedTensor) -> None:
 
 def make_linear(rank: int | None = RANK, dropout: float = 0.0, scaling: float = 2.0) -> NF4Linear:
     adapter = None if rank is None else LoRA(IN, OUT, rank, scaling, dropout, nnx.Rngs(1))
-    return NF4Linear(IN, OUT, adapter, double_quant=True, rngs=nnx.Rngs(0))
+    return NF4Linear(IN, OUT, adapter, QuantizationSettings(), rngs=nnx.Rngs(0))
 
 
 def make_lora(a: Any, b: Any, scaling: float = 1.0, dropout: float = 0.0) -> LoRA:
