@@ -18,8 +18,9 @@ from rich.text import Text
 
 from convert.adapter import load_adapter, save_adapter
 from convert.load import load_weights
-from convert.merge import merge_with_progress
+from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
+from convert.prequantized import settle
 from qlora_jax.commands.generate import answer
 from qlora_jax.config import Config, load_config
 from qlora_jax.data import Batch, Batches, Example, Row, detect_format, eval_batches, read_rows, tokenize
@@ -55,6 +56,7 @@ def run(config: Config, console: Console) -> None:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_exclude_nondeterministic_ops=true"
     refuse_finished_run(config.training)
     model = open_model(config.model.name_or_path, log=console.print)
+    config = settle_quantization(config, model, console)
     rows = read_rows(config.data.path)
     config = settle_format(config, rows)
     training, held_out = load_batches(config, rows, model, console)
@@ -62,7 +64,7 @@ def run(config: Config, console: Console) -> None:
     output_dir = make_output_dir(config.training)
     (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     with progress_bar(console) as progress:
-        task = progress.add_task("quantizing layers", total=model.config.num_hidden_layers)
+        task = progress.add_task("loading layers", total=model.config.num_hidden_layers)
         weights = load_weights(
             model.folder, model.config, config.quantization, placements.base_weights, lambda: progress.advance(task)
         )
@@ -90,6 +92,20 @@ def run(config: Config, console: Console) -> None:
         del weights
         export_merged(config, model, output_dir, console)
     samples.show(console)
+
+
+def settle_quantization(config: Config, model: BaseModel, console: Console) -> Config:
+    """The settings with the model folder's own quantization, where it is in 4 bits already."""
+    if not model.folder.is_4bit:
+        return config
+    fix = "leave these settings out, or give the unquantized model"
+    where = f"settings quantization.*, model {model.name_or_path}"
+    quantization = settle(model.folder, config.quantization, where=where, fix=fix)
+    if config.training.export_merged:
+        check_base(model.folder, config.training.merge_base)  # now, not when the training is done
+    double = ", double quantization" if quantization.double_quant else ""
+    console.print(f"{model.folder.path} is in 4 bits already ({quantization.quant_type}{double}): used as it is")
+    return config.model_copy(update={"quantization": quantization})
 
 
 def settle_format(config: Config, rows: Sequence[Row]) -> Config:
@@ -176,9 +192,9 @@ def describe(
     """What is about to run, in three lines."""
     layers = nbytes(engine.abstract_layer) * len(weights.layers)
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    places = config.memory
+    places, quant_type = config.memory, config.quantization.quant_type
     console.print(
-        f"{len(weights.layers)} layers in NF4: {layers / 2**20:,.0f} MiB ({places.base_weights}), embedding and head: "
+        f"{len(weights.layers)} layers in {quant_type.upper()}: {layers / 2**20:,.0f} MiB ({places.base_weights}), embedding and head: "
         f"{nbytes(weights.embedding) / 2**20:,.0f} MiB, {engine.compute_dtype.name} on {jax.devices()[0].device_kind}"
     )
     console.print(f"LoRA r={config.lora.r} on {', '.join(config.lora.targets)}: {trainable:,} trainable parameters")

@@ -55,7 +55,7 @@ class ModelFolder:
             raise InputError(
                 self.path,
                 found="a model folder that cannot be used\n" + "\n".join(f"    {p}" for p in problems),
-                expected="config.json, and model.safetensors or shards with their index, unquantized",
+                expected="config.json, and model.safetensors or shards with their index; unquantized, or in bitsandbytes' 4 bits",
             )
 
     def specs(self, shard: str) -> list[TensorSpec]:
@@ -65,6 +65,14 @@ class ModelFolder:
     def metadata(self, shard: str) -> dict[str, str]:
         """The `__metadata__` of one shard's header."""
         return dict(self._headers[shard].metadata)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether `config.json` says that the linears are in bitsandbytes' 4 bits, which `convert.bitsandbytes` reads."""
+        return self.config.get("quantization_config") is not None
 
     def spec(self, name: str) -> TensorSpec:
         """One tensor's dtype and shape. Raises KeyError for a name that is not in `names`."""
@@ -99,12 +107,10 @@ class ModelFolder:
         tensors = [name for name in files if name.endswith(".safetensors")]
         pickles = [name for name in files if name.endswith(PICKLE_SUFFIXES)]
         if tensors:
-            problems.append(
-                f"neither {SINGLE_NAME} nor {INDEX_NAME}, only {_some(tensors)}: which files are the model?"
-            )
+            problems.append(f"neither {SINGLE_NAME} nor {INDEX_NAME}, only {some(tensors)}: which files are the model?")
         elif pickles:
             problems.append(
-                f"only pickled weights ({_some(pickles)}): refused, because unpickling can run any code; convert them "
+                f"only pickled weights ({some(pickles)}): refused, because unpickling can run any code; convert them "
                 "to safetensors first, e.g. with transformers' save_pretrained, on a machine where you trust them"
             )
         else:
@@ -138,7 +144,7 @@ class ModelFolder:
                 n for n, s in weight_map.items() if n and s == shard and n not in self._headers[shard].entries
             )
             if lacking:
-                problems.append(f"{shard}: lacks {_some(lacking)}, which {INDEX_NAME} says it holds")
+                problems.append(f"{shard}: lacks {some(lacking)}, which {INDEX_NAME} says it holds")
         return where
 
 
@@ -238,11 +244,20 @@ def _json_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
 
 
 def _quantization_problems(config: dict[str, Any]) -> list[str]:
+    """Only bitsandbytes' 4 bits can be read."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return []
-    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else "unnamed"
-    return [f"already quantized ({method}): such folders cannot be read yet; give the unquantized model"]
+    settings = quantization if isinstance(quantization, dict) else {}
+    flags = [flag for flag in ("load_in_4bit", "load_in_8bit") if settings.get(flag)]
+    method = settings.get("quant_method", "bitsandbytes" if flags else "unnamed")  # old transformers did not write it
+    if method == "bitsandbytes" and flags == ["load_in_4bit"]:
+        return []
+    kind = f"{method}, {' and '.join(flags) or 'without load_in_4bit'}" if method == "bitsandbytes" else method
+    return [
+        f"already quantized ({kind}), and only bitsandbytes' load_in_4bit can be read: give the unquantized model, which is "
+        "quantized on the way in"
+    ]
 
 
 def _is_inside(shard: str) -> bool:
@@ -262,6 +277,7 @@ def _is_companion(path: Path) -> bool:
     )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

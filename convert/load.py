@@ -1,4 +1,4 @@
-"""Reads a Hugging Face model folder into the engine's trees, quantizing each linear on the way."""
+"""Reads a Hugging Face model folder into the engine's trees: each linear quantized on the way, or as it is if it is in 4 bits already."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,8 +6,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from convert import names
-from convert.folder import ModelFolder
+from convert import bitsandbytes, names, prequantized
+from convert.folder import ModelFolder, some
 from qlora_jax import nf4
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Weights
@@ -26,12 +26,21 @@ def read_config(folder: ModelFolder) -> LlamaConfig:
     """
     config = LlamaConfig.from_hf(folder.config, folder.path / "config.json")
     wanted = tensor_shapes(config)
-    found = {name for name in folder.names if not names.is_ignored(name)}
+    linears = {name: shape for name, shape in wanted.items() if names.parse_linear(name) is not None}
+    companions = {name: weight for name in folder.names if (weight := bitsandbytes.companion_of(name)) is not None}
+    found = {name for name in folder.names if not names.is_ignored(name)} - companions.keys()
     if config.tie_word_embeddings:
         found.discard(names.LM_HEAD)  # a copy of the embedding that some tied checkpoints store all the same
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - found)]
     problems += [f"unknown: {name}" for name in sorted(found - wanted.keys())]
-    for name in sorted(wanted.keys() & found):
+    in_4_bits = set(linears) if folder.is_4bit else set(companions.values())
+    if folder.is_4bit:
+        problems += prequantized.check(folder, linears)
+    elif in_4_bits:
+        problems.append(
+            f"{len(in_4_bits)} weights in 4 bits ({some(sorted(in_4_bits))}), but config.json has no quantization_config"
+        )
+    for name in sorted((wanted.keys() & found) - in_4_bits):
         if folder.spec(name).shape != wanted[name]:
             problems.append(f"{name}: shape {folder.spec(name).shape}, the config says {wanted[name]}")
     if problems:
@@ -39,7 +48,8 @@ def read_config(folder: ModelFolder) -> LlamaConfig:
         raise InputError(
             folder.path,
             found="tensors that do not match config.json\n    " + "\n    ".join(shown),
-            fix="fetch the model again",
+            fix="fetch the model again"
+            + (", or give the unquantized one, which is quantized on the way in" if in_4_bits else ""),
         )
     return config
 
@@ -65,8 +75,11 @@ def load_weights(
 ) -> Weights:
     """Read, quantize and place the whole model, a layer at a time. `advance` is called after each layer.
 
+    Args:
+        quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`).
+
     Raises:
-        InputError: a weight holds a value that is not finite.
+        InputError: a weight or a scale holds a value that is not finite.
     """
 
     def layers() -> Iterator[Tree]:
@@ -83,12 +96,19 @@ def load_weights(
 
 
 def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettings) -> Tree:
-    """One decoder layer as the engine's frozen tree, linears quantized on the default device."""
+    """One decoder layer as the engine's frozen tree; linears are on the device if they were quantized here, else still numpy's."""
     tree: Tree = {name: {"weight": read_bfloat16(folder, names.norm(layer, name))} for name in names.NORM_NAMES}
     for name in LINEAR_NAMES:
-        weight = put(read_bfloat16(folder, names.linear(layer, name)), "device")
-        tree[name] = {"weight": nf4.quantize(weight, quantization.double_quant, quantization.quant_type)}
+        tree[name] = {"weight": read_linear(folder, names.linear(layer, name), quantization)}
     return jax.block_until_ready(tree)
+
+
+def read_linear(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> nf4.QuantizedTensor:
+    """A linear as it is in 4 bits (numpy's arrays), or cast to bfloat16 and quantized (on the device)."""
+    if folder.is_4bit:
+        return bitsandbytes.read(folder, name)
+    weight = put(read_bfloat16(folder, name), "device")
+    return nf4.quantize(weight, quantization.double_quant, quantization.quant_type)
 
 
 def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:

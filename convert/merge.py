@@ -6,7 +6,6 @@ Tensor by tensor, in the base's shards and order. Tensors without an adapter are
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,14 +15,15 @@ import ml_dtypes
 import numpy as np
 from rich.console import Console
 
-from convert import names
+from convert import names, prequantized
 from convert.adapter import Adapter, load_adapter, read_adapter_config
+from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
 from convert.hub import resolve_model
-from convert.load import read_bfloat16, read_config
-from convert.shards import TensorSpec, write_index, write_json, write_shard
+from convert.load import read_bfloat16, read_config, read_linear
+from convert.shards import TensorSpec
 from qlora_jax import nf4
-from qlora_jax.display import make_console, progress_bar
+from qlora_jax.display import byte_bar, make_console
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.placement import put
 
@@ -45,32 +45,36 @@ def merge(
         advance: called with the bytes of each tensor written.
 
     Raises:
-        InputError: `out` exists.
-        RuntimeError: not every pair of the adapter met its weight (a bug: `load_adapter` checked them).
+        InputError: `out` exists; or `folder` is in 4 bits, and `base` asks for other weights or the adapter was trained on others.
+        RuntimeError: not every pair of the adapter has its weight (a bug: `load_adapter` checked them).
     """
-    if out.exists():
-        raise InputError(out, found="something there already", fix="name a new folder, or remove this one")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    applied: set[tuple[int, str]] = set()
-    total, weight_map = 0, {}
-    for shard in folder.shards:
-        specs = [_merged_spec(spec, adapter, base) for spec in folder.specs(shard)]
-        tensors = _merged_tensors(folder, specs, adapter, base, applied, advance)
-        write_shard(aside / shard, specs, tensors, folder.metadata(shard))
-        weight_map |= {spec.name: shard for spec in specs}
-        total += sum(spec.nbytes for spec in specs)
-    if applied != adapter.pairs.keys():
-        raise RuntimeError(f"{len(applied)} of {len(adapter.pairs)} adapted linears were merged")
-    if len(folder.shards) > 1:
-        write_index(aside, weight_map, total)
-    for companion in folder.companions():
-        shutil.copyfile(companion, aside / companion.name)
-    config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
-    dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    write_json(aside / "config.json", {**config, dtype_key: "bfloat16"})
-    aside.rename(out)
+    check_base(folder, base)
+    if folder.is_4bit:
+        fix = "give the model that the adapter was trained on"
+        prequantized.settle(folder, adapter.quantization, where=adapter.path, fix=fix)
+    unmet = adapter.pairs.keys() - {names.parse_linear(name) for name in folder.names}
+    if unmet:
+        raise RuntimeError(f"no weights for {len(unmet)} of {len(adapter.pairs)} adapted linears")
+
+    def change(shard: str) -> Shard:
+        specs = _merged_specs(folder, shard, adapter, base)
+        return specs, _merged_tensors(folder, specs, adapter, base, advance)
+
+    write_derived(folder, out, change)
+
+
+def check_base(folder: ModelFolder, base: Base) -> None:
+    """Refuse a base that is not there.
+
+    Raises:
+        InputError: the original weights are asked for and the folder has only 4-bit ones.
+    """
+    if folder.is_4bit and base == "original":
+        raise InputError(
+            folder.path,
+            found="a model in 4 bits: its original weights are not here",
+            fix="give the unquantized model, or merge into the dequantized base (--base dequantized, training.merge_base)",
+        )
 
 
 def _changes(name: str, adapter: Adapter, base: Base) -> bool:
@@ -79,8 +83,11 @@ def _changes(name: str, adapter: Adapter, base: Base) -> bool:
     return linear is not None and (base == "dequantized" or linear in adapter.pairs)
 
 
-def _merged_spec(spec: TensorSpec, adapter: Adapter, base: Base) -> TensorSpec:
-    return TensorSpec(spec.name, "BF16", spec.shape) if _changes(spec.name, adapter, base) else spec
+def _merged_specs(folder: ModelFolder, shard: str, adapter: Adapter, base: Base) -> list[TensorSpec]:
+    return [
+        TensorSpec(spec.name, "BF16", spec.shape) if _changes(spec.name, adapter, base) else spec
+        for spec in prequantized.plain_specs(folder, shard)
+    ]
 
 
 def _merged_tensors(
@@ -88,10 +95,9 @@ def _merged_tensors(
     specs: Sequence[TensorSpec],
     adapter: Adapter,
     base: Base,
-    applied: set[tuple[int, str]],
     advance: Callable[[int], object],
 ) -> Iterator[np.ndarray | bytes]:
-    """The shard's tensors one at a time; `applied` collects the linears whose adapter was added."""
+    """The shard's tensors one at a time."""
     for spec in specs:
         if not _changes(spec.name, adapter, base):
             yield folder.read_bytes(spec.name)
@@ -100,22 +106,19 @@ def _merged_tensors(
             weight = _base_weight(folder, spec.name, adapter, base)
             if linear in adapter.pairs:
                 weight = merged_weight(weight, *adapter.pairs[linear], adapter.scaling)
-                applied.add(linear)
-            yield weight
+            yield weight.astype(ml_dtypes.bfloat16, copy=False)
         advance(spec.nbytes)
 
 
 def _base_weight(folder: ModelFolder, name: str, adapter: Adapter, base: Base) -> np.ndarray:
-    """A linear's weight before the adapter, bfloat16 [out, in]: cast, and for `dequantized` through 4 bits and back."""
-    weight = read_bfloat16(folder, name)
+    """A linear's weight before the adapter [out, in]: bfloat16; for `dequantized` through 4 bits and back, in what that rounds to."""
     if base == "original":
-        return weight
-    settings = adapter.quantization
-    return np.asarray(nf4.dequantize(nf4.quantize(put(weight, "device"), settings.double_quant, settings.quant_type)))
+        return read_bfloat16(folder, name)
+    return np.asarray(nf4.dequantize(put(read_linear(folder, name, adapter.quantization), "device")))
 
 
 def merged_weight(weight: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> np.ndarray:
-    """weight [out, in] bfloat16, A [r, in] and B [out, r] float32 → bfloat16 [out, in], rounded once."""
+    """weight [out, in] of any float dtype, A [r, in] and B [out, r] float32 → bfloat16 [out, in], rounded once."""
     delta = (lora_b @ lora_a) * np.float32(scaling)
     return (weight.astype(np.float32) + delta).astype(ml_dtypes.bfloat16)
 
@@ -151,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def merge_with_progress(folder: ModelFolder, adapter: Adapter, out: Path, base: Base, console: Console) -> None:
     """`merge` under a progress bar, and a line that says what was done."""
-    total = sum(spec.nbytes for shard in folder.shards for spec in folder.specs(shard))
-    with progress_bar(console) as progress:
+    total = sum(spec.nbytes for shard in folder.shards for spec in _merged_specs(folder, shard, adapter, base))
+    with byte_bar(console) as progress:
         task = progress.add_task("merging", total=total)
         merge(folder, adapter, out, base, lambda nbytes: progress.advance(task, nbytes))
     console.print(f"merged {len(adapter.pairs)} adapted linears into the {base} base: {out}")

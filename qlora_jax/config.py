@@ -26,13 +26,13 @@ class ModelSettings(Section):
     """The base model."""
 
     name_or_path: str
-    """A Hugging Face hub id, or a folder with `config.json`, safetensors and a tokenizer."""
+    """A Hugging Face hub id, or a folder with `config.json`, safetensors and a tokenizer; unquantized, or in bitsandbytes' 4 bits."""
     dtype: Literal["bfloat16"] = "bfloat16"
     """The dtype a weight is cast to before it is quantized, and rounded to when it is dequantized."""
 
 
 class QuantizationSettings(Section):
-    """As in BitsAndBytesConfig: `bnb_4bit_quant_type`, `bnb_4bit_use_double_quant`."""
+    """As in BitsAndBytesConfig: `bnb_4bit_quant_type`, `bnb_4bit_use_double_quant`. A model in 4 bits already brings its own."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True

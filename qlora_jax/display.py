@@ -4,7 +4,15 @@ import contextlib
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from qlora_jax.metrics import Record
 
@@ -17,6 +25,12 @@ def make_console(*, stderr: bool = False) -> Console:
 def progress_bar(console: Console) -> Progress:
     """A bar for work before or after training; it leaves nothing behind, and shows nothing where there is no terminal."""
     return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def byte_bar(console: Console) -> Progress:
+    """The same for work that is counted in bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 class RunDisplay:

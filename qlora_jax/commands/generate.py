@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from convert.adapter import as_adapters, load_adapter
 from convert.load import load_weights
 from convert.model import open_model
+from convert.prequantized import settle
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
@@ -40,14 +41,16 @@ def run(options: argparse.Namespace) -> None:
     console = make_console(stderr=True)
     model = open_model(options.model, log=console.print)
     adapter = load_adapter(options.adapter, model.config) if options.adapter else None
-    quantization = adapter.quantization if adapter else QuantizationSettings()
+    asked = adapter.quantization if adapter else QuantizationSettings()
+    fix = "give the model that the adapter was trained on"
+    quantization = settle(model.folder, asked, where=options.adapter, fix=fix)
     lora, adapters = as_adapters(adapter, model.config) if adapter else (None, [{}] * model.config.num_hidden_layers)
     dtype = default_compute_dtype()
     engine = Engine(
         model.config, lora, quantization, compute_dtype=dtype, attention=default_attention(dtype, model.config.head_dim)
     )
     with progress_bar(console) as progress:
-        task = progress.add_task("quantizing layers", total=model.config.num_hidden_layers)
+        task = progress.add_task("loading layers", total=model.config.num_hidden_layers)
         weights = load_weights(model.folder, model.config, quantization, "device", lambda: progress.advance(task))
     sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
     print(answer(engine, weights, adapters, model.tokenizer, options.prompt, sampling))
