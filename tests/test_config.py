@@ -191,7 +191,7 @@ def test_not_yet_does_not_hide_what_is_there() -> None:
         ("training", "export_merged", "perhaps", "'perhaps'"),
         ("training", "output_dir", None, "None"),
         ("data", "packing", True, "True"),
-        ("quantization", "quant_type", "fp4", "'fp4'"),
+        ("quantization", "quant_type", "int8", "'int8'"),
         ("memory", "base_weights", "disk", "'disk'"),
         ("model", "name_or_path", 7, "7"),
     ],

@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.adapter import save_adapter
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
+from convert.quantize import quantize
 from qlora_jax import generate as generation
+from qlora_jax.__main__ import main
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine import Adapters, Engine, Weights
+from qlora_jax.errors import EXIT_BAD_INPUT
 from qlora_jax.generate import Sampling, generate
 from tests import tiny
 from tests.test_llama import transformers_model
@@ -148,3 +152,32 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 def test_temperature_0_is_greedy() -> None:
     rng: Any = None  # nothing is drawn
     assert generation._draw(np.array([0.0, 3.0, 1.0]), 0.0, rng) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- the command
+
+
+def test_a_model_in_4_bits_gives_the_same_answer(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize(ModelFolder(folder), tmp_path / "4bit", QuantizationSettings())
+    answers = []
+    for path in (folder, tmp_path / "4bit"):
+        assert main(["generate", "--model", str(path), "--prompt", "abc", "--max-new-tokens", "8"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert answers[0].strip()
+
+
+def test_an_adapter_of_another_quantization_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize(ModelFolder(folder), tmp_path / "4bit", QuantizationSettings(quant_type="fp4"))
+    config, lora = read_config(ModelFolder(folder)), LoraSettings(r=4)
+    engine = Engine(config, lora, QuantizationSettings(), compute_dtype=jnp.float32)
+    save_adapter(tmp_path / "adapter", engine.init_adapters(0), lora, QuantizationSettings(), str(folder))
+    arguments = ["--model", str(tmp_path / "4bit"), "--adapter", str(tmp_path / "adapter"), "--prompt", "abc"]
+    assert main(["generate", *arguments]) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'adapter'}\n")
+    assert 'quant_type "nf4"' in error and 'quant_type "fp4"' in error

@@ -1,6 +1,7 @@
 """Merging rounds once, touches nothing else, and gives peft's bits."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from convert import bitsandbytes, names
 from convert import merge as merge_module
-from convert import names
-from convert.adapter import CONFIG_FILE, Adapter, load_adapter, save_adapter
+from convert.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter, save_adapter
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
 from convert.merge import Base, main, merge
-from convert.shards import INDEX_NAME, TensorSpec, write_json, write_shard
+from convert.quantize import quantize
+from convert.shards import INDEX_NAME, TensorSpec, write_index, write_json, write_shard
 from qlora_jax import nf4
-from qlora_jax.config import LoraSettings, QuantizationSettings
+from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.engine import Engine
 from qlora_jax.errors import EXIT_BAD_INPUT, InputError
 from qlora_jax.llama import LlamaConfig
@@ -350,6 +352,118 @@ def test_progress_counts_every_byte(tmp_path: Path, model: Path, adapter: Path) 
     merge(folder, load_adapter(adapter, read_config(folder)), tmp_path / "out", "original", advanced.append)
     assert len(advanced) == len(folder.names)
     assert sum(advanced) == sum(folder.spec(name).nbytes for name in folder.names)
+
+
+# A base in 4 bits
+
+FP4 = QuantizationSettings(quant_type="fp4", double_quant=False)
+
+
+@pytest.fixture(scope="module")
+def in_4_bits(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base in what `adapter` was trained on; not to be written to."""
+    out = tmp_path_factory.mktemp("4bit") / "model"
+    quantize(ModelFolder(model), out, QuantizationSettings())
+    return out
+
+
+def test_a_base_in_4_bits_is_the_dequantized_base(
+    tmp_path: Path, in_4_bits: Path, adapter: Path, merged: dict[str, Path]
+) -> None:
+    """To the byte of every file: order, shards, index and config included."""
+    run_merge(in_4_bits, adapter, tmp_path / "out", "dequantized")
+    assert_same_folder(tmp_path / "out", merged["dequantized"])
+    advanced: list[int] = []
+    folder = ModelFolder(in_4_bits)
+    merge(folder, load_adapter(adapter, read_config(folder)), tmp_path / "again", "dequantized", advanced.append)
+    result = ModelFolder(tmp_path / "again")
+    assert advanced == [spec.nbytes for shard in result.shards for spec in result.specs(shard)]
+
+
+def test_companions_in_a_shard_of_their_own(
+    tmp_path: Path, in_4_bits: Path, adapter: Path, merged: dict[str, Path]
+) -> None:
+    """As transformers cuts: anywhere. A shard of which nothing is left is not written."""
+    folder = ModelFolder(in_4_bits)
+    dealt = tmp_path / "dealt"
+    dealt.mkdir()
+    weight_map = {}
+    for number, companions in enumerate((True, False), 1):
+        shard = f"model-0000{number}-of-00002.safetensors"
+        chosen = [name for name in folder.names if (bitsandbytes.companion_of(name) is not None) == companions]
+        write_shard(dealt / shard, [folder.spec(name) for name in chosen], map(folder.read_bytes, chosen))
+        weight_map |= dict.fromkeys(chosen, shard)
+    write_index(dealt, weight_map, 0)
+    write_json(dealt / "config.json", folder.config)
+    run_merge(dealt, adapter, tmp_path / "out", "dequantized")
+    assert ModelFolder(tmp_path / "out").shards == ["model-00002-of-00002.safetensors"]
+    found, expected = read_all(tmp_path / "out"), read_all(merged["dequantized"])
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(bits(found[name]), bits(tensor))
+
+
+def test_a_float16_base_is_rounded_to_bfloat16_once(tmp_path: Path) -> None:
+    """bitsandbytes rounds what was float16 to float16, and the adapter was trained on that."""
+    source = tiny.write_model(tmp_path / "model", num_hidden_layers=1, dtype=np.float16)
+    folder, kind = ModelFolder(source), QuantizationSettings()
+    data: dict[str, tuple[TensorSpec, Any]] = {}
+    for name in folder.names:
+        if names.parse_linear(name) is None:
+            data[name] = (folder.spec(name), folder.read(name))
+        else:
+            parts = bitsandbytes.tensors(name, nf4.quantize(jnp.asarray(folder.read(name))))
+            specs = bitsandbytes.specs(name, folder.spec(name).shape, kind)
+            data |= {spec.name: (spec, part) for spec, part in zip(specs, parts, strict=True)}
+    specs, tensors = zip(*data.values(), strict=True)
+    write_shard(source / "model.safetensors", specs, tensors)
+    write_json(source / "config.json", {**folder.config, "quantization_config": bitsandbytes.quantization_config(kind)})
+    loaded = run_merge(source, make_adapter(tmp_path / "adapter", source, QV), tmp_path / "out", "dequantized")
+    base, results = ModelFolder(source), read_all(tmp_path / "out")
+    for layer, name in [(0, name) for name in LINEAR_NAMES]:
+        tensor = names.linear(layer, name)
+        expected = np.asarray(nf4.dequantize(bitsandbytes.read(base, tensor)))
+        assert expected.dtype == np.float16
+        if (layer, name) in loaded.pairs:
+            lora_a, lora_b = loaded.pairs[layer, name]
+            expected = expected.astype(np.float32) + lora_b @ lora_a * np.float32(loaded.scaling)
+        np.testing.assert_array_equal(bits(results[tensor]), bits(expected.astype(ml_dtypes.bfloat16)))
+
+
+def test_the_original_weights_are_not_in_4_bits(
+    tmp_path: Path, in_4_bits: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--adapter", str(adapter), "--out", str(tmp_path / "out"), "--model", str(in_4_bits)]
+    assert main([*arguments, "--base", "original"]) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert "its original weights are not here" in error
+    assert "give the unquantized model" in error and "--base dequantized" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_another_kind_is_refused(tmp_path: Path, model: Path, adapter: Path) -> None:
+    quantize(ModelFolder(model), tmp_path / "fp4", FP4)
+    with pytest.raises(InputError) as caught:
+        run_merge(tmp_path / "fp4", adapter, tmp_path / "out", "dequantized")
+    assert caught.value.where == str(adapter)
+    assert caught.value.found.startswith('quant_type "nf4", double_quant true, but')
+    assert 'quant_type "fp4", double_quant false' in caught.value.expected
+    assert [path.name for path in tmp_path.iterdir()] == ["fp4"]
+
+
+def test_an_adapter_of_an_unknown_kind_is_taken(tmp_path: Path, model: Path, adapter: Path) -> None:
+    """peft records nothing; the folder says what is to be said."""
+    quantize(ModelFolder(model), tmp_path / "fp4", FP4)
+    unrecorded = shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = safetensors.numpy.load_file(adapter / WEIGHTS_FILE)
+    safetensors.numpy.save_file(tensors, unrecorded / WEIGHTS_FILE, {"format": "pt"})
+    loaded = run_merge(tmp_path / "fp4", unrecorded, tmp_path / "out", "dequantized")
+    name = names.linear(1, "o_proj")
+    weight = nf4.quantize(jnp.asarray(ModelFolder(model).read(name)), FP4.double_quant, FP4.quant_type)
+    expected = merge_module.merged_weight(
+        np.asarray(nf4.dequantize(weight)), *loaded.pairs[1, "o_proj"], loaded.scaling
+    )
+    np.testing.assert_array_equal(bits(ModelFolder(tmp_path / "out").read(name)), bits(expected))
 
 
 # The command

@@ -27,9 +27,10 @@ from convert.adapter import WEIGHTS_FILE, load_adapter
 from convert.folder import ModelFolder
 from convert.load import read_config
 from convert.merge import merge
+from convert.quantize import quantize
 from convert.shards import write_json
 from qlora_jax import trainer
-from qlora_jax.config import load_config
+from qlora_jax.config import QuantizationSettings, load_config
 from qlora_jax.engine import Engine
 from qlora_jax.errors import EXIT_BAD_INPUT
 from tests import tiny
@@ -218,6 +219,46 @@ def test_where_things_live_changes_no_bit(place: Path, with_dropout: Path, tmp_p
     assert losses[0] == losses[1]
 
 
+@pytest.fixture(scope="module")
+def in_4_bits(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model as `convert.quantize` writes it, by type; not to be written to."""
+    folder = tmp_path_factory.mktemp("4bit")
+    for quant_type in ("nf4", "fp4"):
+        kind = QuantizationSettings(quant_type=quant_type, double_quant=quant_type == "nf4")
+        quantize(ModelFolder(place / "model"), folder / quant_type, kind)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_model_in_4_bits_is_the_same_run(
+    place: Path, in_4_bits: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], quant_type: str
+) -> None:
+    """As that of the unquantized model with the settings that the folder brings along, without being told them."""
+    double_quant = str(quant_type == "nf4").lower()
+    kind = [f"quantization.quant_type={quant_type}", f"quantization.double_quant={double_quant}"]
+    short = ["training.max_steps=2", "training.export_merged=true", *HOST]
+    assert train_main(place, tmp_path / "plain", *kind, *short) == 0
+    assert "in 4 bits already" not in capsys.readouterr().out
+    name = f"model.name_or_path={in_4_bits[quant_type]}"
+    assert train_main(place, tmp_path / "out", name, *short) == 0
+    double = ", double quantization" if quant_type == "nf4" else ""
+    printed = capsys.readouterr().out
+    assert f"{in_4_bits[quant_type]} is in 4 bits already ({quant_type}{double}): used as it is\n" in printed
+    assert f"2 layers in {quant_type.upper()}" in printed
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "plain")
+    measured = [
+        [(r["loss"], r["grad_norm"], r["tokens"]) for r in records(tmp_path / run) if "loss" in r]
+        for run in ("plain", "out")
+    ]
+    assert measured[0] == measured[1]
+    merged = [{p.name: data for p, data in snapshot(tmp_path / run / "merged").items()} for run in ("plain", "out")]
+    assert merged[0] == merged[1]
+    resolved = load_config(tmp_path / "out" / "config.yaml")
+    assert resolved.quantization.model_dump() == load_config(place / "run.yaml", kind).quantization.model_dump()
+    again = [f"training.output_dir={tmp_path / 'again'}", "training.max_steps=1", "training.export_merged=false"]
+    assert train.main(["--config", str(tmp_path / "out" / "config.yaml"), *again]) == 0, "its settings are the folder's"
+
+
 def test_an_evaluation_is_not_training_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of our own: a step takes 10 s, an evaluation 1000 s; evaluations fall between and inside logged windows."""
     now = 0.0
@@ -392,6 +433,45 @@ def test_bad_rows(
     assert not snapshot(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["quantization.quant_type=nf4"],
+            [
+                'found:    quant_type "nf4", but',
+                'expected: what that folder is in: quant_type "fp4", double_quant false',
+            ],
+        ),
+        (["quantization.double_quant=true"], ["found:    double_quant true, but", "leave these settings out"]),
+        (["training.export_merged=true", "training.merge_base=original"], ["original weights", "training.merge_base"]),
+    ],
+)
+def test_what_a_model_in_4_bits_is_not(
+    capsys: pytest.CaptureFixture[str],
+    place: Path,
+    in_4_bits: dict[str, Path],
+    tmp_path: Path,
+    overrides: list[str],
+    parts: list[str],
+) -> None:
+    """Said before anything is trained or written."""
+    paths = [f"training.output_dir={tmp_path / 'out'}", f"model.name_or_path={in_4_bits['fp4']}"]
+    error = refused(capsys, "--config", str(place / "run.yaml"), *paths, *overrides)
+    assert str(in_4_bits["fp4"]) in error
+    for part in parts:
+        assert part in error
+    assert not (tmp_path / "out").exists()
+
+
+def scale_gone(model: Path) -> None:
+    quantize(ModelFolder(model), model.with_name("4bit"), QuantizationSettings())
+    tensors = safetensors.numpy.load_file(model.with_name("4bit") / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight.absmax"]
+    safetensors.numpy.save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    shutil.copyfile(model.with_name("4bit") / "config.json", model / "config.json")
+
+
 def no_weights(model: Path) -> None:
     (model / "model.safetensors").unlink()
 
@@ -434,6 +514,11 @@ def not_finite(model: Path) -> None:
         (configured(num_hidden_layers=3), ["missing: model.layers.2.mlp.up_proj.weight"]),
         (no_tokenizer, ["model", "tokenizer"]),
         (not_finite, ["model.layers.1.mlp.up_proj.weight"]),
+        (scale_gone, ["missing: model.layers.1.mlp.up_proj.weight.absmax", "give the unquantized one"]),
+        (
+            configured(quantization_config={"quant_method": "gptq"}),
+            ["already quantized (gptq)", "quantized on the way in"],
+        ),
     ],
 )
 def test_a_bad_model(

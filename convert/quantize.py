@@ -1,0 +1,126 @@
+"""Quantizes a model once and for all: `python -m convert.quantize --model ID_OR_DIR --out DIR`.
+
+The linears of the decoder layers go to 4 bits, in bitsandbytes' layout (`convert.bitsandbytes`); norms, embedding and head stay bfloat16.
+Tensor by tensor, in the model's shards and order, so that no more than one tensor is in memory at a time.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from convert import bitsandbytes, names
+from convert.derived import Shard, refuse_existing, write_derived
+from convert.folder import ModelFolder
+from convert.hub import resolve_model
+from convert.load import read_bfloat16, read_config, read_linear
+from convert.shards import TensorSpec
+from qlora_jax import nf4
+from qlora_jax.config import QuantizationSettings
+from qlora_jax.display import byte_bar, make_console
+from qlora_jax.errors import InputError, exit_status
+
+EPILOG = """\
+The folder can be given to train.py (model.name_or_path), `python -m qlora_jax generate` and `python -m convert.merge`, which use it
+as it is, and to transformers with bitsandbytes. A run on it is, bit for bit, the run on the unquantized model with the same
+quantization, without the time to quantize. The original weights are not in it: merging with `--base original` needs the unquantized
+model."""
+
+
+def quantize(
+    folder: ModelFolder,
+    out: Path,
+    quantization: QuantizationSettings,
+    advance: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Write an unquantized model in 4 bits; `out` appears whole or not at all.
+
+    Args:
+        advance: called with the bytes of each tensor read.
+
+    Raises:
+        InputError: `folder` is quantized already, `out` exists, or a weight is not finite.
+    """
+    refuse_quantized(folder)
+
+    def change(shard: str) -> Shard:
+        kept = [spec for spec in folder.specs(shard) if not names.is_ignored(spec.name)]
+        specs = [new for spec in kept for new in _specs(spec, quantization)]
+        return specs, _tensors(folder, kept, quantization, advance)
+
+    write_derived(folder, out, change, bitsandbytes.quantization_config(quantization))
+
+
+def refuse_quantized(folder: ModelFolder) -> None:
+    """Quantizing twice would lose twice.
+
+    Raises:
+        InputError: the folder is in 4 bits.
+    """
+    if folder.is_4bit:
+        raise InputError(
+            folder.path,
+            found="a model that is in 4 bits already",
+            expected="an unquantized model",
+            fix="use this folder as it is, or give the unquantized model",
+        )
+
+
+def _specs(spec: TensorSpec, quantization: QuantizationSettings) -> list[TensorSpec]:
+    """What becomes of one tensor."""
+    if names.parse_linear(spec.name) is None:
+        return [TensorSpec(spec.name, "BF16", spec.shape)]
+    return bitsandbytes.specs(spec.name, spec.shape, quantization)
+
+
+def _tensors(
+    folder: ModelFolder,
+    kept: Sequence[TensorSpec],
+    quantization: QuantizationSettings,
+    advance: Callable[[int], object],
+) -> Iterator[np.ndarray]:
+    for spec in kept:
+        # Not in a variable, which would hold this tensor while the next one is read.
+        yield from _quantized(folder, spec.name, quantization)
+        advance(spec.nbytes)
+
+
+def _quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> list[np.ndarray]:
+    if names.parse_linear(name) is None:
+        return [read_bfloat16(folder, name)]
+    return bitsandbytes.tensors(name, read_linear(folder, name, quantization))
+
+
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.quantize", description=__doc__.split("\n\n")[0], epilog=EPILOG
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the model: a hub id or a folder")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder; must not exist")
+    parser.add_argument("--quant-type", choices=tuple(nf4.CODEBOOKS), default="nf4", help="default: nf4")
+    parser.add_argument(
+        "--no-double-quant", action="store_true", help="keep the scales in float32: 4.5 bits a weight instead of 4.127"
+    )
+    options = parser.parse_args(arguments)
+    console = make_console(stderr=True)
+    quantization = QuantizationSettings(quant_type=options.quant_type, double_quant=not options.no_double_quant)
+    refuse_existing(options.out)
+    folder = ModelFolder(resolve_model(options.model, log=console.print))
+    refuse_quantized(folder)
+    read_config(folder)  # refuses what is not a supported Llama, before hours are spent on it
+    total = sum(spec.nbytes for shard in folder.shards for spec in folder.specs(shard))
+    with byte_bar(console) as progress:
+        task = progress.add_task("quantizing", total=total)
+        quantize(folder, options.out, quantization, lambda nbytes: progress.advance(task, nbytes))
+    made = ModelFolder(options.out)
+    after = sum(spec.nbytes for shard in made.shards for spec in made.specs(shard))
+    console.print(f"{total / 2**20:,.1f} MiB became {after / 2**20:,.1f} MiB in {options.quant_type}: {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
