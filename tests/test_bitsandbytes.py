@@ -102,6 +102,20 @@ def their_bytes(tensor: Any) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def their_logits(model: Any) -> np.ndarray:
+    """Of their model with its weights dequantized to their own dtype, in float32 from there on."""
+    import torch
+
+    with torch.no_grad():
+        return torch.nn.Module.float(model.dequantize())(torch.from_numpy(INPUT_IDS).long()).logits.numpy()
+
+
+def our_logits(folder: ModelFolder, kind: QuantizationSettings) -> np.ndarray:
+    config = read_config(folder)
+    engine = Engine(config, None, kind, compute_dtype=jnp.float32)
+    return np.asarray(engine.logits(load_weights(folder, config, kind, "device"), [{}], INPUT_IDS))
+
+
 THEIRS = {
     "nf4, nested": ({"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {}, {}),
     "nf4": ({"bnb_4bit_quant_type": "nf4"}, {}, {}),
@@ -154,6 +168,23 @@ def test_what_they_write_is_read_as_it_is(
         np.testing.assert_array_equal(bits(jitted_dequantize(found)), their_bits(linear))
 
 
+def test_what_was_float16_runs_as_float16(tmp_path: Path) -> None:
+    """Rounding its weights to bfloat16 as well would show."""
+    pytest.importorskip("torch")
+    from transformers import BitsAndBytesConfig
+
+    model = tiny.write_model(tmp_path / "model", dtype=np.float16, torch_dtype="float16", num_hidden_layers=1)
+    # What is not in 4 bits is cast to bfloat16 here; make that change nothing.
+    tensors = safetensors.numpy.load_file(model / "model.safetensors")
+    plain = {n: t.astype(ml_dtypes.bfloat16).astype(t.dtype) for n, t in tensors.items() if not names.parse_linear(n)}
+    safetensors.numpy.save_file({**tensors, **plain}, model / "model.safetensors", {"format": "pt"})
+    theirs = load_theirs(model, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = our_logits(ModelFolder(tmp_path / "theirs"), QuantizationSettings(double_quant=False))
+    expected = their_logits(load_theirs(tmp_path / "theirs"))
+    assert np.abs(found - expected).max() <= LOGITS_RTOL * np.abs(expected).max()
+
+
 @every_kind
 def test_what_we_write_they_read(ours: dict[str, Path], kind: QuantizationSettings) -> None:
     """Every weight has the same bits, and the whole model gives the engine's logits.
@@ -168,14 +199,11 @@ def test_what_we_write_they_read(ours: dict[str, Path], kind: QuantizationSettin
     assert linears.keys() == set(linear_names(folder))
     for name, linear in linears.items():
         np.testing.assert_array_equal(bits(jitted_dequantize(bitsandbytes.read(folder, name))), their_bits(linear))
-    config = read_config(folder)
-    engine = Engine(config, None, kind, compute_dtype=jnp.float32)
-    found = engine.logits(load_weights(folder, config, kind, "device"), [{}], INPUT_IDS)
+    found = our_logits(folder, kind)
     with torch.no_grad():
         as_they_run_it = reference(torch.from_numpy(INPUT_IDS).long()).logits.float().numpy()
-        dequantized = torch.nn.Module.float(load_theirs(ours[kind_name(kind)]).dequantize())
-        expected = dequantized(torch.from_numpy(INPUT_IDS).long()).logits.numpy()
-    assert np.abs(np.asarray(found) - expected).max() <= LOGITS_RTOL * np.abs(expected).max()
+    expected = their_logits(load_theirs(ours[kind_name(kind)]))
+    assert np.abs(found - expected).max() <= LOGITS_RTOL * np.abs(expected).max()
     assert np.linalg.norm(found - as_they_run_it) <= 12 * BF16_ROUNDING * np.linalg.norm(expected)
 
 
