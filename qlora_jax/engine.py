@@ -8,7 +8,7 @@ layer, so compile time does not grow with depth. A step is two walks:
     backward   for layer L-1 … 0:  run the layer again from its kept inputs, and take from that d_adapters[l] and the dh below
 
 Nothing of a layer outlives its turn but its inputs ([B, T, D] in the compute dtype) and its adapter's gradient. In particular no
-dequantized weight does: it exists inside the compiled layer only, shared there by the recomputed forward and dX.
+dequantized weight does: it exists inside the compiled layer only, shared there by the recomputed forward and dX (`share_dense`).
 
 Where a layer's weights live is not the engine's business. It asks a `LayerStore` to walk 0 … L-1, L-1 … 0, and each layer is on the
 device when its turn comes: because it lives there, or because its copy was started a layer ago. The same compiled functions see the
@@ -62,6 +62,8 @@ class Engine:
         compute_dtype: of hidden states and matmuls.
         attention: jax's implementation, see `default_attention`.
         activations: where kept layer inputs live.
+        share_dense: in the backward walk, dequantize each weight once for the recomputed forward and for dX; a layer's dense matrices
+            (1.7 GB at 70B) then exist together while the layer is at work. Otherwise it is done twice, a matrix at a time.
     """
 
     def __init__(
@@ -73,11 +75,14 @@ class Engine:
         compute_dtype: jax.typing.DTypeLike,
         attention: Attention = "xla",
         activations: Where = "device",
+        share_dense: bool = True,
     ) -> None:
         self.config, self.lora, self.activations = config, lora, activations
         self.compute_dtype = jnp.dtype(compute_dtype)
         self._layer_settings = (config, lora, quantization, attention)
-        self._layer_def, self.abstract_adapter, self.abstract_layer = _describe(DecoderLayer, *self._layer_settings)
+        self._layer_def, self.abstract_adapter, self.abstract_layer = _describe(
+            DecoderLayer, *self._layer_settings, share_dense=share_dense
+        )
         self._embedding_def, _, self.abstract_embedding = _describe(Embedding, config)
         self._head_def, _, self.abstract_head = _describe(Head, config)
         self._numbers = [put(np.int32(i), "device") for i in range(config.num_hidden_layers)]
@@ -303,9 +308,10 @@ def default_attention(compute_dtype: jax.typing.DTypeLike, head_dim: int) -> Att
 
 
 @functools.cache
-def _describe(module: type[nnx.Module], *settings: Any) -> tuple[Definition, Tree, Tree]:
+def _describe(module: type[nnx.Module], *settings: Any, **options: Any) -> tuple[Definition, Tree, Tree]:
     """(definition, shapes of the trained parameters, shapes of the frozen ones) of a module, without allocating it."""
-    graphdef, trained, frozen = nnx.split(nnx.eval_shape(lambda: module(*settings, nnx.Rngs(0))), nnx.LoRAParam, ...)
+    described = nnx.eval_shape(lambda: module(*settings, nnx.Rngs(0), **options))
+    graphdef, trained, frozen = nnx.split(described, nnx.LoRAParam, ...)
     return Definition(graphdef), nnx.to_pure_dict(trained), nnx.to_pure_dict(frozen)
 
 

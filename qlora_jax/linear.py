@@ -1,16 +1,18 @@
-"""Flax modules: a frozen NF4 linear and a LoRA adapter on it.
+"""Flax modules: a frozen 4-bit linear and a LoRA adapter on it.
 
-    y = x·Wᵀ + scaling · (dropout(x)·Aᵀ)·Bᵀ          W frozen in NF4, A [R, in] and B [out, R] trained in float32
+    y = x·Wᵀ + scaling · (dropout(x)·Aᵀ)·Bᵀ          W frozen in 4 bits, A [R, in] and B [out, R] trained in float32
 
 Frozen weights are `FrozenParam`s and adapters `nnx.LoRAParam`s, so `nnx.split(module, nnx.LoRAParam, ...)` separates what is
 trained from what is not into two trees.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax import nf4
+from qlora_jax import kernels, nf4
 from qlora_jax.config import QuantizationSettings
 
 
@@ -18,21 +20,30 @@ class FrozenParam(nnx.Variable):
     """A parameter of the base model. It is never trained and no gradient reaches it."""
 
 
-@jax.custom_vjp
-def frozen_matmul(x: jax.Array, weight: nf4.QuantizedTensor) -> jax.Array:
-    """x [..., in] times the transpose of an NF4 weight of shape (out, in): [..., out] in x's dtype.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def frozen_matmul(x: jax.Array, weight: nf4.QuantizedTensor, share_dense: bool = False) -> jax.Array:
+    """x [..., in] times the transpose of a 4-bit weight of shape (out, in): [..., out] in x's dtype. No gradient reaches the weight.
 
-    The weight is dequantized to bfloat16, as bitsandbytes does, and from there to x's dtype.
+    What the backward pass keeps are the codes and scales: it dequantizes again. With `share_dense` it keeps the dequantized matrix
+    instead, which is for a forward that is recomputed within the same compiled function: there it lives no longer than that.
     """
-    return jnp.einsum("...i,oi->...o", x, nf4.dequantize(weight).astype(x.dtype))
+    return kernels.matmul(x, weight)
 
 
-def _frozen_matmul_forward(x: jax.Array, weight: nf4.QuantizedTensor) -> tuple[jax.Array, nf4.QuantizedTensor]:
-    return frozen_matmul(x, weight), weight  # kept for the backward pass: the 4-bit codes, never the bf16 matrix
+def _frozen_matmul_forward(
+    x: jax.Array, weight: nf4.QuantizedTensor, share_dense: bool
+) -> tuple[jax.Array, nf4.QuantizedTensor | jax.Array]:
+    if not share_dense:
+        return kernels.matmul(x, weight), weight
+    dense = kernels.dequantize(weight)
+    return kernels.dense_matmul(x, dense), dense
 
 
-def _frozen_matmul_backward(weight: nf4.QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.einsum("...o,oi->...i", dy, nf4.dequantize(weight).astype(dy.dtype)), None  # frozen: no cotangent
+def _frozen_matmul_backward(
+    share_dense: bool, kept: nf4.QuantizedTensor | jax.Array, dy: jax.Array
+) -> tuple[jax.Array, None]:
+    dense = kept if share_dense else kernels.dequantize(kept)
+    return jnp.einsum("...o,oi->...i", dy, dense.astype(dy.dtype)), None  # frozen: no cotangent
 
 
 frozen_matmul.defvjp(_frozen_matmul_forward, _frozen_matmul_backward)
@@ -64,7 +75,7 @@ class LoRA(nnx.Module):
 
 
 class NF4Linear(nnx.Module):
-    """A frozen linear without bias, `weight` an NF4 tensor of shape (out, in), and its adapter if it has one.
+    """A frozen linear without bias, `weight` a 4-bit tensor of shape (out, in), and its adapter if it has one.
 
     A new one holds random weights (normal, deviation 0.02) until a checkpoint's take their place.
     """
@@ -76,12 +87,14 @@ class NF4Linear(nnx.Module):
         adapter: LoRA | None,
         quantization: QuantizationSettings,
         rngs: nnx.Rngs,
+        *,
+        share_dense: bool = False,
     ) -> None:
         weight = 0.02 * jax.random.normal(rngs.params(), (out_features, in_features), jnp.bfloat16)
         self.weight = FrozenParam(nf4.quantize(weight, quantization.double_quant, quantization.quant_type))
-        self.adapter = adapter
+        self.adapter, self.share_dense = adapter, share_dense
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [..., in] → [..., out] in x's dtype."""
-        y = frozen_matmul(x, self.weight.get_value())
+        y = frozen_matmul(x, self.weight.get_value(), self.share_dense)
         return y if self.adapter is None else y + self.adapter(x, key)

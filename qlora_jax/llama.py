@@ -140,6 +140,8 @@ class DecoderLayer(nnx.Module):
         quantization: QuantizationSettings,
         attention: Attention,
         rngs: nnx.Rngs,
+        *,
+        share_dense: bool = False,
     ) -> None:
         self.config, self.attention = config, attention
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -147,7 +149,8 @@ class DecoderLayer(nnx.Module):
         for name, (rows, columns) in config.linear_shapes().items():
             targeted = lora is not None and name in lora.targets
             adapter = LoRA(columns, rows, lora.r, lora.scaling, lora.lora_dropout, rngs) if targeted else None
-            setattr(self, name, NF4Linear(columns, rows, adapter, quantization, rngs))
+            linear = NF4Linear(columns, rows, adapter, quantization, rngs, share_dense=share_dense)
+            setattr(self, name, linear)
 
     def __call__(self, h: jax.Array, positions: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """h [B, T, D] at `positions` [B, T] → [B, T, D], attending causally. `key` turns the adapters' dropout on."""

@@ -88,7 +88,8 @@ def _thresholds(values: np.ndarray) -> np.ndarray:
     return np.where(rounded > midpoints, np.nextafter(rounded, np.float32(-np.inf)), rounded)
 
 
-_DYNAMIC_THRESHOLDS = _thresholds(DYNAMIC_MAP)
+DYNAMIC_THRESHOLDS = _thresholds(DYNAMIC_MAP)
+"""The 255 values, ascending, above which a scaled scale belongs to the next value of the map; float32."""
 
 
 @flax.struct.dataclass
@@ -115,14 +116,19 @@ def quantize(weight: jax.Array, double_quant: bool = True, quant_type: QuantType
     The weight must be finite (`check_finite` says so by name). A tie goes to the lower level; an all-zero block gets the code of 0.
     """
     absmax, scaled = _scale_blocks(weight.astype(jnp.float32).reshape(-1))
-    order = np.argsort(CODEBOOKS[quant_type], kind="stable")
+    ascending = np.array(order(quant_type))
     ranks = sum((scaled > boundary).astype(jnp.uint8) for boundary in boundaries(quant_type)).reshape(-1, 2)
     codes = (ranks[:, 0] << 4 | ranks[:, 1])[: (weight.size + 1) // 2]
-    if (np.diff(order) < 0).any():  # the type's codes do not ascend: a second look-up, a byte at a time
-        pairs = (order[:, None] << 4 | order[None, :]).astype(np.uint8).reshape(-1)
+    if (np.diff(ascending) < 0).any():  # the type's codes do not ascend: a second look-up, a byte at a time
+        pairs = (ascending[:, None] << 4 | ascending[None, :]).astype(np.uint8).reshape(-1)
         codes = jnp.take(pairs, codes.astype(jnp.int32), mode="clip")
     nested = quantize_absmax(absmax) if double_quant else (absmax, None, None)
     return QuantizedTensor(codes, *nested, weight.shape, quant_type, weight.dtype.name)
+
+
+def order(quant_type: QuantType) -> tuple[int, ...]:
+    """The 16 codes in the order of their levels; FP4's two zeros in the order of their codes."""
+    return tuple(np.argsort(CODEBOOKS[quant_type], kind="stable").tolist())
 
 
 def boundaries(quant_type: QuantType) -> np.ndarray:
@@ -196,13 +202,18 @@ def _subnormal_inverse(bits: jax.Array) -> jax.Array:
 
 def quantize_absmax(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scales [N] float32 → (codes [N] uint8, nested_absmax [ceil(N / 256)] float32, nested_offset [] float32)."""
-    # Summed in two stages, so that the rounding error of millions of addends stays near one ulp.
-    offset = _pad(absmax, ABSMAX_BLOCK_SIZE).reshape(-1, ABSMAX_BLOCK_SIZE).sum(1).sum() / absmax.size
+    offset = mean(absmax)
     centred = _pad(absmax - offset, ABSMAX_BLOCK_SIZE).reshape(-1, ABSMAX_BLOCK_SIZE)
     nested_absmax = jnp.max(jnp.abs(centred), axis=1)
     scaled = centred / jnp.where(nested_absmax > 0, nested_absmax, 1)[:, None]
-    codes = jnp.searchsorted(_DYNAMIC_THRESHOLDS, scaled.reshape(-1)).astype(jnp.uint8)
+    codes = jnp.searchsorted(DYNAMIC_THRESHOLDS, scaled.reshape(-1)).astype(jnp.uint8)
     return codes[: absmax.size], nested_absmax, offset
+
+
+def mean(absmax: jax.Array) -> jax.Array:
+    """The scales' mean, summed in two stages, so that the rounding error of millions of addends stays near one ulp."""
+    mean = _pad(absmax, ABSMAX_BLOCK_SIZE).reshape(-1, ABSMAX_BLOCK_SIZE).sum(1).sum() / absmax.size
+    return jnp.minimum(mean, np.finfo(np.float32).max)  # rounded before it is used: see `dequantize_absmax`
 
 
 def dequantize(weight: QuantizedTensor, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:

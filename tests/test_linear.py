@@ -91,6 +91,20 @@ def test_no_dense_matrix_is_kept_with_an_adapter(dropout: float) -> None:
     assert max(floats_kept(dense_run)) == OUT * IN  # so the measure sees a dense matrix where there is one
 
 
+def test_sharing_changes_no_bit(weight: nf4.QuantizedTensor) -> None:
+    def value_and_dx(share_dense: bool) -> tuple[jax.Array, jax.Array]:
+        y, vjp = jax.vjp(lambda x: frozen_matmul(x, weight, share_dense), random(1, TOKENS, IN))
+        return y, *vjp(random(2, TOKENS, OUT))
+
+    for shared, not_shared in zip(value_and_dx(True), value_and_dx(False), strict=True):
+        np.testing.assert_array_equal(shared, not_shared)
+
+
+def test_a_shared_dense_matrix_is_what_is_kept(weight: nf4.QuantizedTensor) -> None:
+    _, vjp = jax.vjp(lambda x: frozen_matmul(x, weight, True), random(1, TOKENS, IN))
+    assert [(leaf.dtype, leaf.shape) for leaf in jax.tree.leaves(vjp)] == [(jnp.bfloat16, (OUT, IN))]
+
+
 def test_no_gradient_reaches_the_weight(weight: nf4.QuantizedTensor) -> None:
     x = random(1, TOKENS, IN)
     y, vjp = jax.vjp(frozen_matmul, x, weight)

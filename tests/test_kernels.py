@@ -1,0 +1,338 @@
+"""The GPU kernels: their indexing, in Pallas' interpreter; their PTX, for every card; and where there is a GPU, themselves."""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax import kernels, nf4
+from qlora_jax.kernels import dequantization, narrow_matmul, quantization, triton
+from qlora_jax.linear import frozen_matmul
+from qlora_jax.nf4 import QuantizedTensor
+
+BF16_ROUNDING = 2.0**-8  # half a step of an 8-bit significand, relative
+F32_EPS = float(np.finfo(np.float32).eps)
+ARCHITECTURES = ("80", "86", "89", "90", "120")  # A100, RTX 3090, RTX 4090, H100, RTX 5090
+
+FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
+every_format = pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+interpreted = pytest.mark.skipif(jax.default_backend() == "gpu", reason="the interpreter is for machines without a GPU")
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+
+def random_weight(rows: int, columns: int, dtype: Any = jnp.bfloat16, seed: int = 0) -> jax.Array:
+    weight = 0.02 * jax.random.normal(jax.random.key(seed), (rows, columns), jnp.float32)
+    return weight.at[0, :64].set(0).at[-1, -1].set(3e4).astype(dtype)
+
+
+def bits(x: Any) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8)
+
+
+def assert_same(found: QuantizedTensor, expected: QuantizedTensor) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(bits(ours), bits(theirs))
+
+
+def assert_product(y: jax.Array, x: jax.Array, weight: QuantizedTensor, weight_rounding: float) -> None:
+    """y = x·Wᵀ up to the rounding of W to its dtype (if it is rounded), of the sums in float32, and of y to its own dtype."""
+    dense, x = np.asarray(nf4.dequantize(weight, jnp.float32), np.float64), np.asarray(x, np.float64)
+    exact, magnitudes = x @ dense.T, np.abs(x) @ np.abs(dense).T
+    y_rounding = BF16_ROUNDING if y.dtype == jnp.bfloat16 else 0
+    bound = (weight_rounding + dense.shape[1] * F32_EPS) * magnitudes
+    bound += y_rounding * (np.abs(exact) + bound)
+    assert (np.abs(np.asarray(y, np.float64) - exact) <= bound).all()
+
+
+# ----------------------------------------------------------------------------------------------------- interpreted kernels
+
+
+@interpreted
+@every_format
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", [(8, 64), (72, 192), (3, 640)], ids=str)  # some that do not fill a program
+def test_dequantize_equals_the_twin(shape: tuple[int, int], dtype: Any, quant_type: Any, double_quant: bool) -> None:
+    weight = nf4.quantize(random_weight(*shape, dtype), double_quant, quant_type)
+    assert dequantization.supported(weight, weight.dtype)
+    found = dequantization.dequantize(weight, weight.dtype, warps=1, chunks=2, interpret=True)
+    assert (found.shape, found.dtype) == (shape, dtype)
+    np.testing.assert_array_equal(bits(found), bits(nf4.dequantize(weight)))
+
+
+@interpreted
+@every_format
+@pytest.mark.parametrize("shape", [(8, 64), (72, 192), (257, 64)], ids=str)
+def test_quantize_equals_the_twin(shape: tuple[int, int], quant_type: Any, double_quant: bool) -> None:
+    weight = random_weight(*shape)
+    assert quantization.supported(weight)
+    found = quantization.quantize(weight, double_quant, quant_type, blocks=16, interpret=True)
+    assert_same(found, nf4.quantize(weight, double_quant, quant_type))
+
+
+few_products = pytest.mark.parametrize(
+    ("shape", "tokens", "format", "dtype"),
+    [
+        ((8, 256), 1, FORMATS[0], jnp.float32),
+        ((21, 576), 1, FORMATS[0], jnp.bfloat16),
+        ((21, 576), 3, FORMATS[1], jnp.float32),
+        ((9, 64), 2, FORMATS[2], jnp.bfloat16),
+    ],
+    ids=str,
+)
+
+
+@interpreted
+@few_products
+def test_matmul_of_few_tokens(shape: tuple[int, int], tokens: int, format: tuple[Any, bool], dtype: Any) -> None:
+    quant_type, double_quant = format
+    weight = nf4.quantize(random_weight(*shape), double_quant, quant_type)
+    x = jax.random.normal(jax.random.key(1), (tokens, shape[1]), dtype)
+    y = narrow_matmul.few(x, weight, warps=1, rows=4, interpret=True)
+    assert (y.shape, y.dtype) == ((tokens, shape[0]), dtype)
+    assert_product(y, x, weight, weight_rounding=0)
+
+
+@interpreted
+@few_products
+def test_matmul_of_some_tokens(shape: tuple[int, int], tokens: int, format: tuple[Any, bool], dtype: Any) -> None:
+    quant_type, double_quant = format
+    dtype = jnp.float16 if dtype == jnp.float32 else dtype
+    weight = nf4.quantize(random_weight(*shape, dtype), double_quant, quant_type)
+    x = jax.random.normal(jax.random.key(1), (5 * tokens, shape[1]), weight.dtype)
+    y = narrow_matmul.some(x, weight, rows=16, tile_words=16, interpret=True)
+    assert (y.shape, y.dtype) == ((5 * tokens, shape[0]), x.dtype)
+    assert_product(y, x, weight, weight_rounding=BF16_ROUNDING)
+
+
+# ------------------------------------------------------------------------------------------------------------- the choice
+
+
+def test_a_cpu_uses_the_twins() -> None:
+    kernels.available.cache_clear()
+    expected = jax.default_backend() == "gpu"
+    assert kernels.available() is expected
+
+
+@pytest.fixture
+def a_gpu_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if jax.default_backend() == "gpu":
+        pytest.skip("this GPU has the backend")
+    kernels.available.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    yield
+    monkeypatch.undo()
+    kernels.available.cache_clear()
+
+
+@pytest.mark.usefixtures("a_gpu_without_the_backend")
+def test_losing_the_backend_costs_one_warning() -> None:
+    """Pallas does not compile here, as it would not on a GPU that its backend does not serve."""
+    weight, x = random_weight(16, 64), jnp.ones((2, 64))
+    with pytest.warns(UserWarning, match="4-bit kernels do not work") as caught:
+        packed = jax.jit(kernels.quantize)(weight)  # asked for while tracing
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(packed, nf4.quantize(weight))
+        np.testing.assert_array_equal(bits(kernels.dequantize(packed)), bits(nf4.dequantize(packed)))
+        assert_product(kernels.matmul(x, packed), x, packed, weight_rounding=BF16_ROUNDING)
+
+
+def test_what_the_kernels_do_not_serve() -> None:
+    ragged = nf4.quantize(jnp.ones((3, 5), jnp.bfloat16))
+    assert not dequantization.supported(ragged, "bfloat16")
+    assert not dequantization.supported(nf4.quantize(random_weight(8, 64)), "float32")
+    assert not quantization.supported(jnp.ones((3, 5), jnp.bfloat16))
+    assert not quantization.supported(jnp.ones((8, 64), jnp.float32))
+    straddling = nf4.quantize(random_weight(4, 96))
+    assert not narrow_matmul.supported(jnp.ones((1, 96), jnp.bfloat16), straddling)
+    weight = nf4.quantize(random_weight(8, 64))
+    assert narrow_matmul.supported(jnp.ones((16, 64), jnp.bfloat16), weight)
+    assert not narrow_matmul.supported(jnp.ones((17, 64), jnp.bfloat16), weight)
+    assert not narrow_matmul.supported(
+        jnp.ones((16, 64), jnp.float32), weight
+    )  # would have to be rounded for the tensor cores
+
+
+# --------------------------------------------------------------------------------------------------- lowering and assembly
+
+
+def lowered(run: Any, *arguments: Any) -> str:
+    """What `run` becomes for an NVIDIA GPU, on a machine that need not have one."""
+    traced = lambda: jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()  # noqa: E731
+    if jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
+        return traced()
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    gpu = AbstractDevice("NVIDIA A100-SXM4-40GB", None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu)):
+        return traced()
+
+
+@every_format
+def test_every_kernel_is_accepted_by_the_backend(quant_type: Any, double_quant: bool) -> None:
+    dense = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16)
+    weight = jax.eval_shape(lambda w: nf4.quantize(w, double_quant, quant_type), dense)
+    x = {tokens: jax.ShapeDtypeStruct((tokens, 1024), jnp.bfloat16) for tokens in (1, 16)}
+    cases = {
+        "dequantize": (lambda w: dequantization.dequantize(w, "bfloat16"), weight),
+        "quantize": (lambda w: quantization.quantize(w, double_quant, quant_type), dense),
+        "few": (narrow_matmul.matmul, x[1], weight),
+        "some": (narrow_matmul.matmul, x[16], weight),
+    }
+    for name, case in cases.items():
+        assert "triton" in lowered(*case), name
+
+
+ASM = {
+    "look_up": (triton.LOOK_UP.format(shift=12), "=&f,r,f"),
+    "round_pair bf16": (triton.ROUND_PAIR.format(first=4, second=0, pair="bf16x2"), "=&r,r,f,f"),
+    "round_pair f16": (triton.ROUND_PAIR.format(first=4, second=0, pair="f16x2"), "=&r,r,f,f"),
+    "from_lane": (triton.FROM_LANE, "=f,f,r"),
+    "scale": (triton.SCALE, "=f,f,f,f"),
+    "inverse": (triton.INVERSE, "=f,f"),
+    "divide": (triton.DIVIDE, "=f,f,f"),
+    "pack_pair nf4": (quantization.pack_pair_asm("nf4"), "=&r,r,f"),
+    "pack_pair fp4": (quantization.pack_pair_asm("fp4"), "=&r,r,f"),
+}
+
+
+def ptx_of(text: str, constraints: str, architecture: str) -> str:
+    """A kernel around a piece of inline assembly: operands from memory, result to memory."""
+    kinds = [constraint[-1] for constraint in constraints.split(",")]
+    operands = [f"%{kind}{i}" for i, kind in enumerate(kinds)]
+    body = re.sub(r"\$(\d)", lambda match: operands[int(match[1])], text)
+    loads = [f"ld.global.b32 {name}, [%p + {4 * i}];" for i, name in enumerate(operands) if i]
+    return "\n".join(
+        [
+            ".version 8.7" if int(architecture) >= 100 else ".version 7.8",
+            f".target sm_{architecture}",
+            ".address_size 64",
+            ".visible .entry run(.param .u64 where) {",
+            f".reg .b64 %p; .reg .b32 %r<{len(kinds)}>; .reg .f32 %f<{len(kinds)}>;",
+            "ld.param.u64 %p, [where];",
+            *loads,
+            body,
+            f"st.global.b32 [%p], {operands[0]};",
+            "ret; }",
+        ]
+    )
+
+
+def assemble(ptx: str, architecture: str, folder: Path) -> None:
+    source = folder / f"kernel-{architecture}.ptx"
+    source.write_text(ptx)
+    command = ["ptxas", f"-arch=sm_{architecture}", str(source), "-o", str(folder / "kernel.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr + result.stdout
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is not installed")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ASM)
+def test_assembly_for_every_card(name: str, architecture: str, tmp_path: Path) -> None:
+    assemble(ptx_of(*ASM[name], architecture), architecture, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- with a GPU
+
+
+@needs_gpu
+@every_format
+@pytest.mark.parametrize("shape", [(64, 64), (576, 1536), (1376, 4096), (257, 704)], ids=str)
+def test_kernels_on_the_gpu(shape: tuple[int, int], quant_type: Any, double_quant: bool) -> None:
+    assert kernels.available()
+    dense = random_weight(*shape)
+    packed = jax.jit(kernels.quantize, static_argnums=(1, 2))(dense, double_quant, quant_type)
+    on_cpu = jax.device_put(dense, jax.local_devices(backend="cpu")[0])
+    expected = nf4.quantize(on_cpu, double_quant, quant_type)
+    np.testing.assert_array_equal(packed.codes, expected.codes)
+    if not double_quant:  # else the scales' mean, a sum in another order, may be another float
+        np.testing.assert_array_equal(bits(packed.absmax), bits(expected.absmax))
+    for dtype in ("bfloat16", "float16"):
+        found = jax.jit(kernels.dequantize, static_argnums=1)(packed, dtype)
+        np.testing.assert_array_equal(bits(found), bits(jax.jit(nf4.dequantize, static_argnums=1)(packed, dtype)))
+    for tokens in (1, 2, 4, 7, 16):
+        x = jax.random.normal(jax.random.key(tokens), (tokens, shape[1]), jnp.bfloat16)
+        y = jax.jit(kernels.matmul)(x, packed)
+        assert_product(y, x, packed, weight_rounding=BF16_ROUNDING)
+
+
+@needs_gpu
+def test_peak_memory_is_one_dense_matrix_or_all() -> None:
+    """Backward through a recomputed chain of linears: with shared matrices all of them exist at the turn, without only one.
+
+    On a CPU XLA finds both dequantizations equal and shares them unasked; the kernels' calls it leaves alone.
+    """
+    depth, size, tokens = 8, 1024, 32
+    keys = jax.random.split(jax.random.key(0), depth)
+    weights = [nf4.quantize(size**-0.5 * jax.random.normal(key, (size, size), jnp.bfloat16)) for key in keys]
+
+    def backward(weights: list[nf4.QuantizedTensor], x: jax.Array, dy: jax.Array, share_dense: bool) -> jax.Array:
+        def chain(x: jax.Array) -> jax.Array:
+            for weight in weights:
+                x = jnp.tanh(frozen_matmul(x, weight, share_dense))
+            return x
+
+        return jax.vjp(chain, x)[1](dy)[0]
+
+    x = jnp.ones((tokens, size), jnp.bfloat16)
+    compiled = {
+        share: jax.jit(backward, static_argnums=3).lower(weights, x, x, share).compile() for share in (True, False)
+    }
+    peak = {share: function.memory_analysis().temp_size_in_bytes for share, function in compiled.items()}
+    dense = 2 * size * size  # bytes in bfloat16
+    assert peak[True] >= depth * dense
+    assert (
+        peak[False] <= 5 * dense
+    )  # one, as it is made: bytes' levels in float32, twice as wide, and their scaled product
+    np.testing.assert_array_equal(compiled[True](weights, x, x), compiled[False](weights, x, x))
+
+
+RUN_THEM_ALL = """
+import jax, jax.numpy as jnp
+from qlora_jax import kernels
+weight = kernels.quantize(jnp.ones((256, 1024), jnp.bfloat16))
+jax.block_until_ready([kernels.matmul(jnp.ones((n, 1024), jnp.bfloat16), weight) for n in (1, 16, 32)])
+"""
+
+
+@needs_gpu
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is not installed")
+def test_ptx_for_every_card_on_the_gpu(tmp_path: Path) -> None:
+    """The kernels as compiled for this card, retargeted: nothing in them is this card's own."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_dump_to={tmp_path}",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN_THEM_ALL], env=environment, check=True, cwd=Path(__file__).parents[1]
+    )
+    texts = {path.name: path.read_text() for path in tmp_path.rglob("*.ptx")}
+    entries = {name: text for name, text in texts.items() if re.search(r"\.entry .*nf4_", text)}
+    assert len({entry for text in entries.values() for entry in re.findall(r"nf4_\w+", text)}) >= 5, sorted(texts)
+    for text in entries.values():
+        for architecture in ARCHITECTURES:
+            assemble(re.sub(r"\.target sm_\w+", f".target sm_{architecture}", text), architecture, tmp_path)
+
+
+def test_words_are_little_endian() -> None:
+    """Which nibble of a word is which weight: what every kernel stands on."""
+    codes = np.arange(8, dtype=np.uint8)
+    packed = (codes[::2] << 4 | codes[1::2]).view(np.int32)
+    assert [int(packed[0]) >> shift & 15 for shift in triton.NIBBLE_SHIFTS] == codes.tolist()
+    assert math.prod((2, 4)) == triton.WORD_WEIGHTS
