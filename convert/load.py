@@ -8,7 +8,7 @@ import numpy as np
 
 from convert import bitsandbytes, names, prequantized
 from convert.folder import ModelFolder, some
-from qlora_jax import nf4
+from qlora_jax import kernels, nf4
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Weights
 from qlora_jax.errors import InputError
@@ -108,7 +108,7 @@ def read_linear(folder: ModelFolder, name: str, quantization: QuantizationSettin
     if folder.is_4bit:
         return bitsandbytes.read(folder, name)
     weight = put(read_bfloat16(folder, name), "device")
-    return nf4.quantize(weight, quantization.double_quant, quantization.quant_type)
+    return kernels.quantize(weight, quantization.double_quant, quantization.quant_type)
 
 
 def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:

@@ -22,7 +22,7 @@ from convert.folder import ModelFolder
 from convert.hub import resolve_model
 from convert.load import read_bfloat16, read_config, read_linear
 from convert.shards import TensorSpec
-from qlora_jax import nf4
+from qlora_jax import kernels
 from qlora_jax.display import byte_bar, make_console
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.placement import put
@@ -114,7 +114,7 @@ def _base_weight(folder: ModelFolder, name: str, adapter: Adapter, base: Base) -
     """A linear's weight before the adapter [out, in]: bfloat16; for `dequantized` through 4 bits and back, in what that rounds to."""
     if base == "original":
         return read_bfloat16(folder, name)
-    return np.asarray(nf4.dequantize(put(read_linear(folder, name, adapter.quantization), "device")))
+    return np.asarray(kernels.dequantize(put(read_linear(folder, name, adapter.quantization), "device")))
 
 
 def merged_weight(weight: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> np.ndarray:
