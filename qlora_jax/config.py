@@ -95,7 +95,7 @@ class TrainingSettings(Section):
     adam_beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = pydantic.Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = pydantic.Field(default=1e-8, gt=0)
-    optim: Literal["adamw", "paged_adamw_32bit"] = "paged_adamw_32bit"
+    optim: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_32bit"
     logging_steps: pydantic.PositiveInt = 1
     eval_steps: int = pydantic.Field(default=0, ge=0)
     """Evaluate every so many steps; 0 means before the first and after the last step only."""

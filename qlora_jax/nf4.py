@@ -59,36 +59,37 @@ SMALLEST_DIVISOR = np.float32(1e-38)
 """bitsandbytes divides by no smaller scale, so that a block of zeros divides by something."""
 
 
-def dynamic_map() -> np.ndarray:
-    """The 256 signed values of the 8-bit dynamic map, ascending, float32 [256].
+def dynamic_map(*, signed: bool = True) -> np.ndarray:
+    """The 256 values of the 8-bit dynamic map, ascending, float32 [256].
 
-    For each decimal exponent i - 6, i in 0..6: the middles of 2^i equal steps from 0.1 to 1, times 10^(i-6), with both signs; and
-    zero and one. Source: bitsandbytes `create_dynamic_map(signed=True, max_exponent_bits=7, total_bits=8)`, whose float32 steps
-    (torch.linspace) are counted from the nearer end and rounded once.
+    For each decimal exponent i - 6, i in 0..6: the middles of 2^i equal steps from 0.1 to 1, times 10^(i-6), with both signs, or of
+    twice as many steps without signs; and zero and one. Source: bitsandbytes `create_dynamic_map(signed, max_exponent_bits=7,
+    total_bits=8)`, whose float32 steps (torch.linspace) are counted from the nearer end and rounded once.
     """
     values = [0.0, 1.0]
     start, end = np.float32(0.1), np.float32(1)
     for i in range(7):
-        steps = np.arange(2**i + 1)
-        width = np.float64((end - start) / np.float32(2**i))
+        number = 2**i if signed else 2 ** (i + 1)
+        steps = np.arange(number + 1)
+        width = np.float64((end - start) / np.float32(number))
         from_start, from_end = start + width * steps, end - width * steps[::-1]
-        edges = np.where(steps <= 2**i // 2, from_start, from_end).astype(np.float32)
+        edges = np.where(steps <= number // 2, from_start, from_end).astype(np.float32)
         middles = (edges[1:] + edges[:-1]) / np.float32(2) * np.float32(10.0 ** (i - 6))
-        values += [*middles, *-middles]
+        values += [*middles, *-middles] if signed else [*middles]
     return np.sort(np.array(values, np.float32))
 
 
 DYNAMIC_MAP = dynamic_map()
 
 
-def _thresholds(values: np.ndarray) -> np.ndarray:
+def midpoints(values: np.ndarray) -> np.ndarray:
     """The largest float32 not above each exact midpoint: `x > threshold` is then exactly "x is nearer the upper value"."""
-    midpoints = (values[1:].astype(np.float64) + values[:-1].astype(np.float64)) / 2
-    rounded = midpoints.astype(np.float32)
-    return np.where(rounded > midpoints, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+    exact = (values[1:].astype(np.float64) + values[:-1].astype(np.float64)) / 2
+    rounded = exact.astype(np.float32)
+    return np.where(rounded > exact, np.nextafter(rounded, np.float32(-np.inf)), rounded)
 
 
-DYNAMIC_THRESHOLDS = _thresholds(DYNAMIC_MAP)
+DYNAMIC_THRESHOLDS = midpoints(DYNAMIC_MAP)
 """The 255 values, ascending, above which a scaled scale belongs to the next value of the map; float32."""
 
 

@@ -8,12 +8,17 @@ import numpy as np
 import optax
 import pytest
 
+from qlora_jax import blockwise
+from qlora_jax.blockwise import BlockwiseTensor
 from qlora_jax.config import TrainingSettings
 from qlora_jax.optimizer import AdamW, schedule
 from qlora_jax.placement import Tree, put
 
 ONE_ULP = 2.0**-23
 """Relative: our p - lr·(u + decay·p) and optax's p + (-lr)·(...) round alike, but XLA fuses them differently."""
+
+
+TABLE_STEP = 2.0**-15  # of bitsandbytes' look-up table on a CPU, by which it finds 8-bit codes
 
 
 def settings(**changes: Any) -> TrainingSettings:
@@ -45,13 +50,14 @@ def test_equal_to_optax_adamw_on_the_whole_tree() -> None:
         np.testing.assert_allclose(one, other, rtol=8 * ONE_ULP, atol=8 * ONE_ULP * 1e-2)
 
 
-def test_host_and_device_moments_give_the_same_bits() -> None:
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_host_and_device_moments_give_the_same_bits(optim: str) -> None:
     results = {}
     for where in ("device", "host"):
-        params = random_layers(0)
-        rule = AdamW(settings(max_grad_norm=0.3, weight_decay=0.01), params, where)
+        params = large_layers(0)
+        rule = AdamW(settings(max_grad_norm=0.3, weight_decay=0.01, optim=optim), params, where)
         for step in range(5):
-            params, norm = rule.update(params, random_layers(step + 1), 1e-2)
+            params, norm = rule.update(params, large_layers(step + 1), 1e-2)
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(rule.moments)}
         assert kinds == {"pinned_host" if where == "host" else "device"}
         results[where] = (jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, rule.moments), float(norm))
@@ -76,6 +82,81 @@ def test_against_torch_adamw_with_clipping() -> None:
     for one, other in zip(jax.tree.leaves(params), theirs, strict=True):
         # each of ten steps rounds p once on either side: at most an ulp of numbers below 4 apart
         np.testing.assert_allclose(one, other.detach().numpy(), rtol=0, atol=10 * 2 * ONE_ULP)
+
+
+def large_layers(seed: int) -> list[Tree]:
+    """One tensor above the size from which moments take 8 bits, whose last block is not full, and one below it."""
+    rng = np.random.default_rng(seed)
+    values = {"a": rng.standard_normal((70, 80)), "b": rng.standard_normal((8, 8))}
+    values["a"] *= np.exp(2 * rng.standard_normal((70, 1)))  # rows of different scales
+    return [{name: put((0.01 * value).astype(np.float32), "device") for name, value in values.items()}]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_8_bit_maps_equal_bitsandbytes(signed: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    expected = functional.create_dynamic_map(signed=signed, max_exponent_bits=7, total_bits=8).numpy()
+    np.testing.assert_array_equal(blockwise._MAPS[signed].view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_8_bit_codes_are_exact_nearest(signed: bool) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 300)).astype(np.float32)
+    values = values if signed else values**2
+    packed = jax.jit(blockwise.quantize, static_argnames="signed")(values, signed=signed)
+    blocks = [values.reshape(-1)[i : i + 256] for i in range(0, values.size, 256)]
+    np.testing.assert_array_equal(packed.absmax, [np.abs(block).max() for block in blocks])
+    table = blockwise._MAPS[signed].astype(np.float64)
+    nearest = [np.abs(table[None] - (block / np.abs(block).max())[:, None]).argmin(1) for block in blocks]
+    np.testing.assert_array_equal(packed.codes, np.concatenate(nearest))
+    dequantized = np.asarray(blockwise.dequantize(packed))
+    expected = np.concatenate(
+        [table[codes].astype(np.float32) * np.abs(b).max() for codes, b in zip(nearest, blocks, strict=True)]
+    )
+    np.testing.assert_array_equal(dequantized, expected.reshape(values.shape))
+
+
+def test_8_bit_adamw_equals_bitsandbytes() -> None:
+    """But for what its CPU path's look-up table loses: it finds a value of the map at most a step of the table farther than the nearest."""
+    torch = pytest.importorskip("torch")
+    optim = pytest.importorskip("bitsandbytes.optim")
+    params, rate, steps = large_layers(0), 1e-3, 8
+    theirs = [torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for leaf in jax.tree.leaves(params)]
+    reference = optim.AdamW8bit(theirs, lr=rate, weight_decay=0.1)
+    ours = AdamW(settings(optim="paged_adamw_8bit", weight_decay=0.1), params, "host")
+    for step in range(steps):
+        grads = large_layers(step + 1)
+        for parameter, grad in zip(theirs, jax.tree.leaves(grads), strict=True):
+            parameter.grad = torch.tensor(np.asarray(grad))
+        reference.step()
+        params, _ = ours.update(params, grads, rate)
+        adam, state = ours.moments[0][0], reference.state[theirs[0]]
+        assert isinstance(adam.mu["a"], BlockwiseTensor)
+        assert not isinstance(adam.mu["b"], BlockwiseTensor)
+        for moment, name in ((adam.mu["a"], "1"), (adam.nu["a"], "2")):
+            table = blockwise._MAPS[moment.signed].astype(np.float64)
+            allowance = (step + 1) * np.diff(table).max()  # one other neighbour a step
+            np.testing.assert_allclose(moment.absmax, state[f"absmax{name}"].numpy(), rtol=allowance)
+            apart = np.abs(table[np.asarray(moment.codes)] - table[state[f"state{name}"].numpy().reshape(-1)])
+            assert np.median(apart) == 0
+            assert apart.max() <= allowance + TABLE_STEP
+    small = jax.tree.leaves(params)[1]
+    np.testing.assert_allclose(small, theirs[1].detach().numpy(), rtol=0, atol=steps * 4 * ONE_ULP * 0.1)
+    gap = np.abs(np.asarray(jax.tree.leaves(params)[0]) - theirs[0].detach().numpy())
+    assert np.median(gap) <= 8 * ONE_ULP * 0.1
+    assert gap.max() <= steps * rate  # less than the steps themselves are long
+
+
+def test_8_bit_moments_take_a_quarter() -> None:
+    params = large_layers(0)
+    sizes = {
+        optim: sum(
+            leaf.nbytes for leaf in jax.tree.leaves(AdamW(settings(optim=optim), params, "host").moments[0][0].mu["a"])
+        )
+        for optim in ("paged_adamw_32bit", "paged_adamw_8bit")
+    }
+    assert sizes["paged_adamw_8bit"] == 70 * 80 + 4 * 22
+    assert sizes["paged_adamw_32bit"] == 4 * 70 * 80
 
 
 def test_no_clipping_when_max_grad_norm_is_zero() -> None:
