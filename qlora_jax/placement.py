@@ -1,17 +1,21 @@
-"""Where arrays live: device memory or pinned host memory; and the prefetcher that makes layers visit the device in time.
+"""Where arrays live: device memory, pinned host memory or disk; and the prefetcher that makes layers visit the device in time.
 
 A copy from pinned host memory runs beside the computation only if it is issued before that computation is dispatched. So a walk over the
 layers always asks for the next layer first and hands out the current one then:
 
     issue copy of layer l + 1  →  dispatch layer l  →  issue copy of layer l + 2  →  dispatch layer l + 1  → ...
 
+Layers that stay on the disk are read by threads, a few ahead of the walk, and copied from plain memory: slower, but for a base
+model that is bigger than the host's memory.
+
 Every array gets a `NamedSharding` with a memory kind on a mesh (of one device, today): the engine never names a device.
 """
 
 import collections
+import concurrent.futures
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,13 +23,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Where = Literal["device", "host"]
+LayerPlace = Literal["device", "host", "disk"]
 Tree = Any  # a pytree of arrays
+Source = Tree | Callable[[], Tree]
 
 _MEMORY_KINDS = {"device": "device", "host": "pinned_host"}
 
 SLOTS = 3
 """Streamed layers on the device at a time: one computing, one queued behind it, one arriving. More would let Python, which runs
 far ahead of the device, fill the memory with layers that wait; fewer would let the device wait for Python."""
+
+
+READ_AHEAD = 2
+"""Layers being read from disk at a time, each by a thread of its own, besides the one that was read last."""
 
 
 @functools.cache
@@ -49,47 +59,82 @@ def nbytes(tree: Tree) -> int:
 
 
 class LayerStore:
-    """The frozen weights of layers 0 … L-1, each layer resident on the device or streamed from the host.
+    """The frozen weights of layers 0 … L-1, each layer resident on the device or streamed, from the host or from disk.
 
     `fetched` records which streamed layers were copied, in order, since it was last cleared: the schedule, for tests and reports.
     """
 
-    def __init__(self, layers: Iterable[Tree], where: Where) -> None:
-        """Takes the layers one at a time from `layers`, so that no more than one exists outside its place."""
-        self.where = where
-        self._layers = [jax.block_until_ready(put(layer, where)) for layer in layers]
+    def __init__(self, layers: Iterable[Source], where: LayerPlace | Sequence[LayerPlace]) -> None:
+        """Takes the layers one at a time from `layers`, so that no more than one exists outside its place.
+
+        Args:
+            layers: trees of arrays; for a layer that stays on disk, a function that reads it anew each time it is called, from any thread.
+            where: one place for all, or each layer's own.
+        """
+        self._layers: list[Source] = []
+        self.places: list[LayerPlace] = []
+        for index, layer in enumerate(layers):
+            place = where if isinstance(where, str) else where[index]
+            self.places.append(place)
+            self._layers.append(layer if place == "disk" else jax.block_until_ready(put(layer, place)))
+        self._readers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD) if "disk" in self.places else None
         self._unfinished: collections.deque[jax.Array] = collections.deque()
+        self._current = 0
         self.fetched: collections.deque[int] = collections.deque(maxlen=4 * len(self._layers))
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def walk(self, order: Iterable[int]) -> Iterator[tuple[int, Tree]]:
-        """Yield (index, weights on the device) along `order`, fetching one layer ahead.
+        """Yield (index, weights on the device) along `order`; the copy of the next streamed layer is issued before a layer is handed out.
 
         A layer that comes twice in a row, as at the turn from the forward to the backward walk, is fetched once. Call `used` after
         dispatching the work on a layer, and drop the reference to it before asking for the next.
         """
         runs = [(index, len(list(run))) for index, run in itertools.groupby(order)]
-        coming = self._fetch(runs[0][0])
-        for (index, repeats), following in itertools.zip_longest(runs, runs[1:]):
-            weights = coming
-            coming = None if following is None else self._fetch(following[0])
+        coming = self._fetch(index for index, _ in runs if self.places[index] != "device")
+        ahead = next(coming, None)
+        for index, repeats in runs:
+            if self.places[index] == "device":
+                weights = self._layers[index]
+            else:
+                weights, ahead = ahead, None  # so that a layer is no longer held here when the next but one is fetched
+            ahead = next(coming, None) if ahead is None else ahead
+            self._current = index
             for _ in range(repeats):
                 yield index, weights
 
     def used(self, token: jax.Array) -> None:
         """Tell that work on the current layer was dispatched; `token` is a small result of it that is never donated."""
-        if self.where == "host":
+        if self.places[self._current] != "device":
             self._unfinished.append(token)
 
-    def _fetch(self, index: int) -> Tree:
-        if self.where == "device":
-            return self._layers[index]
-        while len(self._unfinished) > SLOTS - 2:
-            self._unfinished.popleft().block_until_ready()
-        self.fetched.append(index)
-        return put(self._layers[index], "device")
+    def _fetch(self, streamed: Iterable[int]) -> Iterator[Tree]:
+        """Start the copy of one streamed layer after the other, each when it is asked for and a slot is free."""
+        streamed = list(streamed)
+        from_disk = self._read(index for index in streamed if self.places[index] == "disk")
+        for index in streamed:
+            layer = next(from_disk) if self.places[index] == "disk" else self._layers[index]
+            while len(self._unfinished) > SLOTS - 2:
+                self._unfinished.popleft().block_until_ready()
+            self.fetched.append(index)
+            yield put(layer, "device")
+
+    def _read(self, order: Iterable[int]) -> Iterator[Tree]:
+        """Layers from disk, the next `READ_AHEAD` being read while one is used."""
+        waiting = iter(order)
+        reading = collections.deque(
+            self._readers.submit(self._layers[i]) for i in itertools.islice(waiting, READ_AHEAD)
+        )
+        while reading:
+            layer = reading.popleft().result()
+            reading.extend(self._readers.submit(self._layers[i]) for i in itertools.islice(waiting, 1))
+            yield layer
+
+
+def spread(resident: int, depth: int) -> list[LayerPlace]:
+    """Places for `depth` layers of which `resident` stay on the device, as evenly as can be among those streamed from the host."""
+    return ["device" if (i + 1) * resident // depth > i * resident // depth else "host" for i in range(depth)]
 
 
 class LayerInputs:

@@ -1,5 +1,6 @@
 """The two walks: against jax.grad through the whole model, and the same bits wherever things live."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.llama import DecoderLayer, Embedding, Head
 from qlora_jax.loss import cross_entropy, shift
 from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import Where, put
+from qlora_jax.placement import LayerStore, Where, put, spread
 from tests import tiny
 
 QUANTIZATION = QuantizationSettings()
@@ -134,6 +135,19 @@ def test_the_same_bits_wherever_things_live(deep_folder: Path) -> None:
         assert other_losses == losses, other
         same = jax.tree.map(lambda a, b: bool((a == b).all()), adapters, other_adapters)
         assert all(jax.tree.leaves(same)), other
+
+
+def test_the_same_bits_from_disk_and_among_resident_layers(deep_folder: Path) -> None:
+    engine, base = make(deep_folder, weights="device")
+    layers = [jax.tree.map(np.asarray, layer) for _, layer in base.layers.walk(range(4))]
+    adapters, batch = moved(engine.init_adapters(0)), make_batch(2, 2)
+    expected = engine.value_and_grad(base, adapters, batch, key(0))
+    for places in (spread(1, 4), spread(2, 4), ["disk"] * 4, ["disk", "device", "host", "disk"]):
+        sources = [(lambda tree=tree: tree) if p == "disk" else tree for tree, p in zip(layers, places, strict=True)]
+        weights = dataclasses.replace(base, layers=LayerStore(sources, places))
+        found = engine.value_and_grad(weights, adapters, batch, key(0))
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, expected)), places
+        assert list(weights.layers.fetched) == [i for i in (0, 1, 2, 3, 2, 1, 0) if places[i] != "device"]
 
 
 def test_the_schedule_of_fetches(deep_folder: Path) -> None:

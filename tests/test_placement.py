@@ -1,5 +1,7 @@
 """The schedule of fetches, the bound on layers in flight, and the stack of layer inputs."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,68 @@ def test_a_copy_waits_until_old_work_is_done() -> None:
     # handing out layer l happens after fetching l + 1, which waited for l - (SLOTS - 1) and everything before it
     assert placement.SLOTS == 3
     assert waits_before_fetch == [[], [], [0], [0, 1], [0, 1, 2], [0, 1, 2]]
+
+
+def test_resident_layers_among_streamed_ones() -> None:
+    """The next streamed layer is on its way while resident ones compute; resident layers are never copied."""
+    layers = [{"w": np.full((2, 2), i, np.float32)} for i in range(6)]
+    places = placement.spread(2, 6)
+    assert places == ["host", "host", "device", "host", "host", "device"]
+    store = LayerStore(layers, places)
+    seen = [(i, float(w["w"][0, 0]), list(store.fetched)) for i, w in store.walk([*range(6), *reversed(range(6))])]
+    assert [(i, value) for i, value, _ in seen] == [(i, float(i)) for i in [*range(6), *reversed(range(6))]]
+    assert list(store.fetched) == [0, 1, 3, 4, 4, 3, 1, 0]
+    assert [fetched[-1] for _, _, fetched in seen[:6]] == [1, 3, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize(("resident", "depth"), [(0, 5), (1, 5), (3, 7), (5, 5), (79, 80)])
+def test_spread_is_even(resident: int, depth: int) -> None:
+    places = placement.spread(resident, depth)
+    assert (len(places), places.count("device")) == (depth, resident)
+    gaps = [len(gap) for gap in "".join(place[0] for place in places).split("d")]
+    assert max(gaps[: resident or 1]) - min(gaps[: resident or 1]) <= 1
+
+
+def test_layers_on_disk_are_read_ahead_by_threads() -> None:
+    read: list[int] = []
+    threads = set()
+
+    def reader(index: int) -> placement.Source:
+        def layer() -> placement.Tree:
+            read.append(index)
+            threads.add(threading.current_thread())
+            return {"w": np.full((2, 2), index, np.float32)}
+
+        return layer
+
+    store = LayerStore(map(reader, range(6)), "disk")
+    assert read == []
+    seen = []
+    for index, weights in store.walk(range(6)):
+        assert kind(weights["w"]) == "device"
+        seen.append((index, float(weights["w"][0, 0])))
+    assert seen == [(i, float(i)) for i in range(6)]
+    assert sorted(read) == list(range(6))
+    assert threading.current_thread() not in threads
+    assert len(threads) <= placement.READ_AHEAD
+
+
+def test_no_more_is_read_ahead_than_said() -> None:
+    read = []
+    store = LayerStore([lambda i=i: read.append(i) or {"w": np.zeros(1, np.float32)} for i in range(9)], "disk")
+    walk = store.walk(range(9))
+    next(walk)
+    store._readers.shutdown(wait=True)
+    # handed out; copied to the device; and those being read
+    assert len(read) <= 2 + placement.READ_AHEAD
+
+
+def test_an_error_while_reading_reaches_the_walk() -> None:
+    def broken() -> placement.Tree:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(LayerStore([broken], "disk").walk([0]))
 
 
 @pytest.mark.parametrize("where", ["device", "host"])
