@@ -1,83 +1,87 @@
 """A model folder made from another one: its config and companions, and shard by shard its tensors, changed."""
 
-import contextlib
+import dataclasses
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.folder import ModelFolder
-from convert.shards import PT_METADATA, TensorSpec, write_index, write_json, write_shard
-from qlora_jax.errors import InputError
+from convert.job import Log, filling, require_space
+from convert.shards import PT_METADATA, Piece, TensorSpec, file_size, is_whole, write_index, write_json, write_pieces
 
-Shard = tuple[Sequence[TensorSpec], Iterable[np.ndarray | bytes]]
+SPARE_BYTES = 2**20
+"""For config, index and the file system's own needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard of the new folder: its tensors, and their bytes one after the other in pieces of any size, made as they are asked for."""
+
+    specs: Sequence[TensorSpec]
+    pieces: Iterator[Piece]
+    work: int
+    """Bytes by which progress advances while the pieces are made."""
 
 
 def write_derived(
     folder: ModelFolder,
     out: Path,
     change: Callable[[str], Shard],
+    job: dict[str, Any],
+    *,
     quantization_config: dict[str, Any] | None = None,
+    advance: Callable[[int], object] = lambda nbytes: None,
+    log: Log = lambda line: None,
 ) -> None:
-    """Write a bfloat16 model derived from `folder`; `out` appears whole or not at all.
+    """Write a bfloat16 model derived from `folder`; `out` appears whole or not at all. What a stopped run wrote is kept: see `filling`.
 
     Args:
-        change: from a shard's name to its new tensors: their specs, and their data one at a time. A shard without any is left out.
+        change: from a shard's name to its new tensors. A shard without any is left out.
+        job: `convert.job.describe`: whatever the new bytes depend on.
         quantization_config: of the new `config.json`; None for a model that is not quantized.
+        advance: called with the work of each shard that is there already.
+        log: told what can be continued, a line each.
 
     Raises:
-        InputError: `out` exists or cannot be made.
+        DestinationError: `out` exists or cannot be made, or the disk has no room for it.
     """
-    total, weight_map = 0, {}
-    with new_folder(out) as aside:
-        for shard in folder.shards:
-            specs, tensors = change(shard)
-            if specs:
+    with filling(out, job, log) as aside:
+        shards = {shard: made for shard in folder.shards if (made := change(shard)).specs}
+        metadata = {shard: {**folder.metadata(shard), **PT_METADATA} for shard in shards}
+        kept = _kept(aside, shards, metadata)
+        if kept:
+            log(f"continuing: {len(kept)} of {len(shards)} shards are written already")
+        missing = sum(file_size(made.specs, metadata[shard]) for shard, made in shards.items() if shard not in kept)
+        companions = folder.companions()
+        require_space(aside, missing + sum(path.stat().st_size for path in companions) + SPARE_BYTES, out)
+        for shard, made in shards.items():
+            if shard in kept:
+                advance(made.work)
+            else:
                 (aside / shard).parent.mkdir(parents=True, exist_ok=True)
-                write_shard(aside / shard, specs, tensors, {**folder.metadata(shard), **PT_METADATA})
-            weight_map |= {spec.name: shard for spec in specs}
-            total += sum(spec.nbytes for spec in specs)
-        for companion in folder.companions():
+                write_pieces(aside / shard, made.specs, made.pieces, metadata[shard])
+        for companion in companions:
             shutil.copyfile(companion, aside / companion.name)
-        config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
-        dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        config[dtype_key] = "bfloat16"
-        if quantization_config is not None:
-            config["quantization_config"] = quantization_config
-        write_json(aside / "config.json", config)
+        write_json(aside / "config.json", _config(folder, quantization_config))
         if len(folder.shards) > 1:
-            write_index(aside, weight_map, total)
+            total = sum(spec.nbytes for made in shards.values() for spec in made.specs)
+            write_index(aside, {spec.name: shard for shard, made in shards.items() for spec in made.specs}, total)
 
 
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, beside `out`; at the end of the block it becomes `out`, or is removed if the block fails.
-
-    Raises:
-        InputError: `out` exists or cannot be made.
-    """
-    refuse_existing(out)
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(out, found=f"cannot be made: {error.strerror}", fix="name another folder") from None
-    try:
-        yield aside
-        aside.rename(out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+def _kept(aside: Path, shards: dict[str, Shard], metadata: dict[str, dict[str, str]]) -> set[str]:
+    """The shards that a stopped run wrote whole; whatever else it left is removed."""
+    kept = {shard for shard, made in shards.items() if is_whole(aside / shard, made.specs, metadata[shard])}
+    for path in aside.rglob("*"):
+        if not path.is_dir() and path.relative_to(aside).as_posix() not in kept:
+            path.unlink()
+    return kept
 
 
-def refuse_existing(out: Path) -> None:
-    """Nothing is overwritten.
-
-    Raises:
-        InputError: `out` exists.
-    """
-    if out.exists():
-        raise InputError(out, found="something there already", fix="name a new folder, or remove this one")
+def _config(folder: ModelFolder, quantization_config: dict[str, Any] | None) -> dict[str, Any]:
+    config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
+    dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config[dtype_key] = "bfloat16"
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
+    return config

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -91,6 +92,26 @@ class ModelFolder:
         with (self.path / shard).open("rb") as file:
             file.seek(self._headers[shard].data_start + entry.begin)
             return file.read(entry.spec.nbytes)
+
+    def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """One tensor's elements, row-major, `size` at a time: arrays [size] (the last one may be shorter) in the file's dtype.
+
+        Read, not mapped: pages of a mapped file would count as this process's memory.
+
+        Raises:
+            InputError: the file ends before the tensor does; it was whole when the folder was opened.
+        """
+        shard = self._where[name]
+        entry = self._headers[shard].entries[name]
+        dtype = NUMPY_DTYPES[entry.spec.dtype]
+        with (self.path / shard).open("rb", buffering=0) as file:
+            file.seek(self._headers[shard].data_start + entry.begin)
+            for begin in range(0, entry.spec.nbytes, size * dtype.itemsize):
+                piece = np.empty(min(size * dtype.itemsize, entry.spec.nbytes - begin), np.uint8)
+                if file.readinto(piece.data) != piece.nbytes:
+                    raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
+                yield piece.view(dtype)
+                del piece
 
     def companions(self) -> list[Path]:
         """The files that go along with the weights (tokenizer, chat template, generation config, licence), sorted."""

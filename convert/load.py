@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 
 import jax
-import ml_dtypes
-import numpy as np
 
 from convert import bitsandbytes, names, prequantized
 from convert.folder import ModelFolder, some
-from qlora_jax import kernels, nf4
+from convert.pieces import quantized, read_bfloat16
+from qlora_jax import nf4
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Weights
 from qlora_jax.errors import InputError
@@ -104,15 +103,6 @@ def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettin
 
 
 def read_linear(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> nf4.QuantizedTensor:
-    """A linear as it is in 4 bits (numpy's arrays), or cast to bfloat16 and quantized (on the device)."""
-    if folder.is_4bit:
-        return bitsandbytes.read(folder, name)
-    weight = put(read_bfloat16(folder, name), "device")
-    return kernels.quantize(weight, quantization.double_quant, quantization.quant_type)
-
-
-def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:
-    """A tensor cast to bfloat16, as it is before it is quantized; refused if it is not finite then."""
-    tensor = folder.read(name).astype(ml_dtypes.bfloat16)
-    nf4.check_finite(tensor, f"{folder.path}: {name}")
-    return tensor
+    """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device)."""
+    weight = quantized(folder, name, quantization)
+    return weight if folder.is_4bit else put(weight, "device")

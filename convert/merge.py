@@ -2,7 +2,8 @@
 
     W' = round_bf16(float32(W) + scaling · B·A)          one rounding, as peft's `merge_and_unload`
 
-Tensor by tensor, in the base's shards and order. Tensors without an adapter are copied byte for byte.
+Piece by piece, in the base's shards and order (`convert.pieces`); stopped and started again it continues (`convert.job`). Tensors without
+an adapter are copied byte for byte.
 """
 
 import argparse
@@ -15,17 +16,16 @@ import ml_dtypes
 import numpy as np
 from rich.console import Console
 
-from convert import names, prequantized
-from convert.adapter import Adapter, load_adapter, read_adapter_config
+from convert import names, pieces, prequantized
+from convert.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter, read_adapter_config
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
 from convert.hub import resolve_model
-from convert.load import read_bfloat16, read_config, read_linear
-from convert.shards import TensorSpec
-from qlora_jax import kernels
+from convert.job import Log, describe, files_identity
+from convert.load import read_config
+from convert.shards import Piece, TensorSpec
 from qlora_jax.display import byte_bar, make_console
 from qlora_jax.errors import InputError, exit_status
-from qlora_jax.placement import put
 
 Base = Literal["original", "dequantized"]
 
@@ -37,15 +37,22 @@ is the better one, but the adapter was not fitted to it. Compare the two on your
 
 
 def merge(
-    folder: ModelFolder, adapter: Adapter, out: Path, base: Base, advance: Callable[[int], object] = lambda nbytes: None
+    folder: ModelFolder,
+    adapter: Adapter,
+    out: Path,
+    base: Base,
+    advance: Callable[[int], object] = lambda nbytes: None,
+    log: Log = lambda line: None,
 ) -> None:
-    """Write base + adapter as a Hugging Face folder; `out` appears whole or not at all.
+    """Write base + adapter as a Hugging Face folder; `out` appears whole or not at all, and a stopped run is continued.
 
     Args:
-        advance: called with the bytes of each tensor written.
+        advance: called with the bytes of each tensor written, or of each shard that a stopped run wrote.
+        log: told, in a line each, what is continued.
 
     Raises:
-        InputError: `out` exists; or `folder` is in 4 bits, and `base` asks for other weights or the adapter was trained on others.
+        DestinationError: `out` exists, cannot be made, or the disk has no room for it.
+        InputError: `folder` is in 4 bits, and `base` asks for other weights or the adapter was trained on others.
         RuntimeError: not every pair of the adapter has its weight (a bug: `load_adapter` checked them).
     """
     check_base(folder, base)
@@ -58,9 +65,12 @@ def merge(
 
     def change(shard: str) -> Shard:
         specs = _merged_specs(folder, shard, adapter, base)
-        return specs, _merged_tensors(folder, specs, adapter, base, advance)
+        work = sum(spec.nbytes for spec in specs)
+        return Shard(specs, _merged_tensors(folder, specs, adapter, base, advance), work)
 
-    write_derived(folder, out, change)
+    files = files_identity((adapter.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)), adapter.path)
+    settings = {"base": base, "adapter": {"path": str(adapter.path.resolve()), "files": files}}
+    write_derived(folder, out, change, describe("merge", folder, **settings), advance=advance, log=log)
 
 
 def check_base(folder: ModelFolder, base: Base) -> None:
@@ -96,25 +106,32 @@ def _merged_tensors(
     adapter: Adapter,
     base: Base,
     advance: Callable[[int], object],
-) -> Iterator[np.ndarray | bytes]:
-    """The shard's tensors one at a time."""
+) -> Iterator[Piece]:
+    """The shard's bytes, some rows of a tensor at a time."""
     for spec in specs:
         if not _changes(spec.name, adapter, base):
-            yield folder.read_bytes(spec.name)
+            yield from folder.pieces(spec.name, pieces.PIECE)
         else:
             linear = names.parse_linear(spec.name)
-            weight = _base_weight(folder, spec.name, adapter, base)
-            if linear in adapter.pairs:
-                weight = merged_weight(weight, *adapter.pairs[linear], adapter.scaling)
-            yield weight.astype(ml_dtypes.bfloat16, copy=False)
+            for rows, weight in _base_rows(folder, spec, adapter, base):
+                if linear in adapter.pairs:
+                    lora_a, lora_b = adapter.pairs[linear]
+                    weight = merged_weight(weight, lora_a, lora_b[rows], adapter.scaling)
+                yield weight.astype(ml_dtypes.bfloat16, copy=False)
         advance(spec.nbytes)
 
 
-def _base_weight(folder: ModelFolder, name: str, adapter: Adapter, base: Base) -> np.ndarray:
-    """A linear's weight before the adapter [out, in]: bfloat16; for `dequantized` through 4 bits and back, in what that rounds to."""
-    if base == "original":
-        return read_bfloat16(folder, name)
-    return np.asarray(kernels.dequantize(put(read_linear(folder, name, adapter.quantization), "device")))
+def _base_rows(
+    folder: ModelFolder, spec: TensorSpec, adapter: Adapter, base: Base
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """A linear [out, in] before the adapter, some rows at a time: bfloat16; `dequantized`: in what 4 bits round to."""
+    if base == "dequantized":
+        yield from pieces.dequantized(pieces.quantized(folder, spec.name, adapter.quantization))
+        return
+    rows, columns = spec.shape
+    some = pieces.row_slices(rows, columns)
+    flat = pieces.bfloat16(folder, spec.name, some[0].stop * columns)
+    yield from ((which, piece.reshape(-1, columns)) for which, piece in zip(some, flat, strict=True))
 
 
 def merged_weight(weight: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> np.ndarray:
@@ -157,7 +174,7 @@ def merge_with_progress(folder: ModelFolder, adapter: Adapter, out: Path, base: 
     total = sum(spec.nbytes for shard in folder.shards for spec in _merged_specs(folder, shard, adapter, base))
     with byte_bar(console) as progress:
         task = progress.add_task("merging", total=total)
-        merge(folder, adapter, out, base, lambda nbytes: progress.advance(task, nbytes))
+        merge(folder, adapter, out, base, lambda nbytes: progress.advance(task, nbytes), console.print)
     console.print(f"merged {len(adapter.pairs)} adapted linears into the {base} base: {out}")
 
 

@@ -1,22 +1,22 @@
 """Quantizes a model once and for all: `python -m convert.quantize --model ID_OR_DIR --out DIR`.
 
 The linears of the decoder layers go to 4 bits, in bitsandbytes' layout (`convert.bitsandbytes`); norms, embedding and head stay bfloat16.
-Tensor by tensor, in the model's shards and order, so that no more than one tensor is in memory at a time.
+Piece by piece, in the model's shards and order (`convert.pieces`); stopped and started again it continues (`convert.job`).
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from convert import bitsandbytes, names
-from convert.derived import Shard, refuse_existing, write_derived
+from convert import bitsandbytes, names, pieces
+from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
 from convert.hub import resolve_model
-from convert.load import read_bfloat16, read_config, read_linear
-from convert.shards import TensorSpec
+from convert.job import Log, describe, refuse_existing
+from convert.load import read_config
+from convert.shards import Piece, TensorSpec
 from qlora_jax import nf4
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import byte_bar, make_console
@@ -34,23 +34,34 @@ def quantize(
     out: Path,
     quantization: QuantizationSettings,
     advance: Callable[[int], object] = lambda nbytes: None,
+    log: Log = lambda line: None,
 ) -> None:
-    """Write an unquantized model in 4 bits; `out` appears whole or not at all.
+    """Write an unquantized model in 4 bits; `out` appears whole or not at all, and a stopped run is continued.
 
     Args:
-        advance: called with the bytes of each tensor read.
+        advance: called with the bytes of each tensor read, or of each shard that a stopped run wrote.
+        log: told, in a line each, what is continued.
 
     Raises:
-        InputError: `folder` is quantized already, `out` exists, or a weight is not finite.
+        InputError: `folder` is quantized already, or a weight is not finite.
+        DestinationError: `out` exists, cannot be made, or the disk has no room for it.
     """
     refuse_quantized(folder)
 
     def change(shard: str) -> Shard:
         kept = [spec for spec in folder.specs(shard) if not names.is_ignored(spec.name)]
         specs = [new for spec in kept for new in _specs(spec, quantization)]
-        return specs, _tensors(folder, kept, quantization, advance)
+        work = sum(spec.nbytes for spec in kept)
+        return Shard(specs, _pieces(folder, kept, quantization, advance), work)
 
-    write_derived(folder, out, change, bitsandbytes.quantization_config(quantization))
+    block = bitsandbytes.quantization_config(quantization)
+    job = job_of(folder, quantization)
+    write_derived(folder, out, change, job, quantization_config=block, advance=advance, log=log)
+
+
+def job_of(folder: ModelFolder, quantization: QuantizationSettings) -> dict[str, Any]:
+    """What tells this conversion from any other; fit for JSON."""
+    return describe("quantize", folder, quantization=quantization.model_dump())
 
 
 def refuse_quantized(folder: ModelFolder) -> None:
@@ -75,22 +86,19 @@ def _specs(spec: TensorSpec, quantization: QuantizationSettings) -> list[TensorS
     return bitsandbytes.specs(spec.name, spec.shape, quantization)
 
 
-def _tensors(
+def _pieces(
     folder: ModelFolder,
     kept: Sequence[TensorSpec],
     quantization: QuantizationSettings,
     advance: Callable[[int], object],
-) -> Iterator[np.ndarray]:
+) -> Iterator[Piece]:
+    """The new bytes of these tensors; besides a piece at most one linear's codes are held."""
     for spec in kept:
-        # Not in a variable, which would hold this tensor while the next one is read.
-        yield from _quantized(folder, spec.name, quantization)
+        if names.parse_linear(spec.name) is None:
+            yield from pieces.bfloat16(folder, spec.name)
+        else:
+            yield from bitsandbytes.tensors(spec.name, pieces.quantized(folder, spec.name, quantization))
         advance(spec.nbytes)
-
-
-def _quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> list[np.ndarray]:
-    if names.parse_linear(name) is None:
-        return [read_bfloat16(folder, name)]
-    return bitsandbytes.tensors(name, read_linear(folder, name, quantization))
 
 
 @exit_status
@@ -116,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = sum(spec.nbytes for shard in folder.shards for spec in folder.specs(shard))
     with byte_bar(console) as progress:
         task = progress.add_task("quantizing", total=total)
-        quantize(folder, options.out, quantization, lambda nbytes: progress.advance(task, nbytes))
+        quantize(folder, options.out, quantization, lambda nbytes: progress.advance(task, nbytes), console.print)
     made = ModelFolder(options.out)
     after = sum(spec.nbytes for shard in made.shards for spec in made.specs(shard))
     console.print(f"{total / 2**20:,.1f} MiB became {after / 2**20:,.1f} MiB in {options.quant_type}: {options.out}")

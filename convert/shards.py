@@ -18,6 +18,8 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from convert.ahead import made_ahead
+
 ALIGNMENT = 8
 HEADER_LENGTH_BYTES = 8
 INDEX_NAME = "model.safetensors.index.json"
@@ -43,6 +45,9 @@ NUMPY_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     }
 )
 """safetensors' dtype names, as numpy dtypes: those that its numpy reader can read (no 8-bit floats)."""
+
+Piece = np.ndarray | bytes
+"""Consecutive bytes of a file: an array's, row-major and little-endian, or as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,48 @@ def write_shard(
                 raise ValueError(f"{path}: {position} tensors for {len(specs)} specs; {spec.name} is missing") from None
         if next(source, None) is not None:
             raise ValueError(f"{path}: more tensors than the {len(specs)} specs")
+
+
+def write_pieces(
+    path: str | Path,
+    specs: Sequence[TensorSpec],
+    pieces: Iterator[Piece],
+    metadata: Mapping[str, str] = PT_METADATA,
+) -> None:
+    """Write one safetensors file; whole or not at all. The next pieces are made while one is written.
+
+    Args:
+        path: the file; an existing one is replaced when the new one is complete.
+        specs: the tensors of the file, in the order of their bytes.
+        pieces: all their bytes in that order, cut anywhere.
+        metadata: the header's `__metadata__`.
+
+    Raises:
+        ValueError: the pieces are fewer or more bytes than the specs say.
+    """
+    expected, written = sum(spec.nbytes for spec in specs), 0
+    with replacing(path) as file, made_ahead(pieces) as ahead:
+        file.write(_header(specs, metadata))
+        for piece in ahead:
+            written += file.write(_buffer(piece))
+            del piece  # else it is held while the next one is waited for
+        if written != expected:
+            raise ValueError(f"{path}: {written} bytes, expected {expected} for {len(specs)} tensors")
+
+
+def file_size(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that these specs and metadata make."""
+    return len(_header(specs, metadata)) + sum(spec.nbytes for spec in specs)
+
+
+def is_whole(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bool:
+    """Whether a file is there, begins with the header of these specs and metadata, and is as long as they say."""
+    header = _header(specs, metadata)
+    try:
+        with path.open("rb") as file:
+            return file.read(len(header)) == header and path.stat().st_size == file_size(specs, metadata)
+    except OSError:
+        return False
 
 
 def write_index(folder: str | Path, weight_map: Mapping[str, str], total_size: int) -> None:
@@ -144,8 +191,13 @@ def _write_tensor(file: IO[bytes], spec: TensorSpec, tensor: np.ndarray | bytes)
             raise ValueError(
                 f"{spec.name}: {tensor.dtype}{list(tensor.shape)}, expected {spec.dtype}{list(spec.shape)}"
             )
-        file.write(tensor.reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
+        file.write(_buffer(tensor))
     elif len(tensor) != spec.nbytes:
         raise ValueError(f"{spec.name}: {len(tensor)} bytes, expected {spec.nbytes} for {spec.dtype}{list(spec.shape)}")
     else:
         file.write(tensor)
+
+
+def _buffer(piece: Piece) -> memoryview | bytes:
+    """bfloat16 has no buffer of its own."""
+    return piece.reshape(-1).view(np.uint8).data if isinstance(piece, np.ndarray) else piece

@@ -324,7 +324,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, model: Path, adapter: 
     assert (out / "mine").read_text() == "precious"
 
 
-def test_a_failure_in_the_middle_leaves_nothing(
+def test_a_failure_in_the_middle_is_in_nobodys_way(
     tmp_path: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
@@ -338,11 +338,11 @@ def test_a_failure_in_the_middle_leaves_nothing(
         return real(*args)
 
     monkeypatch.setattr(merge_module, "merged_weight", failing)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         run_merge(model, adapter, tmp_path / "out", "original")
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    run_merge(model, adapter, tmp_path / "out", "original")  # and what it left elsewhere is in nobody's way
+    run_merge(model, adapter, tmp_path / "out", "original")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -1,8 +1,6 @@
 """`convert.quantize`: what a run would quantize on the way in, written down once; whole or not at all."""
 
-import gc
 import json
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import bitsandbytes, names
-from convert import load as load_module
-from convert import quantize as quantize_module
+from convert import bitsandbytes, names, pieces
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
 from convert.quantize import main, quantize
@@ -125,24 +121,14 @@ def test_what_no_model_reads_is_left_out(tmp_path: Path) -> None:
     assert found.read_bytes(names.LM_HEAD) == tensors[names.EMBEDDING].tobytes()
 
 
-def test_one_tensor_at_a_time(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[weakref.ref[np.ndarray]] = []
-    real = load_module.read_bfloat16
-
-    def read(folder: ModelFolder, name: str) -> np.ndarray:
-        assert not [ref for ref in alive if ref() is not None]
-        tensor = real(folder, name)
-        alive.append(weakref.ref(tensor))
-        return tensor
-
-    monkeypatch.setattr(load_module, "read_bfloat16", read)
-    monkeypatch.setattr(quantize_module, "read_bfloat16", read)
-    gc.disable()
-    try:
-        quantize(ModelFolder(model), tmp_path / "out", QuantizationSettings())
-    finally:
-        gc.enable()
-    assert len(alive) == len(ModelFolder(model).names)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.quant_type}{'-double' * kind.double_quant}")
+def test_pieces_make_no_difference(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, kind: QuantizationSettings
+) -> None:
+    quantize(ModelFolder(model), tmp_path / "whole", kind)
+    monkeypatch.setattr(pieces, "PIECE", 2 * nf4.BLOCK_SIZE)
+    quantize(ModelFolder(model), tmp_path / "out", kind)
+    assert_same_folder(tmp_path / "out", tmp_path / "whole")
 
 
 def test_progress_counts_every_byte(tmp_path: Path, model: Path) -> None:
@@ -160,26 +146,6 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, model: Path) -> None:
     with pytest.raises(InputError, match="something there already"):
         quantize(ModelFolder(model), tmp_path / "out", QuantizationSettings())
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_in_the_middle_leaves_nothing(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    calls = 0
-    real = bitsandbytes.tensors
-
-    def failing(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            raise error
-        return real(*args)
-
-    monkeypatch.setattr(bitsandbytes, "tensors", failing)
-    with pytest.raises(type(error)):
-        quantize(ModelFolder(model), tmp_path / "out", QuantizationSettings())
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_an_interrupted_run_left_is_in_nobodys_way(tmp_path: Path, model: Path, quantized: Path) -> None:
@@ -212,6 +178,22 @@ def test_command_with_another_kind(tmp_path: Path, model: Path) -> None:
     kind = ["--quant-type", "fp4", "--no-double-quant"]
     assert main(["--model", str(model), "--out", str(tmp_path / "out"), *kind]) == 0
     assert_same_weights(tmp_path / "out", model, QuantizationSettings(quant_type="fp4", double_quant=False))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", names.EMBEDDING])
+def test_what_is_not_finite_is_found_in_any_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: Any
+) -> None:
+    model = tiny.write_model(tmp_path / "model", dtype=dtype)
+    tensors = safetensors.numpy.load_file(model / "model.safetensors")
+    tensors[name][100, 5] = np.inf if dtype is ml_dtypes.bfloat16 else 3.4e38  # which rounds to infinity
+    safetensors.numpy.save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(pieces, "PIECE", nf4.BLOCK_SIZE)
+    with pytest.raises(InputError, match=r"the first at \(100, 5\)") as caught:
+        quantize(ModelFolder(model), tmp_path / "out", QuantizationSettings())
+    assert caught.value.where == f"{model}: {name}"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "there is nothing to continue"
 
 
 def not_finite(model: Path) -> None:

@@ -1,0 +1,182 @@
+"""A conversion that survives being stopped: its folder is filled beside the one to be, and says whose work it is.
+
+    .NAME.partial/job.json      what is made of what, written first: another job's work is not continued but thrown away
+    .NAME.partial/lock          held by the process at work
+    .NAME.partial/folder/       filled file by file, each whole or not there; renamed to NAME when nothing is missing
+
+So NAME is whole from the moment it exists, whatever moment the power goes.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.folder import ModelFolder
+from convert.shards import write_json
+from qlora_jax.errors import InputError
+
+FORMAT = 1
+"""Raised whenever the same job makes other bytes: what an older version left is then not continued."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Log = Callable[[str], object]
+
+
+class DestinationError(InputError):
+    """The place for a conversion's result, and not what is converted, is the problem."""
+
+
+def describe(verb: str, source: ModelFolder, **settings: Any) -> dict[str, Any]:
+    """What tells one job from another: source, settings, and the versions whose arithmetic decides the last bits. Fit for JSON."""
+    versions = {"jax": jax.__version__, "numpy": np.__version__, "backend": jax.default_backend()}
+    job = {"format": FORMAT, "verb": verb, "source": _model_identity(source), **settings, "made_with": versions}
+    identity: dict[str, Any] = json.loads(json.dumps(job))
+    return identity
+
+
+def files_identity(paths: Iterable[Path], root: Path) -> list[list[Any]]:
+    """Each file's name below `root`, size in bytes and time of its last change in nanoseconds."""
+    states = ((path.relative_to(root).as_posix(), path.stat()) for path in paths)
+    return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+
+
+def _model_identity(source: ModelFolder) -> dict[str, Any]:
+    """A hub's snapshot is known by its revision, wherever its cache is and whenever it was fetched; any other folder by path and times."""
+    path = source.path.absolute()
+    files = [path / "config.json", *(path / shard for shard in source.shards), *map(Path.absolute, source.companions())]
+    found = files_identity(files, path)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        sizes = [[name, size] for name, size, _ in found]
+        return {"hub": path.parent.parent.name, "revision": path.name, "files": sizes}
+    return {"path": str(path.resolve()), "files": found}
+
+
+@contextlib.contextmanager
+def filling(out: Path, job: dict[str, Any], log: Log) -> Iterator[Path]:
+    """A folder to fill; at the end of the block it becomes `out`. Whole files of an earlier, stopped run of the same job are in it.
+
+    If the block fails what it wrote is kept for the next run, unless the input is at fault: then there will be none.
+
+    Args:
+        job: see `describe`.
+        log: told, in one line each, what became of an earlier run's work and that this one's can be continued.
+
+    Raises:
+        DestinationError: `out` exists, cannot be made, is being made by another process, or the disk is full.
+    """
+    refuse_existing(out)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = (partial / "lock").open("wb")
+    except OSError as error:
+        _raise_if_full(error, out)
+        raise DestinationError(out, found=f"cannot be made: {error.strerror}", fix="name another folder") from None
+    with lock:
+        _lock(lock.fileno(), out)
+        refuse_existing(out)
+        folder = partial / "folder"
+        try:
+            _claim(partial, job, log)
+            yield folder
+            _publish(folder, out)
+        except BaseException as error:
+            at_fault = isinstance(error, InputError) and not isinstance(error, DestinationError)
+            if at_fault or not any(folder.rglob("*.safetensors")):
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                log(f"stopped; the same command continues with what is in {partial}")
+            _raise_if_full(error, out)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Nothing is overwritten.
+
+    Raises:
+        DestinationError: `out` exists.
+    """
+    if out.exists():
+        raise DestinationError(out, found="something there already", fix="name a new folder, or remove this one")
+
+
+def require_space(folder: Path, needed: int, out: Path) -> None:
+    """Refuse to begin what cannot end.
+
+    Args:
+        folder: where it is written.
+        needed: in bytes.
+
+    Raises:
+        DestinationError: the disk has less room than that.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DestinationError(
+            out,
+            found=f"{_size(free)} free on this disk",
+            expected=f"{_size(needed)}, which is what remains to be written",
+            fix="make room, or name a folder on another disk",
+        )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes:,} bytes ({nbytes / 2**30:,.2f} GiB)"
+
+
+def _raise_if_full(error: BaseException, out: Path) -> None:
+    if isinstance(error, OSError) and error.errno in FULL:
+        fix = "make room and run the same command again: it continues with the files that are written"
+        raise DestinationError(out, found=f"the disk became full: {error.strerror}", fix=fix) from None
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    """The kernel lets go of it when the process ends, however it ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fix = "wait for it, or name another folder"
+        raise DestinationError(out, found="another process is making this folder", fix=fix) from None
+
+
+def _claim(partial: Path, job: dict[str, Any], log: Log) -> None:
+    """Make the folder this job's: keep it if it was, empty it if not."""
+    note, folder = partial / "job.json", partial / "folder"
+    try:
+        ours = json.loads(note.read_text(encoding="utf-8")) == job
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        others = [path for path in partial.iterdir() if path.name != "lock"]
+        if note in others:
+            log(f"{partial}: left by another conversion, or by this one before its input changed: starting over")
+        for path in others:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        write_json(note, job)
+    folder.mkdir(exist_ok=True)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Rename, with everything on the disk before and the new name after."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+    folder.rename(out)
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
