@@ -1,0 +1,172 @@
+"""A model folder of a Llama's shape with random 4-bit weights, for runs whose speed and memory matter and whose answers do not.
+
+    python -m benchmarks.synthetic --shape 70b --out DIR        # 37 GB, a layer a file
+    python train.py --config FILE model.name_or_path=DIR
+
+In bitsandbytes' layout, as `convert.quantize` writes it, with a byte-level tokenizer. Written layer by layer, so that any size needs the
+memory of one; the index comes last, and a folder without it is not a model's.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.step import SHAPES
+from convert import bitsandbytes, names
+from convert.shards import TensorSpec, write_index, write_json, write_shard
+from qlora_jax import nf4
+from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
+from qlora_jax.display import byte_bar, make_console
+from qlora_jax.errors import InputError, exit_status
+from qlora_jax.llama import LlamaConfig
+
+QUANTIZATION = QuantizationSettings()
+DEVIATION = 0.02
+"""Of the weights; embedding and head exactly, the linears about."""
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def hf_config(shape: str, layers: int | None, vocab_size: int = 32000) -> dict[str, Any]:
+    """`config.json` of a shape, without its quantization."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **SHAPES[shape],
+        "vocab_size": vocab_size,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "bos_token_id": None,
+        "eos_token_id": 257,
+        "dtype": "bfloat16",
+    }
+    return config if layers is None else {**config, "num_hidden_layers": layers}
+
+
+def random_linear(shape: tuple[int, int], rng: np.random.Generator) -> nf4.QuantizedTensor:
+    """Any codes, with scales that make weights of ordinary size; numpy arrays."""
+    size = shape[0] * shape[1]
+    blocks = -(-size // nf4.BLOCK_SIZE)
+    return nf4.QuantizedTensor(
+        codes=np.frombuffer(rng.bytes(-(-size // 2)), np.uint8),
+        absmax=np.frombuffer(rng.bytes(blocks), np.uint8),
+        nested_absmax=np.full(-(-blocks // nf4.ABSMAX_BLOCK_SIZE), DEVIATION / 2, np.float32),
+        nested_offset=np.float32(2 * DEVIATION),
+        shape=shape,
+    )
+
+
+def layer_tensors(config: LlamaConfig, layer: int) -> Iterator[tuple[list[TensorSpec], list[np.ndarray]]]:
+    """One decoder layer, a weight at a time: its tensors' specs and data."""
+    rng = np.random.default_rng(layer)
+    for name in names.NORM_NAMES:
+        ones = np.ones(config.hidden_size, ml_dtypes.bfloat16)
+        yield [TensorSpec(names.norm(layer, name), "BF16", ones.shape)], [ones]
+    shapes = config.linear_shapes()
+    for name in LINEAR_NAMES:
+        tensor = names.linear(layer, name)
+        specs = bitsandbytes.specs(tensor, shapes[name], QUANTIZATION)
+        yield specs, bitsandbytes.tensors(tensor, random_linear(shapes[name], rng))
+
+
+def vocabulary_tensors(config: LlamaConfig) -> Iterator[tuple[list[TensorSpec], list[np.ndarray]]]:
+    """Embedding, final norm and head."""
+    rng = np.random.default_rng(config.num_hidden_layers)
+    shape = (config.vocab_size, config.hidden_size)
+    for name in (names.EMBEDDING, names.LM_HEAD):
+        values = (DEVIATION * rng.standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16)
+        yield [TensorSpec(name, "BF16", shape)], [values]
+    ones = np.ones(config.hidden_size, ml_dtypes.bfloat16)
+    yield [TensorSpec(names.FINAL_NORM, "BF16", ones.shape)], [ones]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes, then the tokens that start and end a turn."""
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    made.chat_template = CHAT
+    return made
+
+
+def write(out: Path, settings: dict[str, Any], advance: Any = lambda nbytes: None) -> None:
+    """Write the folder; `advance` is called with the bytes of each file.
+
+    Raises:
+        InputError: `out` exists.
+    """
+    if out.exists():
+        raise InputError(out, found="something there already", fix="name a new folder, or remove this one")
+    out.mkdir(parents=True)
+    config = LlamaConfig.from_hf(settings)
+    parts = [(layer_tensors, (config, layer)) for layer in range(config.num_hidden_layers)]
+    parts.append((vocabulary_tensors, (config,)))
+    total, weight_map = 0, {}
+    for number, (make, arguments) in enumerate(parts, 1):
+        shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        made = list(make(*arguments))
+        specs = [spec for some, _ in made for spec in some]
+        write_shard(out / shard, specs, (array for _, arrays in made for array in arrays))
+        weight_map |= {spec.name: shard for spec in specs}
+        size = sum(spec.nbytes for spec in specs)
+        total += size
+        advance(size)
+    tokenizer().save_pretrained(out)
+    write_json(out / "generation_config.json", {"eos_token_id": settings["eos_token_id"]})
+    write_json(
+        out / "config.json",
+        {**settings, "quantization_config": bitsandbytes.quantization_config(QUANTIZATION)},
+    )
+    write_index(out, weight_map, total)
+
+
+def expected_bytes(config: LlamaConfig) -> int:
+    """What `write` will come to, but for the norms."""
+    linears = [
+        spec for name, shape in config.linear_shapes().items() for spec in bitsandbytes.specs(name, shape, QUANTIZATION)
+    ]
+    vocabulary = 2 * 2 * config.vocab_size * config.hidden_size
+    return config.num_hidden_layers * sum(spec.nbytes for spec in linears) + vocabulary
+
+
+@exit_status
+def main() -> None:
+    """Parse, write, say how large it came out."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--shape", required=True, choices=sorted(SHAPES), help="a Llama's shape")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder; must not exist")
+    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the shape has")
+    options = parser.parse_args()
+    console = make_console(stderr=True)
+    settings, written = hf_config(options.shape, options.layers), 0
+    with byte_bar(console) as progress:
+        task = progress.add_task("writing", total=expected_bytes(LlamaConfig.from_hf(settings)))
+
+        def advance(nbytes: int) -> None:
+            nonlocal written
+            written += nbytes
+            progress.advance(task, nbytes)
+
+        write(options.out, settings, advance)
+    console.print(f"{written / 1e9:.2f} GB of random 4-bit weights: {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
