@@ -1,43 +1,94 @@
 """Adapters in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`, out and in."""
 
 import dataclasses
-import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydantic
 import safetensors
-import safetensors.numpy
 
 from convert import names
+from convert.adapter_config import CONFIG_FILE, AdapterConfig, Target, read_adapter_config
+from convert.adapter_tensors import saveable, tensor_problems
+from convert.delta import Pair
+from convert.folder import some
 from convert.shards import PT_METADATA, TensorSpec, write_json, write_shard
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.engine import Adapters
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
-from qlora_jax.placement import put
+from qlora_jax.placement import Tree, put
 
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 QUANTIZATION_KEY = "quantization"
 """Our own entry in the file's metadata: what the adapter was trained on, which a merge into that needs to know. PEFT ignores it."""
 
-_ONLY: dict[str, Any] = {
-    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None, "rank_pattern": {},
-    "alpha_pattern": {}, "layers_to_transform": None, "layer_replication": None, "lora_bias": False, "target_parameters": None,
-}  # fmt: skip
+
+class Pairs(Mapping[tuple[int, str], Pair]):
+    """The adapted linears, (layer, our name) → Pair. Each look-up reads the file, so that one pair at a time is in memory."""
+
+    def __init__(self, path: Path, targets: Mapping[tuple[int, str], Target], use_dora: bool) -> None:
+        self._path, self._targets, self._use_dora = path, targets, use_dora
+
+    def __getitem__(self, key: tuple[int, str]) -> Pair:
+        scaling = self._targets[key].scaling
+        lora_a, lora_b = (_read32(self._path, names.adapter(*key, part)) for part in names.ADAPTER_PARTS)
+        magnitude = _read32(self._path, names.magnitude(*key)) if self._use_dora else None
+        return Pair(lora_a, lora_b, scaling, magnitude)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+
+class Saved(Mapping[str, np.ndarray]):
+    """Tensors that take the place of the base's: Hugging Face's name → values in the stored dtype, read when looked up."""
+
+    def __init__(self, path: Path, tensors: Sequence[str]) -> None:
+        self._path, self._tensors = path, dict.fromkeys(tensors)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._tensors:
+            raise KeyError(name)
+        return _read(self._path, names.saved(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _read(path: Path, name: str) -> np.ndarray:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        tensor: np.ndarray = file.get_tensor(name)
+    return tensor
+
+
+def _read32(path: Path, name: str) -> np.ndarray:
+    return _read(path, name).astype(np.float32, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter read from a folder: for each adapted linear (layer, our name), A [r, in] and B [out, r] in float32."""
+    """An adapter's folder, read and checked against a model's shape; its tensors stay in the file until they are asked for."""
 
     path: Path
-    base_model: str | None
-    scaling: float
+    config: AdapterConfig
     quantization: QuantizationSettings
-    pairs: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
+    targets: Mapping[tuple[int, str], Target]
+    pairs: Pairs
+    saved: Saved
+
+    @property
+    def base_model(self) -> str | None:
+        """What the adapter says it was trained on: a hub id or a folder."""
+        return self.config.base_model
 
 
 def save_adapter(
@@ -91,23 +142,36 @@ def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
     """Read and check an adapter for a model of this shape.
 
     Raises:
-        InputError: files are missing or damaged, the kind of adapter is not supported, or tensors do not fit the model.
+        InputError: files are missing or damaged, the kind of adapter is not supported, or tensors do not fit the model or
+            `adapter_config.json` (all named at once).
     """
     folder = Path(folder)
     settings = read_adapter_config(folder)
-    try:
-        tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
-        with safetensors.safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
-            quantization = (file.metadata() or {}).get(QUANTIZATION_KEY, "{}")
-    except (safetensors.SafetensorError, OSError) as error:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = " but adapter_model.bin, which is never unpickled" if (folder / PICKLE_FILE).exists() else ""
         raise InputError(
-            folder / WEIGHTS_FILE, found=f"a damaged safetensors file: {error}", fix="save the adapter again"
-        ) from None
-    rank = settings["r"]
-    scaling = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
-    pairs = _pairs(folder, tensors, rank, config)
-    base_model = settings.get("base_model_name_or_path")
-    return Adapter(folder, base_model, scaling, _quantization(folder, quantization), pairs)
+            folder, found=f"no {WEIGHTS_FILE}{pickled}", expected=f"a PEFT adapter: {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    targets = settings.targets(config)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            note = (file.metadata() or {}).get(QUANTIZATION_KEY, "{}")
+            problems = tensor_problems(file, settings, targets, config)
+            held = {names.parse_saved(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(path, found=f"a damaged safetensors file: {error}", fix="save the adapter again") from None
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise InputError(
+            path,
+            found="\n    ".join(["tensors that do not fit the model or adapter_config.json", *shown]),
+            fix=f"give the model this adapter was trained on ({settings.base_model or 'it does not say which'})",
+        )
+    saved = Saved(path, [name for name in saveable(config) if name in held])
+    return Adapter(
+        folder, settings, _quantization(folder, note), targets, Pairs(path, targets, settings.use_dora), saved
+    )
 
 
 def _quantization(folder: Path, text: str) -> QuantizationSettings:
@@ -122,91 +186,37 @@ def _quantization(folder: Path, text: str) -> QuantizationSettings:
         ) from None
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json`, refused if it asks for something that cannot be applied.
-
-    Raises:
-        InputError: the folder is not an adapter's, or the adapter's kind is not supported.
-    """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise InputError(folder, found=f"no {name}", expected=f"a PEFT adapter: {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(folder / CONFIG_FILE, found=f"not JSON: {error}", fix="save the adapter again") from None
-    if not isinstance(settings, dict):
-        raise InputError(
-            folder / CONFIG_FILE, found=f"a {type(settings).__name__}", expected="an object of adapter settings"
-        )
-    problems = [
-        f"{key} is {settings[key]!r}, supported: {only!r}"
-        for key, only in _ONLY.items()
-        if (settings.get(key) or None) != (only or None) and key in settings  # null, {} and false all mean "not used"
-    ]
-    problems += [
-        f"{key} is {settings.get(key)!r}, expected a positive number"
-        for key in ("r", "lora_alpha")
-        if not _positive(settings.get(key))
-    ]
-    if problems:
-        raise InputError(folder / CONFIG_FILE, found="; ".join(problems), expected="a plain LoRA adapter")
-    return settings
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _pairs(
-    folder: Path, tensors: dict[str, np.ndarray], rank: int, config: LlamaConfig
-) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
-    """Group tensors into (A, B) by linear; every name known, every pair complete, every shape right."""
-    shapes = config.linear_shapes()
-    parts = {name: names.parse_adapter(name) for name in tensors}
-    problems = [f"unknown tensor {name}" for name, found in parts.items() if found is None]
-    found = {key: tensors[name].astype(np.float32) for name, key in parts.items() if key is not None}
-    linears = sorted({key[:2] for key in found}, key=lambda key: (key[0], LINEAR_NAMES.index(key[1])))
-    pairs = {}
-    for layer, name in linears:
-        out_features, in_features = shapes[name]
-        expected = {"lora_a": (rank, in_features), "lora_b": (out_features, rank)}
-        for part, shape in expected.items():
-            tensor = found.get((layer, name, part))
-            if tensor is None or tensor.shape != shape:
-                what = "missing" if tensor is None else f"of shape {tensor.shape}"
-                problems.append(f"{names.adapter(layer, name, part)} is {what}, expected {shape}")
-            elif not np.isfinite(tensor).all():
-                problems.append(f"{names.adapter(layer, name, part)} holds values that are not finite")
-        if layer >= config.num_hidden_layers:
-            problems.append(f"layer {layer} of {name}: the model has {config.num_hidden_layers} layers")
-        pairs[layer, name] = (found.get((layer, name, "lora_a")), found.get((layer, name, "lora_b")))
-    if problems or not pairs:
-        found_text = (
-            "\n    ".join(["tensors that do not fit the model", *problems[:20]]) if problems else "no adapter tensors"
-        )
-        raise InputError(folder / WEIGHTS_FILE, found=found_text, fix="give the model this adapter was trained on")
-    return pairs
-
-
 def as_adapters(adapter: Adapter, config: LlamaConfig) -> tuple[LoraSettings, Adapters]:
-    """An adapter in the engine's form: the settings its modules need, and one tree a layer on the device.
+    """A plain adapter in the engine's form: the settings its modules need, without dropout, and one tree a layer on the device.
 
     Raises:
-        InputError: it does not adapt the same linears in every layer.
+        InputError: it is of a kind that can only be merged; everything that makes it so is named.
     """
-    targets = sorted({name for _, name in adapter.pairs}, key=LINEAR_NAMES.index)
-    if len(adapter.pairs) != len(targets) * config.num_hidden_layers:
+    names_of = sorted({name for _, name in adapter.targets}, key=LINEAR_NAMES.index)
+    kinds = set(adapter.targets.values())
+    reasons = ["DoRA (use_dora)"] if adapter.config.use_dora else []
+    reasons += [f"modules_to_save ({some(list(adapter.saved))})"] if adapter.saved else []
+    reasons += ["rank_pattern or alpha_pattern"] if len(kinds) > 1 else []
+    if len(adapter.targets) != len(names_of) * config.num_hidden_layers or not kinds:
+        reasons.append("linears adapted in some layers only")
+    if reasons:
         raise InputError(
-            adapter.path, found="linears adapted in some layers only", expected="the same target_modules in every layer"
+            adapter.path,
+            found=f"an adapter with {'; '.join(reasons)}, which can be merged but not run or trained here",
+            expected="one rank and scaling, and the same target_modules in every layer",
+            fix="merge it first (python -m convert.merge) and give the merged folder as the model",
         )
-    rank = next(iter(adapter.pairs.values()))[0].shape[0]
-    lora = LoraSettings(r=rank, lora_alpha=adapter.scaling * rank, lora_dropout=0.0, target_modules=targets)
-    trees = [
-        {
-            name: {"adapter": dict(zip(("lora_a", "lora_b"), put(adapter.pairs[layer, name], "device"), strict=True))}
-            for name in targets
-        }
+    (kind,) = kinds
+    rslora = bool(adapter.config.settings.get("use_rslora"))
+    alpha = adapter.config.settings["lora_alpha"]
+    lora = LoraSettings(r=kind.rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=0.0, target_modules=names_of)
+    if lora.scaling != kind.scaling:  # by a pattern that matches everything
+        lora = lora.model_copy(update={"lora_alpha": kind.scaling * (kind.rank**0.5 if rslora else kind.rank)})
+    return lora, [
+        {name: {"adapter": _pair_on_device(adapter.pairs[layer, name])} for name in names_of}
         for layer in range(config.num_hidden_layers)
     ]
-    return lora, trees
+
+
+def _pair_on_device(pair: Pair) -> Tree:
+    return put({"lora_a": pair.lora_a, "lora_b": pair.lora_b}, "device")

@@ -1,33 +1,33 @@
 """Folds an adapter into its base model: `python -m convert.merge --adapter DIR --out DIR`.
 
-    W' = round_bf16(float32(W) + scaling · B·A)          one rounding, as peft's `merge_and_unload`
+    W' = round_bf16(float32(W) + scaling · B·A)          one rounding, as peft's `merge_and_unload`; DoRA: see `convert.delta`
 
 Piece by piece, in the base's shards and order (`convert.pieces`); stopped and started again it continues (`convert.job`). Tensors without
-an adapter are copied byte for byte.
+an adapter are copied byte for byte, and those that the adapter stores whole (modules_to_save) take the base's place. Then the merged
+model proves itself (`convert.check`).
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import ml_dtypes
-import numpy as np
 from rich.console import Console
 
 from convert import names, pieces, prequantized
-from convert.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter, read_adapter_config
+from convert.adapter import WEIGHTS_FILE, Adapter, load_adapter
+from convert.adapter_config import CONFIG_FILE, read_adapter_config
+from convert.check import check_merge
+from convert.delta import Base, base_rows, merged_weight
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
 from convert.hub import resolve_model
 from convert.job import Log, describe, files_identity
 from convert.load import read_config
 from convert.shards import Piece, TensorSpec
-from qlora_jax.display import byte_bar, make_console
+from qlora_jax.display import byte_bar, make_console, progress_bar
 from qlora_jax.errors import InputError, exit_status
-
-Base = Literal["original", "dequantized"]
 
 WHICH_BASE = """\
 Which base. QLoRA trains the adapter on weights that went to 4 bits and back. `--base dequantized` (the default) adds the adapter to
@@ -90,7 +90,7 @@ def check_base(folder: ModelFolder, base: Base) -> None:
 def _changes(name: str, adapter: Adapter, base: Base) -> bool:
     """Whether a tensor of the base is another one in the merged model."""
     linear = names.parse_linear(name)
-    return linear is not None and (base == "dequantized" or linear in adapter.pairs)
+    return name in adapter.saved or (linear is not None and (base == "dequantized" or linear in adapter.pairs))
 
 
 def _merged_specs(folder: ModelFolder, shard: str, adapter: Adapter, base: Base) -> list[TensorSpec]:
@@ -111,33 +111,17 @@ def _merged_tensors(
     for spec in specs:
         if not _changes(spec.name, adapter, base):
             yield from folder.pieces(spec.name, pieces.PIECE)
+        elif spec.name in adapter.saved:
+            stored = adapter.saved[spec.name].reshape(-1)
+            for first in range(0, stored.size, pieces.PIECE):
+                yield stored[first : first + pieces.PIECE].astype(ml_dtypes.bfloat16)
         else:
             linear = names.parse_linear(spec.name)
-            for rows, weight in _base_rows(folder, spec, adapter, base):
-                if linear in adapter.pairs:
-                    lora_a, lora_b = adapter.pairs[linear]
-                    weight = merged_weight(weight, lora_a, lora_b[rows], adapter.scaling)
-                yield weight.astype(ml_dtypes.bfloat16, copy=False)
+            pair = adapter.pairs.get(linear)
+            for rows, weight in base_rows(folder, spec.name, spec.shape, adapter.quantization, base):
+                merged = weight if pair is None else merged_weight(weight, pair.rows(rows))
+                yield merged.astype(ml_dtypes.bfloat16, copy=False)
         advance(spec.nbytes)
-
-
-def _base_rows(
-    folder: ModelFolder, spec: TensorSpec, adapter: Adapter, base: Base
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """A linear [out, in] before the adapter, some rows at a time: bfloat16; `dequantized`: in what 4 bits round to."""
-    if base == "dequantized":
-        yield from pieces.dequantized(pieces.quantized(folder, spec.name, adapter.quantization))
-        return
-    rows, columns = spec.shape
-    some = pieces.row_slices(rows, columns)
-    flat = pieces.bfloat16(folder, spec.name, some[0].stop * columns)
-    yield from ((which, piece.reshape(-1, columns)) for which, piece in zip(some, flat, strict=True))
-
-
-def merged_weight(weight: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> np.ndarray:
-    """weight [out, in] of any float dtype, A [r, in] and B [out, r] float32 → bfloat16 [out, in], rounded once."""
-    delta = (lora_b @ lora_a) * np.float32(scaling)
-    return (weight.astype(np.float32) + delta).astype(ml_dtypes.bfloat16)
 
 
 @exit_status
@@ -157,25 +141,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--base", choices=("original", "dequantized"), default="dequantized", help="default: dequantized; see below"
     )
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run a few tokens through base + adapter and through the merged model, and compare (default: yes)",
+    )
     options = parser.parse_args(arguments)
     console = make_console(stderr=True)
-    name = options.model or read_adapter_config(options.adapter).get("base_model_name_or_path")
+    name = options.model or read_adapter_config(options.adapter).base_model
     if not name:
         raise InputError(
             options.adapter, found="no base_model_name_or_path in its adapter_config.json", fix="say which with --model"
         )
     folder = ModelFolder(resolve_model(name, log=console.print))
     adapter = load_adapter(options.adapter, read_config(folder))
-    merge_with_progress(folder, adapter, options.out, options.base, console)
+    merge_with_progress(folder, adapter, options.out, options.base, console, check=options.check)
 
 
-def merge_with_progress(folder: ModelFolder, adapter: Adapter, out: Path, base: Base, console: Console) -> None:
-    """`merge` under a progress bar, and a line that says what was done."""
+def merge_with_progress(
+    folder: ModelFolder, adapter: Adapter, out: Path, base: Base, console: Console, *, check: bool = True
+) -> None:
+    """`merge` and its check under progress bars, and a line each that says what was done and found.
+
+    Raises:
+        InputError: as `merge`; or the check found another model than base + adapter.
+    """
     total = sum(spec.nbytes for shard in folder.shards for spec in _merged_specs(folder, shard, adapter, base))
     with byte_bar(console) as progress:
         task = progress.add_task("merging", total=total)
         merge(folder, adapter, out, base, lambda nbytes: progress.advance(task, nbytes), console.print)
-    console.print(f"merged {len(adapter.pairs)} adapted linears into the {base} base: {out}")
+    whole = f" and {len(adapter.saved)} whole tensors" if adapter.saved else ""
+    console.print(f"merged {len(adapter.pairs)} adapted linears{whole} into the {base} base: {out}")
+    if check:
+        with progress_bar(console) as progress:
+            task = progress.add_task("checking layers", total=len({layer for layer, _ in _linears(folder)}))
+            differences = check_merge(folder, adapter, out, base, lambda: progress.advance(task))
+        console.print(f"checked: {differences}")
+
+
+def _linears(folder: ModelFolder) -> list[tuple[int, str]]:
+    return [linear for name in folder.names if (linear := names.parse_linear(name)) is not None]
 
 
 if __name__ == "__main__":

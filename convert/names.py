@@ -21,6 +21,7 @@ _OURS_BY_MODULE = {module: name for name, module in MODULES.items()}
 _OURS_BY_PART = {part: name for name, part in ADAPTER_PARTS.items()}
 _LINEAR = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
 _ADAPTER = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.(lora_[AB])\.weight")
+_SAVED = "base_model.model."
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -53,6 +54,21 @@ def parse_adapter(tensor: str) -> tuple[int, str, str] | None:
         if match and match[2] in _OURS_BY_MODULE
         else None
     )
+
+
+def magnitude(layer: int, name: str) -> str:
+    """PEFT's name of a linear's DoRA magnitudes."""
+    return f"{_SAVED}model.layers.{layer}.{MODULES[name]}.lora_magnitude_vector"
+
+
+def saved(tensor: str) -> str:
+    """PEFT's name of a tensor of the base that an adapter stores whole, from Hugging Face's."""
+    return _SAVED + tensor
+
+
+def parse_saved(tensor: str) -> str:
+    """The inverse of `saved`: a name that is not of that form comes back as it is."""
+    return tensor.removeprefix(_SAVED)
 
 
 def is_ignored(tensor: str) -> bool:

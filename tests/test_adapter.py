@@ -14,7 +14,8 @@ import safetensors
 import safetensors.numpy
 
 from convert import names
-from convert.adapter import CONFIG_FILE, WEIGHTS_FILE, as_adapters, load_adapter, save_adapter
+from convert.adapter import WEIGHTS_FILE, as_adapters, load_adapter, save_adapter
+from convert.adapter_config import CONFIG_FILE
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_bfloat16, read_config
 from qlora_jax import nf4
@@ -202,10 +203,12 @@ def test_round_trip_bit_for_bit(tmp_path: Path, config: LlamaConfig, use_rslora:
     quantization = QuantizationSettings(double_quant=double_quant)
     adapters = random_adapters(config, lora)
     adapter = load_adapter(save(tmp_path / "adapter", adapters, lora, quantization), config)
-    assert (adapter.scaling, adapter.quantization, adapter.base_model) == (lora.scaling, quantization, "some/model")
+    assert {target.scaling for target in adapter.targets.values()} == {lora.scaling}
+    assert (adapter.quantization, adapter.base_model) == (quantization, "some/model")
     assert list(adapter.pairs) == [(layer, name) for layer in range(2) for name in lora.targets]
     for (layer, name), pair in adapter.pairs.items():
-        for part, loaded in zip(("lora_a", "lora_b"), pair, strict=True):
+        for part in names.ADAPTER_PARTS:
+            loaded = getattr(pair, part)
             assert loaded.dtype == np.float32
             assert loaded.tobytes() == np.asarray(adapters[layer][name]["adapter"][part]).tobytes()
 
@@ -254,9 +257,9 @@ def test_an_adapter_in_sixteen_bits_is_widened(saved: Path, config: LlamaConfig)
     tensors = safetensors.numpy.load_file(saved / WEIGHTS_FILE)
     halves = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     safetensors.numpy.save_file(halves, saved / WEIGHTS_FILE)
-    for (layer, name), (lora_a, _) in load_adapter(saved, config).pairs.items():
-        assert lora_a.dtype == np.float32
-        np.testing.assert_array_equal(lora_a, halves[names.adapter(layer, name, "lora_a")].astype(np.float32))
+    for (layer, name), pair in load_adapter(saved, config).pairs.items():
+        assert pair.lora_a.dtype == np.float32
+        np.testing.assert_array_equal(pair.lora_a, halves[names.adapter(layer, name, "lora_a")].astype(np.float32))
 
 
 # Refusals
@@ -303,14 +306,19 @@ def test_a_config_that_is_not_an_object(saved: Path, config: LlamaConfig, text: 
     [
         ("peft_type", "IA3"),
         ("peft_type", None),
-        ("use_dora", True),
-        ("modules_to_save", ["lm_head"]),
-        ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}),
+        ("modules_to_save", "lm_head"),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", ["q_proj"]),
         ("bias", "all"),
         ("fan_in_fan_out", True),
         ("lora_bias", True),
-        ("layers_to_transform", [0]),
+        ("layer_replication", [[0, 2]]),
+        ("target_parameters", ["mlp.experts"]),
+        ("trainable_token_indices", [1, 2]),
+        ("init_lora_weights", "pissa"),
+        ("a_setting_of_tomorrow", 1),
+        ("layers_to_transform", ["0"]),
+        ("target_modules", None),
         ("r", 0),
         ("r", "four"),
         ("r", True),
@@ -420,6 +428,10 @@ def test_layers_that_differ_cannot_be_run(saved: Path, config: LlamaConfig) -> N
             del tensors[names.adapter(1, "o_proj", part)]
 
     change_tensors(saved, change)
+    assert f"{names.adapter(1, 'o_proj', 'lora_b')} is missing" in refusal(saved, config)
+    settings = json.loads((saved / CONFIG_FILE).read_text())
+    excluded = {**settings, "exclude_modules": ["layers.1.self_attn.o_proj"]}
+    (saved / CONFIG_FILE).write_text(json.dumps(excluded))
     adapter = load_adapter(saved, config)  # can be merged
     with pytest.raises(InputError, match="some layers only"):
         as_adapters(adapter, config)

@@ -15,7 +15,8 @@ import safetensors.numpy
 
 from convert import bitsandbytes, names
 from convert import merge as merge_module
-from convert.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter, save_adapter
+from convert.adapter import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
+from convert.adapter_config import CONFIG_FILE
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
 from convert.merge import Base, main, merge
@@ -126,12 +127,13 @@ def test_one_rounding_of_the_exact_sum(model: Path, adapter: Path, merged: dict[
     loaded = load_adapter(adapter, read_config(folder))
     results = read_all(merged[base])
     changed = 0
-    for (layer, name), (lora_a, lora_b) in loaded.pairs.items():
+    for (layer, name), pair in loaded.pairs.items():
+        lora_a, lora_b = pair.lora_a, pair.lora_b
         tensor = names.linear(layer, name)
         weight = base_weight(folder, tensor, base)
-        delta = loaded.scaling * (lora_b.astype(np.float64) @ lora_a.astype(np.float64))
+        delta = pair.scaling * (lora_b.astype(np.float64) @ lora_a.astype(np.float64))
         exact = weight.astype(np.float64) + delta
-        magnitudes = loaded.scaling * (np.abs(lora_b).astype(np.float64) @ np.abs(lora_a)) + np.abs(exact)
+        magnitudes = pair.scaling * (np.abs(lora_b).astype(np.float64) @ np.abs(lora_a)) + np.abs(exact)
         error = np.abs(results[tensor].astype(np.float64) - exact)
         assert (error <= BF16_EPSILON * np.abs(exact) + FLOAT32_PRODUCT * magnitudes).all()
         changed += int((bits(results[tensor]) != bits(weight)).sum())
@@ -193,8 +195,8 @@ def test_logits_of_base_and_adapter(model: Path, adapter: Path, merged: dict[str
     layers = range(config.num_hidden_layers)
     adapters = [
         {
-            name: {"adapter": {part: jnp.asarray(pair) for part, pair in zip(names.ADAPTER_PARTS, pairs, strict=True)}}
-            for (at, name), pairs in loaded.pairs.items()
+            name: {"adapter": {part: jnp.asarray(getattr(pair, part)) for part in names.ADAPTER_PARTS}}
+            for (at, name), pair in loaded.pairs.items()
             if at == layer
         }
         for layer in layers
@@ -229,7 +231,7 @@ def test_other_dtypes(tmp_path: Path, base: Base, dtype: Any, stored: str) -> No
             assert result.spec(name).dtype == "BF16"
             expected = base_weight(folder, name, base)
             if linear in loaded.pairs:
-                expected = merge_module.merged_weight(expected, *loaded.pairs[linear], loaded.scaling)
+                expected = merge_module.merged_weight(expected, loaded.pairs[linear])
             np.testing.assert_array_equal(bits(result.read(name)), bits(expected), err_msg=name)
         else:
             assert result.spec(name).dtype == stored
@@ -425,8 +427,8 @@ def test_a_float16_base_is_rounded_to_bfloat16_once(tmp_path: Path) -> None:
         expected = np.asarray(nf4.dequantize(bitsandbytes.read(base, tensor)))
         assert expected.dtype == np.float16
         if (layer, name) in loaded.pairs:
-            lora_a, lora_b = loaded.pairs[layer, name]
-            expected = expected.astype(np.float32) + lora_b @ lora_a * np.float32(loaded.scaling)
+            pair = loaded.pairs[layer, name]
+            expected = expected.astype(np.float32) + pair.lora_b @ pair.lora_a * np.float32(pair.scaling)
         np.testing.assert_array_equal(bits(results[tensor]), bits(expected.astype(ml_dtypes.bfloat16)))
 
 
@@ -460,9 +462,7 @@ def test_an_adapter_of_an_unknown_kind_is_taken(tmp_path: Path, model: Path, ada
     loaded = run_merge(tmp_path / "fp4", unrecorded, tmp_path / "out", "dequantized")
     name = names.linear(1, "o_proj")
     weight = nf4.quantize(jnp.asarray(ModelFolder(model).read(name)), FP4.double_quant, FP4.quant_type)
-    expected = merge_module.merged_weight(
-        np.asarray(nf4.dequantize(weight)), *loaded.pairs[1, "o_proj"], loaded.scaling
-    )
+    expected = merge_module.merged_weight(np.asarray(nf4.dequantize(weight)), loaded.pairs[1, "o_proj"])
     np.testing.assert_array_equal(bits(ModelFolder(tmp_path / "out").read(name)), bits(expected))
 
 

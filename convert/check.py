@@ -1,0 +1,212 @@
+"""A merge proves itself: a few tokens go through base + adapter and through the merged folder, and every layer's outputs are compared.
+
+Three models walk side by side in float32, as the three rows of one batch:
+
+    adapted   x·Wᵀ + s·(x·Aᵀ)·Bᵀ            base and adapter, as they are trained and run (DoRA: times m / ‖W + s·B·A‖)
+    rounded   x·bf16(W + s·B·A)ᵀ            the same summed and rounded once: what the best of merges computes
+    merged    x·W'ᵀ                         the folder that was written
+
+The merged model cannot be nearer to the adapted one than rounding to bfloat16 allows, and how far that takes it is measured, layer by
+layer, on the same tokens. It passes if it is no more than `ROOM` times as far. A bound from theory alone would have to be much wider:
+where deltas are smaller than the spacing of bfloat16 the roundings of a row are not independent.
+
+Each matrix is read when its turn comes, some rows at a time, so memory does not depend on the model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from convert import names, pieces
+from convert.adapter import Adapter
+from convert.delta import Base, adapted, base_rows, dora_factor, merged_weight
+from convert.folder import ModelFolder
+from convert.load import read_config
+from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
+from qlora_jax.errors import InputError
+from qlora_jax.linear import FrozenParam
+from qlora_jax.llama import DecoderLayer, LlamaConfig, RMSNorm
+
+NUM_TOKENS = 16
+ROOM = 2.0
+"""A right merge has the rounded model's bits, but for sums that another library or device adds in another order: they land on the other
+side of a rounding for a few weights in a thousand, which changes the distance by far less than this."""
+FLOAT32_NOISE = 1e-5
+"""Of the norm of what is compared: float32 sums of thousands of products err by 4e-6 where a delta so small is lost to rounding whole."""
+ADAPTED, ROUNDED, MERGED = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Differences:
+    """Largest absolute differences from base + adapter, and the norms' ratios by which a layer is judged; the head is the last layer."""
+
+    logits: float
+    largest_logit: float
+    rounding_alone: float
+    worst_layer: int
+    worst_share: float
+
+    def __str__(self) -> str:
+        return (
+            f"on {NUM_TOKENS} tokens the merged model's logits differ from those of base + adapter by at most {self.logits:.2g} "
+            f"(rounding to bfloat16 alone: {self.rounding_alone:.2g}; largest logit: {self.largest_logit:.3g}), "
+            f"and layer {self.worst_layer}'s outputs, the furthest, by {self.worst_share:.2%}"
+        )
+
+
+def check_merge(
+    folder: ModelFolder, adapter: Adapter, out: Path, base: Base, advance: Callable[[], object] = lambda: None
+) -> Differences:
+    """Compare the merged folder `out` with base + adapter on `NUM_TOKENS` random tokens, in float32.
+
+    Args:
+        advance: called after each layer.
+
+    Raises:
+        InputError: a layer or the logits are further from base + adapter than rounding explains; or `out` is no model of this shape.
+    """
+    config, merged = read_config(folder), ModelFolder(out)
+    if read_config(merged) != config:
+        raise InputError(out, found="a model of another shape", expected=f"that of {folder.path}")
+    models = _Models(folder, adapter, merged, base, config)
+    with jax.default_matmul_precision("highest"):
+        return _compare(models, advance, out)
+
+
+def _compare(models: "_Models", advance: Callable[[], object], out: Path) -> Differences:
+    config = models.config
+    token_ids = np.random.default_rng(0).integers(0, config.vocab_size, NUM_TOKENS)
+    h = jnp.asarray(models.embed(token_ids))
+    positions = jnp.broadcast_to(jnp.arange(NUM_TOKENS)[None], h.shape[:2])
+    shares = []
+    for layer in range(config.num_hidden_layers):
+        h = models.layer(layer)(h, positions)
+        shares.append(_share(h, f"layer {layer}", out))
+        advance()
+    logits = models.head(h)
+    _share(logits, "the logits", out)
+    distance = np.abs(logits - logits[ADAPTED]).max(axis=(1, 2))
+    worst = int(np.argmax(shares))
+    largest = float(np.abs(logits[ADAPTED]).max())
+    return Differences(float(distance[MERGED]), largest, float(distance[ROUNDED]), worst, shares[worst])
+
+
+def _share(outputs: jax.Array | np.ndarray, what: str, out: Path) -> float:
+    """outputs [3, T, ...] → ‖merged - adapted‖ / ‖adapted‖, refused if rounding does not explain it."""
+    outputs = np.asarray(outputs, np.float64)
+    size = np.linalg.norm(outputs[ADAPTED])
+    rounding, found = (np.linalg.norm(outputs[row] - outputs[ADAPTED]) / size for row in (ROUNDED, MERGED))
+    if not found <= ROOM * rounding + FLOAT32_NOISE:  # not so for NaN either
+        raise InputError(
+            out,
+            found=f"{what} of the merged model differs from base + adapter by {found:.3%}",
+            expected=f"at most {ROOM:g} times {rounding:.3%}, which is what rounding the merged weights to bfloat16 explains",
+            fix="do not use this folder: remove it, and merge again with this adapter and this base",
+        )
+    return float(found)
+
+
+class _Models:
+    """The three models, their weights still in the folders."""
+
+    def __init__(
+        self, folder: ModelFolder, adapter: Adapter, merged: ModelFolder, base: Base, config: LlamaConfig
+    ) -> None:
+        self.folder, self.adapter, self.merged, self.base, self.config = folder, adapter, merged, base, config
+        self._layer = _abstract_layer(config)
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        """token_ids [T] → [3, T, D] float32."""
+        out = np.empty((3, token_ids.size, self.config.hidden_size), np.float32)
+        for rows, ours, theirs in self._plain_rows(names.EMBEDDING):
+            inside = (token_ids >= rows.start) & (token_ids < rows.stop)
+            out[:MERGED, inside] = ours[token_ids[inside] - rows.start]
+            out[MERGED, inside] = theirs[token_ids[inside] - rows.start]
+        return out
+
+    def layer(self, layer: int) -> DecoderLayer:
+        """A decoder layer for h [3, T, D], whose linears read their weights when they are called."""
+        module = self._layer
+        for name in names.NORM_NAMES:
+            getattr(module, name).weight = FrozenParam(self._norm(names.norm(layer, name)))
+        for name in LINEAR_NAMES:
+            setattr(module, name, functools.partial(self._linear, layer, name))
+        return module
+
+    def head(self, h: jax.Array) -> np.ndarray:
+        """h [3, T, D] → logits [3, T, V] float32."""
+        norm = nnx.eval_shape(lambda: RMSNorm(self.config.hidden_size, self.config.rms_norm_eps))
+        norm.weight = FrozenParam(self._norm(names.FINAL_NORM))
+        x = np.asarray(norm(h))
+        logits = np.empty((*x.shape[:2], self.config.vocab_size), np.float32)
+        name = names.EMBEDDING if self.config.tie_word_embeddings else names.LM_HEAD
+        for rows, ours, theirs in self._plain_rows(name):
+            logits[:MERGED, :, rows] = x[:MERGED] @ ours.T
+            logits[MERGED, :, rows] = x[MERGED] @ theirs.T
+        return logits
+
+    def _linear(self, layer: int, name: str, x: jax.Array, key: None = None) -> jax.Array:
+        """x [3, T, in] → [3, T, out] float32, each row by its own model."""
+        x, tensor = np.asarray(x), names.linear(layer, name)
+        y = np.empty((*x.shape[:2], self.config.linear_shapes()[name][0]), np.float32)
+        if tensor in self.adapter.saved:
+            for rows, ours, theirs in self._plain_rows(tensor):
+                y[:MERGED, :, rows], y[MERGED, :, rows] = x[:MERGED] @ ours.T, x[MERGED] @ theirs.T
+            return jnp.asarray(y)
+        shape, pair = self.config.linear_shapes()[name], self.adapter.pairs.get((layer, name))
+        down = None if pair is None else np.float32(pair.scaling) * (x[ADAPTED] @ pair.lora_a.T)
+        bases = base_rows(self.folder, tensor, shape, self.adapter.quantization, self.base)
+        for rows, weight, theirs in _beside(bases, self.merged, tensor):
+            y[ADAPTED, :, rows] = x[ADAPTED] @ weight.T
+            if pair is not None:
+                part = pair.rows(rows)
+                y[ADAPTED, :, rows] += down @ part.lora_b.T
+                if part.magnitude is not None:
+                    total = adapted(weight, dataclasses.replace(part, magnitude=None))
+                    y[ADAPTED, :, rows] *= dora_factor(total, part.magnitude).T
+                weight = merged_weight(weight, part).astype(np.float32)
+            y[ROUNDED, :, rows], y[MERGED, :, rows] = x[ROUNDED] @ weight.T, x[MERGED] @ theirs.T
+        return jnp.asarray(y)
+
+    def _norm(self, name: str) -> jax.Array:
+        """[3, 1, D] float32: each model's own."""
+        ours = (
+            self.adapter.saved[name].astype(ml_dtypes.bfloat16)
+            if name in self.adapter.saved
+            else self.folder.read(name)
+        )
+        return jnp.asarray(np.stack([ours, ours, self.merged.read(name)]).astype(np.float32)[:, None])
+
+    def _plain_rows(self, name: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """A matrix without a delta, some rows at a time: which, base + adapter's and the merged folder's, float32."""
+        shape = self.folder.spec(name).shape if name not in self.adapter.saved else self.merged.spec(name).shape
+        some = pieces.row_slices(*shape)
+        if name in self.adapter.saved:
+            stored = self.adapter.saved[name]
+            ours = (stored[rows].astype(ml_dtypes.bfloat16) for rows in some)
+        else:
+            ours = self.folder.pieces(name, some[0].stop * shape[1])
+        return _beside(zip(some, ours, strict=True), self.merged, name)
+
+
+def _beside(
+    parts: Iterable[tuple[slice, np.ndarray]], merged: ModelFolder, name: str
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Each part of a matrix and the same rows of the merged folder's, float32 [rows, in]. Parts but the last are of one size."""
+    columns, others = merged.spec(name).shape[1], None
+    for rows, part in parts:
+        others = others or merged.pieces(name, rows.stop * columns)
+        theirs = next(others).astype(np.float32).reshape(-1, columns)
+        yield rows, part.astype(np.float32).reshape(-1, columns), theirs
+
+
+def _abstract_layer(config: LlamaConfig) -> DecoderLayer:
+    """A decoder layer without weights."""
+    return nnx.eval_shape(lambda: DecoderLayer(config, None, QuantizationSettings(), "xla", nnx.Rngs(0)))

@@ -1,0 +1,64 @@
+"""What an adapter does to one weight: the float32 sum that a merge rounds to bfloat16.
+
+LoRA    W + s·B·A
+DoRA    m / ‖W + s·B·A‖ · (W + s·B·A)         norms of rows; m is the stored magnitude, one a row
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from convert import pieces
+from convert.folder import ModelFolder
+from qlora_jax.config import QuantizationSettings
+
+Base = Literal["original", "dequantized"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One linear's adapter, float32: `lora_a` [r, in], `lora_b` [out, r], and with DoRA `magnitude` [out]."""
+
+    lora_a: np.ndarray
+    lora_b: np.ndarray
+    scaling: float
+    magnitude: np.ndarray | None = None
+
+    def rows(self, rows: slice) -> "Pair":
+        """The part that changes these rows of the weight."""
+        magnitude = None if self.magnitude is None else self.magnitude[rows]
+        return Pair(self.lora_a, self.lora_b[rows], self.scaling, magnitude)
+
+
+def adapted(weight: np.ndarray, pair: Pair) -> np.ndarray:
+    """weight [out, in] of any float dtype → float32 [out, in], the adapter in it, not rounded."""
+    total = pair.lora_b @ pair.lora_a
+    total *= np.float32(pair.scaling)
+    total += weight.astype(np.float32, copy=False)
+    return total if pair.magnitude is None else total * dora_factor(total, pair.magnitude)
+
+
+def dora_factor(total: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+    """[out, 1] float32: what DoRA multiplies the rows of W + s·B·A by."""
+    return (magnitude / np.linalg.norm(total, axis=1))[:, None]
+
+
+def merged_weight(weight: np.ndarray, pair: Pair) -> np.ndarray:
+    """weight [out, in] of any float dtype → bfloat16 [out, in], rounded once."""
+    return adapted(weight, pair).astype(ml_dtypes.bfloat16)
+
+
+def base_rows(
+    folder: ModelFolder, name: str, shape: tuple[int, int], quantization: QuantizationSettings, base: Base
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """A linear [out, in] before the adapter, some rows at a time: bfloat16; `dequantized`: in what 4 bits round to."""
+    if base == "dequantized":
+        yield from pieces.dequantized(pieces.quantized(folder, name, quantization))
+        return
+    rows, columns = shape
+    some = pieces.row_slices(rows, columns)
+    flat = pieces.bfloat16(folder, name, some[0].stop * columns)
+    yield from ((which, piece.reshape(-1, columns)) for which, piece in zip(some, flat, strict=True))
