@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from convert.adapter import load_adapter, save_adapter
+from convert.cache import cached_folder
 from convert.load import load_weights
 from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
@@ -63,10 +64,11 @@ def run(config: Config, console: Console) -> None:
     engine, config, placements = make_engine(config, model)
     output_dir = make_output_dir(config.training)
     (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console)
     with progress_bar(console) as progress:
         task = progress.add_task("loading layers", total=model.config.num_hidden_layers)
         weights = load_weights(
-            model.folder, model.config, config.quantization, placements.base_weights, lambda: progress.advance(task)
+            in_4_bits, model.config, config.quantization, placements.base_weights, lambda: progress.advance(task)
         )
     adapters = engine.init_adapters(config.training.seed)
     describe(config, engine, weights, adapters, training, console)
