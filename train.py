@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from convert.adapter import load_adapter, save_adapter
+from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
 from convert.cache import cached_folder
 from convert.load import load_weights
 from convert.merge import check_base, merge_with_progress
@@ -27,7 +27,7 @@ from qlora_jax.config import Config, load_config
 from qlora_jax.data import Batch, Batches, Example, Row, detect_format, eval_batches, read_rows, tokenize
 from qlora_jax.display import make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
-from qlora_jax.errors import exit_status
+from qlora_jax.errors import InputError, exit_status
 from qlora_jax.generate import Sampling
 from qlora_jax.placement import nbytes
 from qlora_jax.plan import Placements, choose_placements, device_bytes, layer_bytes
@@ -57,6 +57,7 @@ def run(config: Config, console: Console) -> None:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_exclude_nondeterministic_ops=true"
     refuse_finished_run(config.training)
     model = open_model(config.model.name_or_path, log=console.print)
+    config, start = settle_adapter(config, model)
     config = settle_quantization(config, model, console)
     rows = read_rows(config.data.path)
     config = settle_format(config, rows)
@@ -70,7 +71,7 @@ def run(config: Config, console: Console) -> None:
         weights = load_weights(
             in_4_bits, model.config, config.quantization, placements.base_weights, lambda: progress.advance(task)
         )
-    adapters = engine.init_adapters(config.training.seed)
+    adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
     describe(config, engine, weights, adapters, training, console)
     samples = Samples(config, engine, weights, model, output_dir / "samples.jsonl")
     samples.take(0, adapters)
@@ -94,6 +95,38 @@ def run(config: Config, console: Console) -> None:
         del weights
         export_merged(config, model, output_dir, console)
     samples.show(console)
+
+
+def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
+    """The settings with those of the adapter that `lora.init_from` names, and that adapter, its tensors not read yet.
+
+    Raises:
+        InputError: it cannot be used, or settings given by name contradict it (all at once).
+    """
+    if config.lora.init_from is None:
+        return config, None
+    adapter = load_adapter(config.lora.init_from, model.config)
+    own = plain_settings(adapter, model.config)
+    lora = {key: getattr(own, key) for key in ("r", "lora_alpha", "use_rslora", "target_modules")}
+    quantization = {key: getattr(adapter.quantization, key) for key in adapter.quantization.model_fields_set}
+    problems = [
+        f"{section}.{key} is {getattr(asked, key)!r}, the adapter's is {value!r}"
+        for section, asked, values in (("lora", config.lora, lora), ("quantization", config.quantization, quantization))
+        for key, value in values.items()
+        if key in asked.model_fields_set
+        and (asked.targets != own.targets if key == "target_modules" else getattr(asked, key) != value)
+    ]
+    if problems:
+        raise InputError(
+            config.lora.init_from,
+            found="an adapter that the settings contradict: " + "; ".join(problems),
+            fix="leave these settings out: they come from the adapter",
+        )
+    update = {
+        "lora": config.lora.model_copy(update=lora),
+        "quantization": config.quantization.model_copy(update=quantization),
+    }
+    return config.model_copy(update=update), adapter
 
 
 def settle_quantization(config: Config, model: BaseModel, console: Console) -> Config:

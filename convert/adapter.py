@@ -186,8 +186,8 @@ def _quantization(folder: Path, text: str) -> QuantizationSettings:
         ) from None
 
 
-def as_adapters(adapter: Adapter, config: LlamaConfig) -> tuple[LoraSettings, Adapters]:
-    """A plain adapter in the engine's form: the settings its modules need, without dropout, and one tree a layer on the device.
+def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
+    """What a plain adapter's modules need to know, with no dropout; its tensors are not read.
 
     Raises:
         InputError: it is of a kind that can only be merged; everything that makes it so is named.
@@ -212,8 +212,18 @@ def as_adapters(adapter: Adapter, config: LlamaConfig) -> tuple[LoraSettings, Ad
     lora = LoraSettings(r=kind.rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=0.0, target_modules=names_of)
     if lora.scaling != kind.scaling:  # by a pattern that matches everything
         lora = lora.model_copy(update={"lora_alpha": kind.scaling * (kind.rank**0.5 if rslora else kind.rank)})
+    return lora
+
+
+def as_adapters(adapter: Adapter, config: LlamaConfig) -> tuple[LoraSettings, Adapters]:
+    """A plain adapter in the engine's form: its settings (see `plain_settings`), and one tree a layer on the device.
+
+    Raises:
+        InputError: it is of a kind that can only be merged.
+    """
+    lora = plain_settings(adapter, config)
     return lora, [
-        {name: {"adapter": _pair_on_device(adapter.pairs[layer, name])} for name in names_of}
+        {name: {"adapter": _pair_on_device(adapter.pairs[layer, name])} for name in lora.targets}
         for layer in range(config.num_hidden_layers)
     ]
 

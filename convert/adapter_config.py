@@ -5,7 +5,8 @@ A name in PEFT's rules is a module's path in the base model, such as `model.laye
     targeted    its path is, or ends in a dot and, an entry of the list target_modules; or the whole path matches the regular
                 expression target_modules; less exclude_modules (same rules) and whatever lies inside modules_to_save
     layers      with layers_to_transform, only the layers of those numbers
-    rank, alpha the first key of rank_pattern (alpha_pattern) that matches the path's end, at a dot; else r (lora_alpha)
+    rank, alpha the first key of rank_pattern (alpha_pattern), as the file has them, that matches the path's end, at a dot; else
+                r (lora_alpha)
     scaling     alpha / rank, or alpha / sqrt(rank) with use_rslora
     saved       modules whose path ends in an entry of modules_to_save (at no dot: `norm` is every norm) are stored whole
 """

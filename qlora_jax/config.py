@@ -46,6 +46,9 @@ class LoraSettings(Section):
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["all-linear"] | tuple[LinearName, ...] = "all-linear"
     use_rslora: bool = False
+    init_from: Path | None = None
+    """An adapter's folder, ours or a plain one of PEFT's, to train further. r, lora_alpha, target_modules, use_rslora and the
+    quantization it was trained on then come from it."""
 
     @property
     def scaling(self) -> float:
@@ -148,7 +151,7 @@ class Config(Section):
 
 
 NOT_YET = {
-    "lora": {"use_dora", "rank_pattern", "alpha_pattern", "init_from", "modules_to_save"},
+    "lora": {"use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"},
     "data": {"split"},
     "training": {"save_steps", "save_total_limit"},
     "memory": {"device_memory"},

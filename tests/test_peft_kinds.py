@@ -1,0 +1,217 @@
+"""Adapters that PEFT itself makes, of every kind that merges: PEFT's targets, PEFT's bits; and what is not such a kind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from convert import names
+from convert.adapter import WEIGHTS_FILE, as_adapters, load_adapter
+from convert.adapter_config import CONFIG_FILE
+from convert.check import check_merge
+from convert.folder import ModelFolder
+from convert.load import read_config
+from convert.merge import merge
+from qlora_jax.errors import InputError
+from tests import tiny
+
+GRID = 2.0**-10
+"""A and B in multiples of this, below 1: their products are multiples of 2^-20, and float32 adds four of them exactly in any order."""
+FLIPPED = 2e-3
+"""DoRA: the share of weights one bfloat16 apart. Norms of rows of 64 and the two products after them err by a few float32 ulps of 2^-23,
+so a value within about four of those of the middle between two bfloat16 (2^-7 apart) may round otherwise: 2 · 4 · 2^-23 / 2^-7 = 1.2e-4,
+of some 28,000 weights that are adapted."""
+QV = ["q_proj", "v_proj"]
+KINDS: dict[str, dict[str, Any]] = {
+    "list": {"target_modules": QV},
+    "whole paths": {"target_modules": ["model.layers.1.mlp.up_proj", "layers.0.self_attn.k_proj"]},
+    "regex": {"target_modules": r".*\.layers\.[01]\.(self_attn\.[qk]|mlp\.up)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "rslora": {"target_modules": QV, "use_rslora": True},
+    "rank pattern": {"target_modules": "all-linear", "rank_pattern": {r"layers\.1\..*": 3, "q_proj": 2}},
+    "alpha pattern": {
+        "target_modules": QV,
+        "alpha_pattern": {"1.self_attn.v_proj": 32, "proj": 2, "self_attn.q_proj": 64},
+    },
+    "layers": {"target_modules": QV, "layers_to_transform": [1]},
+    "one layer": {"target_modules": QV, "layers_to_transform": 0, "layers_pattern": "layers"},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": r".*0\.mlp.*"},
+    "whole head": {"target_modules": QV, "modules_to_save": ["lm_head", "embed_tokens"]},
+    "whole norms": {"target_modules": QV, "modules_to_save": ["norm"]},
+    "whole mlp": {"target_modules": "all-linear", "modules_to_save": ["mlp"]},
+    "dora": {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"q_proj": 2}},
+    "dora, rslora": {"target_modules": QV, "use_dora": True, "use_rslora": True},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("base") / "model", shards=2, tie_word_embeddings=False)
+
+
+def reference(model: Path) -> Any:
+    """transformers' model in bfloat16."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+
+
+def peft_adapter(folder: Path, model: Path, dtype: str = "float32", **settings: Any) -> Path:
+    """What PEFT saves, every tensor of it changed from what it starts at."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **settings)
+    wrapped = peft.get_peft_model(reference(model), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                parameter.copy_((torch.randn_like(parameter) * 0.1 / GRID).round() * GRID)
+            elif parameter.requires_grad:
+                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+    wrapped.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def merged(model: Path, adapter: Path, out: Path) -> dict[str, np.ndarray]:
+    folder = ModelFolder(model)
+    loaded = load_adapter(adapter, read_config(folder))
+    merge(folder, loaded, out, "original")
+    check_merge(folder, loaded, out, "original")
+    result = ModelFolder(out)
+    return {name: result.read(name) for name in result.names}
+
+
+def pefts_merge(model: Path, adapter: Path) -> dict[str, np.ndarray]:
+    import peft
+    import torch
+
+    state = peft.PeftModel.from_pretrained(reference(model), adapter).merge_and_unload().state_dict()
+    return {name: tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) for name, tensor in state.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_pefts_bits(tmp_path: Path, model: Path, kind: str) -> None:
+    settings = KINDS[kind]
+    adapter = peft_adapter(tmp_path / "adapter", model, **settings)
+    # PEFT writes the names that `all-linear` came to (and sorts patterns by key): put the short form back.
+    stored = json.loads((adapter / CONFIG_FILE).read_text())
+    (adapter / CONFIG_FILE).write_text(json.dumps({**stored, "target_modules": settings["target_modules"]}))
+    ours, theirs = merged(model, adapter, tmp_path / "out"), pefts_merge(model, adapter)
+    assert ours.keys() == theirs.keys()
+    differing = 0
+    for name, tensor in theirs.items():
+        apart = np.abs(ours[name].view(np.int16).astype(int) - tensor.view(np.int16).astype(int))
+        assert apart.max() <= (1 if settings.get("use_dora") else 0), name
+        differing += int((apart > 0).sum())
+    loaded = load_adapter(adapter, read_config(ModelFolder(model)))
+    changed = {name for name in ours if not np.array_equal(ours[name], ModelFolder(model).read(name))}
+    assert changed == {names.linear(*key) for key in loaded.targets} | set(loaded.saved)
+    assert differing <= FLIPPED * sum(ours[name].size for name in changed)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_adapters_in_sixteen_bits(tmp_path: Path, model: Path, dtype: str) -> None:
+    adapter = peft_adapter(tmp_path / "adapter", model, dtype, target_modules=QV, modules_to_save=["lm_head"])
+    stored = safetensors.numpy.load_file(adapter / WEIGHTS_FILE)
+    assert {tensor.dtype.name for tensor in stored.values()} == {dtype}
+    ours, theirs = merged(model, adapter, tmp_path / "out"), pefts_merge(model, adapter)
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name].view(np.uint16), tensor.view(np.uint16), err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tied_head_saved_with_its_embedding(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = {"target_modules": QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    adapter = peft_adapter(tmp_path / "adapter", tiny_folder, **settings)
+    ours, theirs = merged(tiny_folder, adapter, tmp_path / "out"), pefts_merge(tiny_folder, adapter)
+    assert ours.keys() == theirs.keys() - {names.LM_HEAD}
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor.view(np.uint16), theirs[name].view(np.uint16), err_msg=name)
+
+
+def refusal(adapter: Path, model: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_adapter(adapter, read_config(ModelFolder(model)))
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=" ".join)
+def test_a_head_that_would_come_untied_is_refused(tmp_path: Path, tiny_folder: Path, saved: list[str]) -> None:
+    """PEFT's merge has a head apart from the embedding then, which a model with tie_word_embeddings cannot be."""
+    message = refusal(peft_adapter(tmp_path, tiny_folder, target_modules=QV, modules_to_save=saved), tiny_folder)
+    assert "tie_word_embeddings" in message
+
+
+def without(*names_: str) -> Callable[[dict[str, np.ndarray]], object]:
+    return lambda tensors: [tensors.pop(name) for name in names_]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_everything_that_is_missing_or_too_much_is_said_at_once(tmp_path: Path, model: Path) -> None:
+    settings = {"target_modules": QV, "use_dora": True, "modules_to_save": ["lm_head"], "layers_to_transform": [1]}
+    adapter = peft_adapter(tmp_path, model, **settings)
+    tensors = safetensors.numpy.load_file(adapter / WEIGHTS_FILE)
+    lost = [names.magnitude(1, "q_proj"), names.adapter(1, "v_proj", "lora_b"), names.saved(names.LM_HEAD)]
+    for name in lost:
+        del tensors[name]
+    tensors[names.adapter(0, "q_proj", "lora_a")] = np.zeros((4, 64), np.float32)
+    tensors[names.adapter(7, "q_proj", "lora_a")] = np.zeros((4, 64), np.float32)
+    tensors[names.saved(names.FINAL_NORM)] = np.ones(64, np.float32)
+    tensors[names.adapter(1, "q_proj", "lora_a")][0, 0] = np.inf
+    safetensors.numpy.save_file(tensors, adapter / WEIGHTS_FILE)
+    message = refusal(adapter, model)
+    for name in lost:
+        assert f"{name} is missing" in message
+    assert f"{names.adapter(0, 'q_proj', 'lora_a')}: target_modules does not name this linear" in message
+    assert "layer 7 of q_proj: the model has 2 layers" in message
+    assert f"unknown tensor {names.saved(names.FINAL_NORM)}" in message
+    assert f"{names.adapter(1, 'q_proj', 'lora_a')} holds values that are not finite" in message
+    assert f"give the model this adapter was trained on ({model})" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules names lm_head"),
+        ({"target_modules": "(", "rank_pattern": {"[": 1}}, "'(' is not a regular expression"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "which PEFT refuses"),
+        (
+            {"alora_invocation_tokens": [1], "use_qalora": True},
+            "alora_invocation_tokens is [1], not supported; use_qalora",
+        ),
+        ({"target_modules": ["c_attn"]}, "target_modules match no linear of this model"),
+    ],
+)
+def test_settings_that_cannot_be_applied(tmp_path: Path, model: Path, changes: dict[str, Any], found: str) -> None:
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": QV}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({**settings, **changes}))
+    safetensors.numpy.save_file({"stranger": np.zeros(1, np.float32)}, tmp_path / WEIGHTS_FILE)
+    assert found in refusal(tmp_path, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("dora", "DoRA (use_dora); rank_pattern or alpha_pattern"),
+        ("whole head", "modules_to_save (model.embed_tokens.weight, lm_head.weight)"),
+        ("layers", "linears adapted in some layers only"),
+    ],
+)
+def test_kinds_that_only_merge(tmp_path: Path, model: Path, kind: str, reason: str) -> None:
+    config = read_config(ModelFolder(model))
+    adapter = load_adapter(peft_adapter(tmp_path, model, **KINDS[kind]), config)
+    with pytest.raises(InputError) as caught:
+        as_adapters(adapter, config)
+    assert reason in caught.value.found
+    assert "convert.merge" in caught.value.fix
