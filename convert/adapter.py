@@ -12,7 +12,7 @@ import safetensors
 
 from convert import names
 from convert.adapter_config import CONFIG_FILE, AdapterConfig, Target, read_adapter_config
-from convert.adapter_tensors import saveable, tensor_problems
+from convert.adapter_tensors import read_tensor, saveable, tensor_problems
 from convert.delta import Pair
 from convert.folder import some
 from convert.shards import PT_METADATA, TensorSpec, write_json, write_shard
@@ -55,7 +55,7 @@ class Saved(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._tensors:
             raise KeyError(name)
-        return _read(self._path, names.saved(name))
+        return read_tensor(self._path, names.saved(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -64,14 +64,8 @@ class Saved(Mapping[str, np.ndarray]):
         return len(self._tensors)
 
 
-def _read(path: Path, name: str) -> np.ndarray:
-    with safetensors.safe_open(path, framework="numpy") as file:
-        tensor: np.ndarray = file.get_tensor(name)
-    return tensor
-
-
 def _read32(path: Path, name: str) -> np.ndarray:
-    return _read(path, name).astype(np.float32, copy=False)
+    return read_tensor(path, name).astype(np.float32, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +151,8 @@ def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             note = (file.metadata() or {}).get(QUANTIZATION_KEY, "{}")
-            problems = tensor_problems(file, settings, targets, config)
             held = {names.parse_saved(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+        problems = tensor_problems(path, settings, targets, config)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(path, found=f"a damaged safetensors file: {error}", fix="save the adapter again") from None
     if problems:

@@ -160,7 +160,11 @@ def _unsupported(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _malformed(settings: Mapping[str, Any]) -> list[str]:
-    problems = [
+    base_model = settings.get("base_model_name_or_path")
+    problems = (
+        [] if isinstance(base_model, str | None) else [f"base_model_name_or_path is {base_model!r}, expected a name"]
+    )
+    problems += [
         f"{key} is {settings.get(key)!r}, expected a positive number"
         for key in ("r", "lora_alpha")
         if not _positive(settings.get(key), whole=key == "r")

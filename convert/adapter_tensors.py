@@ -1,9 +1,10 @@
 """Whether an adapter's tensors are what its `adapter_config.json` and the model call for: every difference, both ways."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
 
 import numpy as np
+import safetensors
 
 from convert import names
 from convert.adapter_config import AdapterConfig, Target
@@ -17,15 +18,28 @@ def saveable(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return {**shapes, names.LM_HEAD: shapes[names.EMBEDDING]}
 
 
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """One tensor in the stored dtype. The file is opened anew: pages of a mapped file count as memory until it is closed."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        tensor: np.ndarray = file.get_tensor(name)
+    return tensor
+
+
 def tensor_problems(
-    file: Any, settings: AdapterConfig, targets: Mapping[tuple[int, str], Target], config: LlamaConfig
+    path: Path, settings: AdapterConfig, targets: Mapping[tuple[int, str], Target], config: LlamaConfig
 ) -> list[str]:
-    """What is wrong with the tensors of an open safetensors file, one line each; one tensor at a time is read.
+    """What is wrong with a safetensors file's tensors, one line each; one tensor at a time is read.
 
     Args:
         targets: every linear that the adapter must have a pair for.
+
+    Raises:
+        SafetensorError, OSError: the file cannot be read.
     """
-    found = set(file.keys())
+    with safetensors.safe_open(path, framework="numpy") as file:
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+        found = {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+        del views
     if not found:
         return ["no adapter tensors"]
     wanted = _wanted(settings, targets, config)
@@ -34,10 +48,10 @@ def tensor_problems(
     problems = [] if targets else ["target_modules match no linear of this model"]
     problems += [f"{name} is missing, expected {shape}" for name, shape in wanted.items() if name not in found]
     shapes = {**optional, **wanted}
-    problems += [_unknown(name, config) for name in sorted(found - shapes.keys())]
-    for name in sorted(found & shapes.keys()):
-        problems += _tensor_problems(file, name, shapes[name])
-    return problems or list(_untied(file, settings, config))
+    problems += [_unknown(name, config) for name in sorted(found.keys() - shapes.keys())]
+    for name in sorted(found.keys() & shapes.keys()):
+        problems += _tensor_problems(path, name, *found[name], shapes[name])
+    return problems or list(_untied(path, found.keys(), settings, config))
 
 
 def _wanted(
@@ -65,23 +79,21 @@ def _unknown(name: str, config: LlamaConfig) -> str:
     return f"unknown tensor {name}: target_modules does not name this linear"
 
 
-def _tensor_problems(file: Any, name: str, shape: tuple[int, ...]) -> list[str]:
-    view = file.get_slice(name)
-    if tuple(view.get_shape()) != shape:
-        return [f"{name} is of shape {tuple(view.get_shape())}, expected {shape}"]
-    if view.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-        return [f"{name} is of dtype {view.get_dtype()}, expected a float"]
-    return [] if np.isfinite(file.get_tensor(name)).all() else [f"{name} holds values that are not finite"]
+def _tensor_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str, expected: tuple[int, ...]) -> list[str]:
+    if shape != expected:
+        return [f"{name} is of shape {shape}, expected {expected}"]
+    if dtype not in ("F32", "F16", "BF16", "F64"):
+        return [f"{name} is of dtype {dtype}, expected a float"]
+    return [] if np.isfinite(read_tensor(path, name)).all() else [f"{name} holds values that are not finite"]
 
 
-def _untied(file: Any, settings: AdapterConfig, config: LlamaConfig) -> Iterator[str]:
+def _untied(path: Path, found: Set[str], settings: AdapterConfig, config: LlamaConfig) -> Iterator[str]:
     """A model whose head is its embedding stays one model only if both get the same values, as PEFT's does then."""
     embedding, head = names.saved(names.EMBEDDING), names.saved(names.LM_HEAD)
     if not config.tie_word_embeddings:
         return
-    if head in file.keys():  # noqa: SIM118 - the file is no mapping
-        same = embedding in file.keys() and np.array_equal(file.get_tensor(head), file.get_tensor(embedding))  # noqa: SIM118
-        if not same:
+    if head in found:
+        if embedding not in found or not np.array_equal(read_tensor(path, head), read_tensor(path, embedding)):
             yield f"{head}: the model's head is its embedding (tie_word_embeddings), and the adapter stores another head"
     elif settings.saved(names.EMBEDDING) and not settings.settings.get("ensure_weight_tying"):
         yield (

@@ -33,7 +33,8 @@ WHICH_BASE = """\
 Which base. QLoRA trains the adapter on weights that went to 4 bits and back. `--base dequantized` (the default) adds the adapter to
 exactly those weights: the merged model computes what was trained, up to bfloat16 rounding, and its size is that of any bf16 model.
 `--base original` adds it to the weights as they were before quantization, which is what peft, unsloth and LLaMA-Factory do: the base
-is the better one, but the adapter was not fitted to it. Compare the two on your task if you can."""
+is the better one, but the adapter was not fitted to it. Compare the two on your task if you can. An adapter that was trained on
+unquantized weights (LoRA, not QLoRA) belongs to `--base original`."""
 
 
 def merge(
@@ -156,6 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     folder = ModelFolder(resolve_model(name, log=console.print))
     adapter = load_adapter(options.adapter, read_config(folder))
+    if options.base == "dequantized" and not adapter.quantization.model_fields_set:
+        console.print(
+            "the adapter does not say in what it was trained: taken for NF4 with double quantization; if its base was not quantized, "
+            "use --base original"
+        )
+    if adapter.base_model not in (None, name):
+        console.print(f"the adapter says that it was trained on {adapter.base_model}")
     merge_with_progress(folder, adapter, options.out, options.base, console, check=options.check)
 
 
