@@ -144,36 +144,36 @@ class _Models:
         """h [3, T, D] → logits [3, T, V] float32."""
         norm = nnx.eval_shape(lambda: RMSNorm(self.config.hidden_size, self.config.rms_norm_eps))
         norm.weight = FrozenParam(self._norm(names.FINAL_NORM))
-        x = np.asarray(norm(h))
-        logits = np.empty((*x.shape[:2], self.config.vocab_size), np.float32)
-        name = names.EMBEDDING if self.config.tie_word_embeddings else names.LM_HEAD
-        for rows, ours, theirs in self._plain_rows(name):
-            logits[:MERGED, :, rows] = x[:MERGED] @ ours.T
-            logits[MERGED, :, rows] = x[MERGED] @ theirs.T
-        return logits
+        return self._plain(names.EMBEDDING if self.config.tie_word_embeddings else names.LM_HEAD, np.asarray(norm(h)))
 
     def _linear(self, layer: int, name: str, x: jax.Array, key: None = None) -> jax.Array:
         """x [3, T, in] → [3, T, out] float32, each row by its own model."""
-        x, tensor = np.asarray(x), names.linear(layer, name)
-        y = np.empty((*x.shape[:2], self.config.linear_shapes()[name][0]), np.float32)
-        if tensor in self.adapter.saved:
-            for rows, ours, theirs in self._plain_rows(tensor):
-                y[:MERGED, :, rows], y[MERGED, :, rows] = x[:MERGED] @ ours.T, x[MERGED] @ theirs.T
-            return jnp.asarray(y)
-        shape, pair = self.config.linear_shapes()[name], self.adapter.pairs.get((layer, name))
-        down = None if pair is None else np.float32(pair.scaling) * (x[ADAPTED] @ pair.lora_a.T)
+        tensor, pair = names.linear(layer, name), self.adapter.pairs.get((layer, name))
+        if tensor in self.adapter.saved or (pair is None and self.base == "original"):
+            return jnp.asarray(self._plain(tensor, np.asarray(x)))
+        shape, columns = self.config.linear_shapes()[name], _columns(np.asarray(x))
+        y = np.empty((3, shape[0], NUM_TOKENS), np.float32)
+        down = None if pair is None else np.float32(pair.scaling) * (pair.lora_a @ columns[ADAPTED])
         bases = base_rows(self.folder, tensor, shape, self.adapter.quantization, self.base)
         for rows, weight, theirs in _beside(bases, self.merged, tensor):
-            y[ADAPTED, :, rows] = x[ADAPTED] @ weight.T
+            y[ADAPTED, rows] = weight @ columns[ADAPTED]
             if pair is not None:
                 part = pair.rows(rows)
-                y[ADAPTED, :, rows] += down @ part.lora_b.T
+                y[ADAPTED, rows] += part.lora_b @ down
                 if part.magnitude is not None:
                     total = adapted(weight, dataclasses.replace(part, magnitude=None))
-                    y[ADAPTED, :, rows] *= dora_factor(total, part.magnitude).T
+                    y[ADAPTED, rows] *= dora_factor(total, part.magnitude)
                 weight = merged_weight(weight, part).astype(np.float32)
-            y[ROUNDED, :, rows], y[MERGED, :, rows] = x[ROUNDED] @ weight.T, x[MERGED] @ theirs.T
-        return jnp.asarray(y)
+            y[ROUNDED, rows], y[MERGED, rows] = weight @ columns[ROUNDED], theirs @ columns[MERGED]
+        return jnp.asarray(y.swapaxes(1, 2))
+
+    def _plain(self, name: str, x: np.ndarray) -> np.ndarray:
+        """x [3, T, in] → [3, T, out] float32 by a matrix that is not the sum of two."""
+        columns = _columns(x)
+        y = np.empty((3, self.merged.spec(name).shape[0], NUM_TOKENS), np.float32)
+        for rows, ours, theirs in self._plain_rows(name):
+            y[:MERGED, rows], y[MERGED, rows] = ours @ columns[:MERGED], theirs @ columns[MERGED]
+        return y.swapaxes(1, 2)
 
     def _norm(self, name: str) -> jax.Array:
         """[3, 1, D] float32: each model's own."""
@@ -194,6 +194,11 @@ class _Models:
         else:
             ours = self.folder.pieces(name, some[0].stop * shape[1])
         return _beside(zip(some, ours, strict=True), self.merged, name)
+
+
+def _columns(x: np.ndarray) -> np.ndarray:
+    """[3, T, in] → [3, in, T], in memory too: W·xᵀ is several times as fast as x·Wᵀ where tokens are few."""
+    return np.ascontiguousarray(x.swapaxes(1, 2))
 
 
 def _beside(

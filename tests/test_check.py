@@ -14,8 +14,9 @@ from convert.delta import Base, Pair, adapted
 from convert.folder import ModelFolder
 from convert.load import read_config
 from convert.merge import main, merge
+from convert.quantize import quantize
 from convert.shards import TensorSpec, write_shard
-from qlora_jax.config import LINEAR_NAMES
+from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.errors import EXIT_BAD_INPUT, InputError
 from tests import tiny
 from tests.test_merge import ALL, QV, make_adapter
@@ -60,6 +61,20 @@ def test_a_right_merge_is_as_far_as_rounding_takes_it(tmp_path: Path, model: Pat
     assert 0 < found.logits == pytest.approx(found.rounding_alone, rel=1e-3)
     assert found.worst_share < 8 * 2.0**-8  # 8 roundings in a row, of a relative 2^-8 at most each
     assert f"at most {found.logits:.2g}" in str(found)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_float32_base_whose_other_linears_are_copied(tmp_path: Path, base: Base) -> None:
+    model = tiny.write_model(tmp_path / "model", dtype=np.float32)
+    adapter = make_adapter(tmp_path / "adapter", model, QV)
+    found = check(model, adapter, write_merge(model, adapter, tmp_path / "out", base), base)
+    assert found.logits == pytest.approx(found.rounding_alone, rel=1e-3)
+
+
+def test_a_base_in_4_bits(tmp_path: Path, model: Path, adapter: Path) -> None:
+    quantize(ModelFolder(model), tmp_path / "in_4_bits", QuantizationSettings())
+    out = write_merge(tmp_path / "in_4_bits", adapter, tmp_path / "out")
+    assert check(tmp_path / "in_4_bits", adapter, out) == check(model, adapter, out)
 
 
 def test_deltas_smaller_than_the_spacing_of_bfloat16_pass(tmp_path: Path, model: Path) -> None:
