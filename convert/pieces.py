@@ -1,4 +1,4 @@
-"""Tensors a few million elements at a time, so that no conversion needs more memory for a larger one.
+"""Tensors a million elements at a time, so that no conversion needs more memory for a larger one.
 
 A linear's 4-bit codes, a quarter of its bfloat16 bytes, are the most that is held: its scales come first in the file, and they are
 known only when all of it was seen. On a GPU a linear is quantized whole, in the GPU's memory.
@@ -16,7 +16,7 @@ from qlora_jax import kernels, nf4
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.placement import put
 
-PIECE = 2**21
+PIECE = 2**20
 """Elements. A multiple of `nf4.BLOCK_SIZE`; enough to keep all cores busy, few enough for the processor's cache."""
 EXPONENT = 0x7F80
 """The bits of a bfloat16 that are all ones in infinities and NaN, and only there."""
@@ -59,8 +59,42 @@ def quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings
         absmax[begin // nf4.BLOCK_SIZE : begin // nf4.BLOCK_SIZE + part.absmax.size] = part.absmax
     if not np.isfinite(absmax).all():  # a block's scale is finite if all of the block is
         _refuse_infinite(folder, name)
+    return _with_scales(codes, absmax, shape, quantization)
+
+
+def _with_scales(
+    codes: np.ndarray, absmax: np.ndarray, shape: tuple[int, ...], quantization: QuantizationSettings
+) -> nf4.QuantizedTensor:
+    """absmax [N] float32 → the tensor with its scales, quantized or not, as numpy's arrays."""
     scales = jax.tree.map(np.asarray, _quantize_absmax(absmax)) if quantization.double_quant else (absmax, None, None)
     return nf4.QuantizedTensor(codes, *scales, shape, quantization.quant_type)
+
+
+def through_4_bits(
+    folder: ModelFolder, name: str, quantization: QuantizationSettings
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """`dequantized(quantized(...))`, bit for bit: a linear [out, in] some rows at a time.
+
+    On a CPU in two passes over the file, the first for the scales: faster than packing and unpacking codes, and nothing is held.
+
+    Raises:
+        InputError: a weight or a scale is not finite.
+    """
+    shape = folder.spec(name).shape
+    if folder.is_4bit or int(np.prod(shape)) <= PIECE or jax.default_backend() != "cpu":
+        yield from dequantized(quantized(folder, name, quantization))
+        return
+    rows, columns = shape
+    some = row_slices(rows, columns)
+    size = some[0].stop * columns
+    absmax = np.concatenate([nf4.block_absmax(put(piece, "device")) for piece in _cast(folder, name, size)])
+    if not np.isfinite(absmax).all():
+        _refuse_infinite(folder, name)
+    scales = np.asarray(_dequantize_absmax(_with_scales(np.empty(0, np.uint8), absmax, shape, quantization)))
+    for which, piece in zip(some, _cast(folder, name, size), strict=True):
+        part = scales[which.start * columns // nf4.BLOCK_SIZE :][: -(-piece.size // nf4.BLOCK_SIZE)]
+        values = nf4.round_trip(put(piece, "device"), put(part, "device"), quantization.quant_type)
+        yield which, np.asarray(values).reshape(-1, columns)
 
 
 def dequantized(weight: nf4.QuantizedTensor) -> Iterator[tuple[slice, np.ndarray]]:

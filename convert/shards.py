@@ -5,6 +5,7 @@ the tensors' bytes one after the other. safetensors' `save_file` wants every ten
 itself; here they are written in the order given.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -48,6 +49,9 @@ NUMPY_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 
 Piece = np.ndarray | bytes
 """Consecutive bytes of a file: an array's, row-major and little-endian, or as they are."""
+
+SYNC_BYTES = 2**26
+"""The disk begins to write after so many, while there is more to come: else all of it would be waited for at the end of the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +121,15 @@ def write_pieces(
         ValueError: the pieces are fewer or more bytes than the specs say.
     """
     expected, written = sum(spec.nbytes for spec in specs), 0
-    with replacing(path) as file, made_ahead(pieces) as ahead:
+    with replacing(path) as file, made_ahead(pieces) as ahead, concurrent.futures.ThreadPoolExecutor(1) as syncing:
         file.write(_header(specs, metadata))
+        synced, last = syncing.submit(os.fdatasync, file.fileno()), 0
         for piece in ahead:
             written += file.write(_buffer(piece))
             del piece  # else it is held while the next one is waited for
+            if written - last >= SYNC_BYTES and synced.done():
+                synced.result()  # a disk that is full may say so here only
+                synced, last = syncing.submit(os.fdatasync, file.fileno()), written
         if written != expected:
             raise ValueError(f"{path}: {written} bytes, expected {expected} for {len(specs)} tensors")
 
