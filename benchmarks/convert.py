@@ -1,0 +1,204 @@
+"""Quantizing and merging a folder of Llama-2-7B's shapes, beside copying it and beside peft: `python -m benchmarks.convert --layers 4`.
+
+Each in a process of its own, two times in turn, the better one counts; every time includes a `sync`. Weights are random.
+Memory is the process's peak (VmHWM) less what it held once everything was imported, as multiples of the largest tensor in bfloat16.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from benchmarks.machine import write_result
+from convert.adapter import save_adapter
+from convert.folder import ModelFolder
+from convert.load import tensor_shapes
+from convert.shards import TensorSpec, write_index, write_json, write_pieces
+from qlora_jax.config import LoraSettings, QuantizationSettings
+from qlora_jax.llama import LlamaConfig
+
+ROOT = Path(__file__).parents[1]
+SHARD_BYTES = 10**9
+ROUNDS = 2
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+SELF = """
+import json, os, sys, time
+from pathlib import Path
+
+def held(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+def measure(work):
+    before, start = held("VmRSS:"), time.perf_counter()
+    work()
+    os.sync()
+    print(json.dumps({"seconds": time.perf_counter() - start, "imported_bytes": before, "peak_bytes": held("VmHWM:")}))
+
+model, adapter, out = sys.argv[1:]
+"""
+OURS = """
+import jax
+from convert.adapter import load_adapter
+from convert.folder import ModelFolder
+from convert.load import read_config
+from convert.merge import merge
+from convert.quantize import quantize
+from qlora_jax.config import QuantizationSettings
+jax.devices()
+def merged(base):
+    folder = ModelFolder(model)
+    merge(folder, load_adapter(adapter, read_config(folder)), Path(out), base)
+"""
+PEFT = """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+def load_merge_save():
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out)
+"""
+CHILDREN = {
+    "quantize": SELF + OURS + "measure(lambda: quantize(ModelFolder(model), Path(out), QuantizationSettings()))",
+    "merge_dequantized": SELF + OURS + 'measure(lambda: merged("dequantized"))',
+    "merge_original": SELF + OURS + 'measure(lambda: merged("original"))',
+    "peft_merge": SELF + PEFT + "measure(load_merge_save)",
+}
+
+
+def main() -> None:
+    """Make the folder, measure, and write `results/convert-DEVICE.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--layers", type=int, default=4, help="4: 2.1 GB; 32: 13.5 GB")
+    parser.add_argument("--rank", type=int, default=64, help="of the adapter on all linears")
+    parser.add_argument("--work", type=Path, default=None, metavar="DIR", help="where there is room for three of these")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as work:
+        model, adapter = Path(work) / "model", Path(work) / "adapter"
+        make_model(model, options.layers)
+        make_adapter(adapter, model, options.rank)
+        found: dict[str, list[dict[str, float]]] = {}
+        for _ in range(ROUNDS):
+            found.setdefault("copy", []).append(copy(model, Path(work) / "out"))
+            for name in CHILDREN:
+                if name != "peft_merge" or all(map(importlib.util.find_spec, ("torch", "peft"))):
+                    found.setdefault(name, []).append(run_child(name, model, adapter, Path(work) / "out"))
+        result = summarize({name: min(runs, key=lambda run: run["seconds"]) for name, runs in found.items()}, model)
+    import jax
+
+    result = {"what": "convert", "layers": options.layers, "rank": options.rank, "rounds": ROUNDS, **result}
+    print(json.dumps(result, indent=2))
+    print(write_result(f"convert-{jax.default_backend()}", result))
+
+
+def make_model(folder: Path, layers: int) -> None:
+    """Random bfloat16 weights in shards of about a gigabyte."""
+    config = {**CONFIG, "num_hidden_layers": layers}
+    specs = [TensorSpec(name, "BF16", shape) for name, shape in tensor_shapes(LlamaConfig.from_hf(config)).items()]
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(spec)
+    folder.mkdir()
+    write_json(folder / "config.json", config)
+    rng, weight_map = np.random.default_rng(0), {}
+    for number, chosen in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_pieces(folder / file, chosen, _random(rng, sum(math.prod(spec.shape) for spec in chosen)))
+        weight_map |= {spec.name: file for spec in chosen}
+    write_index(folder, weight_map, sum(spec.nbytes for spec in specs))
+
+
+def _random(rng: np.random.Generator, size: int, step: int = 2**22) -> Iterator[np.ndarray]:
+    for begin in range(0, size, step):
+        values = rng.standard_normal(min(step, size - begin), np.float32)
+        yield (values * np.float32(0.02)).astype(ml_dtypes.bfloat16)
+
+
+def make_adapter(folder: Path, model: Path, rank: int) -> None:
+    """Random A and B on all linears."""
+    config = LlamaConfig.from_hf(ModelFolder(model).config)
+    rng, lora = np.random.default_rng(1), LoraSettings(r=rank)
+
+    def pair(rows: int, columns: int) -> dict[str, np.ndarray]:
+        shapes = {"lora_a": (rank, columns), "lora_b": (rows, rank)}
+        return {part: rng.standard_normal(shape, np.float32) * np.float32(0.01) for part, shape in shapes.items()}
+
+    adapters = [
+        {name: {"adapter": pair(*shape)} for name, shape in config.linear_shapes().items()}
+        for _ in range(config.num_hidden_layers)
+    ]
+    save_adapter(folder, adapters, lora, QuantizationSettings(), str(model))
+
+
+def copy(model: Path, out: Path) -> dict[str, float]:
+    """`cp` and `sync`."""
+    os.sync()
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", str(model), str(out)], check=True)
+    os.sync()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(out)
+    return {"seconds": seconds}
+
+
+def run_child(name: str, model: Path, adapter: Path, out: Path) -> dict[str, float]:
+    """One conversion in a process of its own; what it made is removed again."""
+    os.sync()
+    command = [sys.executable, "-c", CHILDREN[name], str(model), str(adapter), str(out)]
+    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    shutil.rmtree(out)
+    found: dict[str, float] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def summarize(best: dict[str, dict[str, float]], model: Path) -> dict[str, Any]:
+    """Rates of the folder's own bytes and weights, and memory over the largest tensor."""
+    folder = ModelFolder(model)
+    specs = [folder.spec(name) for name in folder.names]
+    nbytes, largest = sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
+    rows = {}
+    for name, run in best.items():
+        rows[name] = {
+            "seconds": round(run["seconds"], 2),
+            "mb_per_s": round(nbytes / run["seconds"] / 1e6),
+            "million_weights_per_s": round(nbytes / 2 / run["seconds"] / 1e6, 1),
+            "of_copying": round(best["copy"]["seconds"] / run["seconds"], 2),
+        }
+        if "peak_bytes" in run:
+            above = run["peak_bytes"] - run["imported_bytes"]
+            rows[name] |= {"peak_mb": round(run["peak_bytes"] / 1e6), "above_imports_mb": round(above / 1e6)}
+            rows[name]["largest_tensors"] = round(above / largest, 2)
+    return {"folder_mb": round(nbytes / 1e6), "largest_tensor_mb": round(largest / 1e6), "runs": rows}
+
+
+if __name__ == "__main__":
+    main()
