@@ -1,5 +1,6 @@
 """Reads a Hugging Face model folder into the engine's trees: each linear quantized on the way, or as it is if it is in 4 bits already."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -12,7 +13,7 @@ from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Weights
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
-from qlora_jax.placement import LayerStore, Tree, Where, put
+from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, put
 
 Advance = Callable[[], None]
 
@@ -69,7 +70,7 @@ def load_weights(
     folder: ModelFolder,
     config: LlamaConfig,
     quantization: QuantizationSettings,
-    where: Where,
+    where: LayerPlace,
     advance: Advance = lambda: None,
 ) -> Weights:
     """Read, quantize and place the whole model, a layer at a time. `advance` is called after each layer.
@@ -78,12 +79,19 @@ def load_weights(
         quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`).
 
     Raises:
-        InputError: a weight or a scale holds a value that is not finite.
+        InputError: a weight or a scale holds a value that is not finite; or the layers are to stay on disk, and are not in 4 bits there.
     """
+    if where == "disk" and not folder.is_4bit:
+        found = "a model that is not in 4 bits, whose layers are to be read from disk as they are needed"
+        fix = (
+            "quantize it with `python -m convert.quantize`, or make room for the cache, or set memory.base_weights=host"
+        )
+        raise InputError(folder.path, found=found, expected="a model in 4 bits", fix=fix)
 
-    def layers() -> Iterator[Tree]:
+    def layers() -> Iterator[Source]:
         for layer in range(config.num_hidden_layers):
-            yield read_layer(folder, layer, quantization)
+            read = functools.partial(read_layer, folder, layer, quantization)
+            yield read if where == "disk" else read()
             advance()
 
     embedding = put(read_bfloat16(folder, names.EMBEDDING), "device")

@@ -7,7 +7,7 @@ from flax import nnx
 
 from qlora_jax.config import MemorySettings, QuantizationSettings
 from qlora_jax.llama import DecoderLayer, LlamaConfig
-from qlora_jax.placement import Where, nbytes
+from qlora_jax.placement import LayerPlace, Where, nbytes
 
 RESIDENT_SHARE = 0.5
 """Weights stay on the device by default if they take no more than this share of its memory; the rest is for everything else."""
@@ -17,7 +17,7 @@ RESIDENT_SHARE = 0.5
 class Placements:
     """Where the base model's layers, the kept layer inputs and the optimizer's moments live."""
 
-    base_weights: Where
+    base_weights: LayerPlace
     activations: Where
     optimizer: Where
 

@@ -196,6 +196,7 @@ def test_plain_lines(finished: tuple[Path, str]) -> None:
 
 DROPOUT = ["lora.lora_dropout=0.1", "lora.target_modules=[down_proj]", "training.max_steps=3"]
 HOST = ["memory.base_weights=host", "memory.activations=host", "memory.optimizer=host"]
+DISK = ["memory.base_weights=disk", "memory.activations=host"]
 DEVICE = ["memory.base_weights=device", "memory.activations=device", "memory.optimizer=device"]
 
 
@@ -211,7 +212,9 @@ def test_one_seed_one_adapter(place: Path, with_dropout: Path, tmp_path: Path) -
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(with_dropout)
 
 
-@pytest.mark.parametrize("host", [HOST, HOST[:1], HOST[1:2]], ids=["everything", "weights", "activations"])
+@pytest.mark.parametrize(
+    "host", [HOST, HOST[:1], HOST[1:2], DISK], ids=["everything", "weights", "activations", "disk"]
+)
 def test_where_things_live_changes_no_bit(place: Path, with_dropout: Path, tmp_path: Path, host: list[str]) -> None:
     assert train_main(place, tmp_path / "out", *DROPOUT, *DEVICE, *host) == 0
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(with_dropout)
