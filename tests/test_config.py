@@ -192,7 +192,7 @@ def test_not_yet_does_not_hide_what_is_there() -> None:
         ("training", "output_dir", None, "None"),
         ("data", "packing", True, "True"),
         ("quantization", "quant_type", "int8", "'int8'"),
-        ("memory", "base_weights", "tape", "'disk'"),
+        ("memory", "base_weights", "tape", "'tape'"),
         ("model", "name_or_path", 7, "7"),
     ],
 )
