@@ -129,7 +129,7 @@ class TrainingSettings(Section):
 class MemorySettings(Section):
     """Where things live. `host` is pinned memory that the device reads while it computes."""
 
-    base_weights: Where | Literal["disk"] = "auto"
+    base_weights: Literal["auto", "device", "host", "disk"] = "auto"
     """`disk` reads each layer anew whenever it is needed, a few ahead: for a base model bigger than the host's memory."""
     activations: Where = "auto"
     """The layer inputs kept for the backward walk."""
