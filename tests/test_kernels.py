@@ -1,6 +1,5 @@
 """The GPU kernels: their indexing, in Pallas' interpreter; their PTX, for every card; and where there is a GPU, themselves."""
 
-import math
 import os
 import re
 import shutil
@@ -335,4 +334,3 @@ def test_words_are_little_endian() -> None:
     codes = np.arange(8, dtype=np.uint8)
     packed = (codes[::2] << 4 | codes[1::2]).view(np.int32)
     assert [int(packed[0]) >> shift & 15 for shift in triton.NIBBLE_SHIFTS] == codes.tolist()
-    assert math.prod((2, 4)) == triton.WORD_WEIGHTS

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from qlora_jax import nf4
 from qlora_jax.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, CODEBOOKS, DYNAMIC_MAP, FP4_CODEBOOK
+from tests.test_nf4 import bits, from_torch, to_torch
 
 SMALLEST_NORMAL = 2.0**-126
 SIZES = (1, 63, 64, 65, 127, 130, 192)  # few, because each is compiled once
@@ -42,30 +43,12 @@ def weights(draw: st.DrawFn, dtypes: tuple[str, ...] = tuple(DTYPES)) -> np.ndar
     return np.clip(values, -largest, largest).astype(dtype)
 
 
-def bits(x: Any) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8)
-
-
 @pytest.fixture(scope="module")
 def bnb() -> Iterator[ModuleType]:
     torch = pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")
     with torch.compiler.set_stance("force_eager"):
         yield functional
-
-
-def to_torch(array: np.ndarray) -> Any:
-    torch = pytest.importorskip("torch")
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def from_torch(tensor: Any) -> np.ndarray:
-    torch = pytest.importorskip("torch")
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------- bytes

@@ -2,7 +2,7 @@
 
 A program takes `CHUNKS` runs of words, a word a thread: eight weights, sixteen bytes of output. All loads of a program are independent, so
 that enough are in flight to hide the memory's latency. Scales are decoded for each word rather than each block, which costs eight times
-the arithmetic but moves nothing between threads; measured faster than decoding them beside the kernel (`benchmarks/kernels.py`).
+the arithmetic but moves nothing between threads.
 """
 
 import functools
