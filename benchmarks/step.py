@@ -92,36 +92,55 @@ def random_weights(engine: Engine, where: str) -> Weights:
     )
 
 
+class Case:
+    """A model, an optimizer and a batch of the shape that was asked for, ready to take steps."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        name, _, layers = options.model.partition(":")
+        shape = {**SHAPES[name], "vocab_size": 32000, "model_type": "llama", "rms_norm_eps": 1e-5}
+        self.config = LlamaConfig.from_hf({**shape, "num_hidden_layers": int(layers or shape["num_hidden_layers"])})
+        dtype = jnp.dtype(options.dtype)
+        self.engine = Engine(
+            self.config,
+            LoraSettings(r=64, lora_dropout=options.dropout),
+            QuantizationSettings(),
+            compute_dtype=dtype,
+            attention=default_attention(dtype, self.config.head_dim),
+            activations=options.activations,
+        )
+        start = time.perf_counter()
+        self.weights = random_weights(self.engine, options.weights)
+        self.build_s = time.perf_counter() - start
+        self.adapters = self.engine.init_adapters(0)
+        self.optimizer = AdamW(TrainingSettings(output_dir=Path()), self.adapters, options.optimizer)
+        shape = (options.accumulate, options.batch, options.seq)
+        ids = np.random.default_rng(0).integers(0, self.config.vocab_size, shape).astype(np.int32)
+        self.batch = Batch(ids, ids, ids[..., 1:].size, ids.size)
+        self.steps = 0
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step, to its end: (seconds, loss)."""
+        start = time.perf_counter()
+        key = put(jax.random.key(self.steps), "device")
+        loss, grads = self.engine.value_and_grad(self.weights, self.adapters, self.batch, key)
+        self.adapters, _ = self.optimizer.update(self.adapters, grads, 2e-4)
+        del grads
+        jax.block_until_ready((self.adapters, self.optimizer.moments))
+        self.steps += 1
+        return time.perf_counter() - start, float(loss)
+
+    def flop(self) -> int:
+        """Arithmetic of one step with recomputation: 6 FLOP a base weight (head included) and token; adapters and attention not counted."""
+        linear = sum(rows * columns for rows, columns in self.config.linear_shapes().values())
+        weights = linear * self.config.num_hidden_layers + self.config.vocab_size * self.config.hidden_size
+        return 6 * weights * self.batch.input_ids.size
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build, warm up, time; see the module's docstring."""
-    name, _, layers = options.model.partition(":")
-    shape = {**SHAPES[name], "vocab_size": 32000, "model_type": "llama", "rms_norm_eps": 1e-5}
-    config = LlamaConfig.from_hf({**shape, "num_hidden_layers": int(layers or shape["num_hidden_layers"])})
-    dtype = jnp.dtype(options.dtype)
-    lora = LoraSettings(r=64, lora_dropout=options.dropout)
-    attention = default_attention(dtype, config.head_dim)
-    engine = Engine(
-        config, lora, QuantizationSettings(), compute_dtype=dtype, attention=attention, activations=options.activations
-    )
-    start = time.perf_counter()
-    weights = random_weights(engine, options.weights)
-    build = time.perf_counter() - start
-    adapters = engine.init_adapters(0)
-    optimizer = AdamW(TrainingSettings(output_dir=Path()), adapters, options.optimizer)
-    ids = np.random.default_rng(0).integers(0, 32000, (options.accumulate, options.batch, options.seq)).astype(np.int32)
-    batch = Batch(ids, ids, ids[..., 1:].size, ids.size)
-    seconds, losses = [], []
-    for step in range(options.steps + 1):
-        start = time.perf_counter()
-        loss, grads = engine.value_and_grad(weights, adapters, batch, put(jax.random.key(step), "device"))
-        adapters, _ = optimizer.update(adapters, grads, 2e-4)
-        del grads
-        jax.block_until_ready((adapters, optimizer.moments))
-        seconds.append(time.perf_counter() - start)
-        losses.append(float(loss))
-    best = min(seconds[1:])
-    linear = sum(rows * columns for rows, columns in config.linear_shapes().values()) * config.num_hidden_layers
-    flop = 6 * (linear + config.vocab_size * config.hidden_size) * ids.size
+    case = Case(options)
+    seconds, losses = zip(*(case.step() for _ in range(options.steps + 1)), strict=True)
+    best, tokens = min(seconds[1:]), case.batch.input_ids.size
     return {
         "what": "step",
         **{name: getattr(options, name) for name in ("model", "accumulate", "batch", "seq", "dtype", "dropout")},
@@ -130,9 +149,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "step_s": round(best, 4),
         "median_s": round(statistics.median(seconds[1:]), 4),
         "compile_s": round(seconds[0] - best, 2),
-        "build_s": round(build, 1),
-        "tokens_per_s": round(ids.size / best, 1),
-        "tflops": round(flop / best / 1e12, 1),
+        "build_s": round(case.build_s, 1),
+        "tokens_per_s": round(tokens / best, 1),
+        "tflops": round(case.flop() / best / 1e12, 1),
         "peak_device_gib": peak_device_gib(),
         "process_device_gib": process_gpu_gib(),
         "peak_host_gib": peak_host_gib(),
@@ -140,19 +159,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse, measure, print one JSON line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """What makes a case: shape, tokens, places."""
     parser.add_argument("model", metavar="SHAPE[:LAYERS]", help=f"one of {', '.join(SHAPES)}, e.g. 7b:8")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--seq", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps, after one that compiles")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     for place in ("weights", "activations", "optimizer"):
         parser.add_argument(f"--{place}", default="device", choices=("device", "host"))
+
+
+def main() -> None:
+    """Parse, measure, print one JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_case_arguments(parser)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps, after one that compiles")
     parser.add_argument("--machine", action="store_true", help="print the machine's description first")
     options = parser.parse_args()
     if options.machine:

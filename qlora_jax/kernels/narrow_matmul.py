@@ -49,7 +49,7 @@ def few(
         (-(-out_features // rows),),
         jax.ShapeDtypeStruct((x.shape[0], out_features), x.dtype),
         (
-            _by_position(x.astype(jnp.float32)),
+            _few_inputs(x),
             words,
             jnp.asarray(CODEBOOKS[weight.quant_type]),
             triton.Scales.of(weight),
@@ -60,6 +60,23 @@ def few(
     )
 
 
+def _few_inputs(x: jax.Array) -> jax.Array:
+    """x [tokens, in] as `_few` reads it: bfloat16 as [4, tokens, in / 8] int32, two positions of a word each, half the loads and the
+    registers; other dtypes as [8, tokens, in / 8] float32."""
+    if x.dtype != jnp.bfloat16:
+        return _by_position(x.astype(jnp.float32))
+    pairs = jnp.moveaxis(_by_position(x).reshape(triton.WORD_WEIGHTS // 2, 2, x.shape[0], -1), 1, -1)
+    return jax.lax.bitcast_convert_type(pairs, jnp.int32)
+
+
+def _values(inputs: list[jax.Array]) -> list[jax.Array]:
+    """The eight float32 values in what a thread loaded of `_few_inputs`."""
+    if inputs[0].dtype == jnp.float32:
+        return inputs
+    halves = [half for pair in inputs for half in (pair << 16, pair & ~0xFFFF)]  # the first of a pair is in the low half
+    return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
+
+
 def _by_position(x: jax.Array) -> jax.Array:
     """x [tokens, in] → [8, tokens, in / 8]: side by side what meets the same position of consecutive words."""
     return x.reshape(x.shape[0], -1, triton.WORD_WEIGHTS).transpose(2, 0, 1)
@@ -68,7 +85,7 @@ def _by_position(x: jax.Array) -> jax.Array:
 def _few(
     x: Any, words: Any, codebook: Any, scales: triton.Scales, out: Any, *, rows: int, threads: int, interpret: bool
 ) -> None:
-    positions, tokens, in_words = x.shape
+    loads, tokens, in_words = x.shape
     lane = jnp.arange(threads, dtype=jnp.int32) & (triton.LANES - 1)
     table = plt.load(codebook.at[lane & 15])
     tile = _Tile(pl.program_id(0) * rows, out.shape[1] - 1, rows, threads, in_words)
@@ -79,7 +96,7 @@ def _few(
         codes = [plt.load(words.at[number * in_words + column]) for number in tile.row_numbers]
         other = None if inside is None else 0
         inputs = [
-            [plt.load(x.at[i, n, column], mask=inside, other=other) for i in range(positions)] for n in range(tokens)
+            [plt.load(x.at[i, n, column], mask=inside, other=other) for i in range(loads)] for n in range(tokens)
         ]
         parts = [triton.look_up_scales(scales, *pair) for pair in zip(tile.blocks(step), stored, strict=True)]
         return codes, inputs, parts
@@ -91,12 +108,15 @@ def _few(
         (codes, inputs, parts), stored, sums = carry
         coming = fetch(step + 1, stored), stored_of(step + 2)  # on their way while this step computes
         decoded = [triton.decode_scales(scales, each, interpret=interpret) for each in parts]
+        values = [_values(each) for each in inputs]
         new = []
         for row in range(rows):
             scale = triton.from_lane(decoded[row // 8], row % 8 * 4 + (lane >> 3), interpret=interpret)
-            levels = [triton.look_up(codes[row], table, i, interpret=interpret) for i in range(positions)]
+            levels = [
+                triton.look_up(codes[row], table, i, interpret=interpret) for i in range(triton.WORD_WEIGHTS)
+            ]
             for token in range(tokens):
-                product = sum(level * value for level, value in zip(levels, inputs[token], strict=True))
+                product = sum(level * value for level, value in zip(levels, values[token], strict=True))
                 new.append(sums[row * tokens + token] + product * scale)
         return *coming, new
 
