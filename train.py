@@ -210,6 +210,7 @@ def make_engine(config: Config, model: BaseModel) -> tuple[Engine, Config, Place
         compute_dtype=compute_dtype,
         attention=attention,
         activations=placements.activations,
+        neftune_noise_alpha=config.training.neftune_noise_alpha,
     )
     settled = {"compute_dtype": compute_dtype.name, "gradient_checkpointing": "full"}
     resolved = config.model_copy(

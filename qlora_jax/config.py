@@ -102,6 +102,8 @@ class TrainingSettings(Section):
     logging_steps: pydantic.PositiveInt = 1
     eval_steps: int = pydantic.Field(default=0, ge=0)
     """Evaluate every so many steps; 0 means before the first and after the last step only."""
+    neftune_noise_alpha: float = pydantic.Field(default=0.0, ge=0)
+    """NEFTune: uniform noise within ± this / sqrt(T·D) on the embedded tokens while training; 0 means none, 5 to 15 are usual."""
     seed: int = pydantic.Field(default=0, ge=0)
     full_determinism: bool = False
     """On a GPU, use only kernels whose sums have a fixed order: the same bits in every run, wherever things live, for about 8 % of

@@ -34,13 +34,16 @@ from flax import nnx
 
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import Batch
-from qlora_jax.llama import Attention, Cache, DecoderLayer, Embedding, Head, LlamaConfig
+from qlora_jax.llama import Attention, Cache, DecoderLayer, Embedding, Head, LlamaConfig, add_noise
 from qlora_jax.loss import chunked_loss, chunked_loss_and_grad
 from qlora_jax.placement import LayerInputs, LayerStore, Tree, Where, put, sharding
 
 Adapters = list[
     Tree
 ]  # one tree a layer: {"q_proj": {"adapter": {"lora_a": [R, in], "lora_b": [out, R]}}, ...}, float32, on the device
+
+Packing = tuple[jax.Array, jax.Array]  # positions and segment_ids of packed rows, each [B, T] int32
+Noise = tuple[jax.Array, jax.Array, jax.Array]  # alpha, the step's key, the micro-batch's number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Engine:
         compute_dtype: of hidden states and matmuls.
         attention: jax's implementation, see `default_attention`.
         activations: where kept layer inputs live.
+        neftune_noise_alpha: training adds noise of this strength to the embedded tokens, see `llama.add_noise`; 0 for none.
         share_dense: in the backward walk, dequantize each weight once for the recomputed forward and for dX; a layer's dense matrices
             (1.7 GB at 70B) then exist together while the layer is at work. Otherwise it is done twice, a matrix at a time.
     """
@@ -75,9 +79,11 @@ class Engine:
         compute_dtype: jax.typing.DTypeLike,
         attention: Attention = "xla",
         activations: Where = "device",
+        neftune_noise_alpha: float = 0.0,
         share_dense: bool = True,
     ) -> None:
         self.config, self.lora, self.activations = config, lora, activations
+        self._noise_alpha = put(np.float32(neftune_noise_alpha), "device") if neftune_noise_alpha else None
         self.compute_dtype = jnp.dtype(compute_dtype)
         self._layer_settings = (config, lora, quantization, attention)
         self._layer_def, self.abstract_adapter, self.abstract_layer = _describe(
@@ -98,34 +104,37 @@ class Engine:
         """The loss of one optimizer step and its gradient with respect to the adapters.
 
         The loss is the sum over supervised tokens of all micro-batches, divided by their number. `key` draws the dropout masks, which
-        depend on layer and micro-batch but not on where anything lives.
+        depend on layer and micro-batch but not on where anything lives, and NEFTune's noise, which depends on the micro-batch.
 
         Returns:
             (loss, float32 scalar; gradients, shaped as `adapters`)
         """
+        micro_batches = _micro_batches(batch)
+        alpha = self._noise_alpha
+        noises = [None if alpha is None else (alpha, key, self._number(m)) for m in range(len(micro_batches))]
         if self.lora is None or self.lora.lora_dropout == 0:
             key = None  # nothing to draw, and the compiled forward then serves evaluation too
-        micro_batches = _micro_batches(batch)
         token_weight = put(np.float32(1 / max(batch.num_tokens, 1)), "device")
         depth = len(weights.layers)
         walk = weights.layers.walk([*range(depth), *reversed(range(depth))])
         hidden = [
-            _embed(self._embedding_def, weights.embedding, input_ids, self.compute_dtype)
-            for input_ids, _ in micro_batches
+            _embed(self._embedding_def, weights.embedding, input_ids, self.compute_dtype, noise)
+            for (input_ids, _, _), noise in zip(micro_batches, noises, strict=True)
         ]
         kept = LayerInputs(self.activations)
         for _ in range(depth):
             layer, frozen = next(walk)
             kept.push(tuple(hidden))  # a copy: the list goes on
             for m, h in enumerate(hidden):
+                packing = micro_batches[m][2]
                 hidden[m], token = _forward(
-                    self._layer_def, adapters[layer], frozen, h, key, self._numbers[layer], self._number(m)
+                    self._layer_def, adapters[layer], frozen, h, key, self._numbers[layer], self._number(m), packing
                 )
             weights.layers.used(token)
             del frozen, h
         head = [
             _loss_and_grad(self._head_def, weights.head, h, labels, token_weight)
-            for h, (_, labels) in zip(hidden, micro_batches, strict=True)
+            for h, (_, labels, _) in zip(hidden, micro_batches, strict=True)
         ]
         losses, hidden_grads = [loss for loss, _ in head], [dh for _, dh in head]
         del hidden, head
@@ -143,6 +152,7 @@ class Engine:
                     key,
                     self._numbers[layer],
                     self._number(m),
+                    micro_batches[m][2],
                 )
             weights.layers.used(token)
             del frozen, h
@@ -156,7 +166,7 @@ class Engine:
 
     def logits(self, weights: Weights, adapters: Adapters, input_ids: np.ndarray) -> jax.Array:
         """input_ids [B, T] → logits [B, T, V] float32; for comparisons, where V is affordable."""
-        return _logits(self._head_def, weights.head, self._hidden(weights, adapters, put(input_ids, "device")))
+        return _logits(self._head_def, weights.head, self._hidden(weights, adapters, put(input_ids, "device"), None))
 
     def new_cache(self, batch_size: int, length: int) -> list[Cache]:
         """An empty key-value cache for `length` tokens, one entry a layer."""
@@ -183,16 +193,16 @@ class Engine:
         return _logits(self._head_def, weights.head, h[:, -1]), cache
 
     def _batch_loss(self, weights: Weights, adapters: Adapters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        (input_ids, labels), *more = _micro_batches(batch)
+        (input_ids, labels, packing), *more = _micro_batches(batch)
         assert not more, "evaluation batches have one micro-batch"
-        return _loss(self._head_def, weights.head, self._hidden(weights, adapters, input_ids), labels)
+        return _loss(self._head_def, weights.head, self._hidden(weights, adapters, input_ids, packing), labels)
 
-    def _hidden(self, weights: Weights, adapters: Adapters, input_ids: jax.Array) -> jax.Array:
-        """input_ids [B, T] → the last layer's output [B, T, D], without dropout."""
+    def _hidden(self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: Packing | None) -> jax.Array:
+        """input_ids [B, T] → the last layer's output [B, T, D], without dropout or noise."""
         h = _embed(self._embedding_def, weights.embedding, input_ids, self.compute_dtype)
         for layer, frozen in weights.layers.walk(range(len(weights.layers))):
             h, token = _forward(
-                self._layer_def, adapters[layer], frozen, h, None, self._numbers[layer], self._number(0)
+                self._layer_def, adapters[layer], frozen, h, None, self._numbers[layer], self._number(0), packing
             )
             weights.layers.used(token)
             del frozen
@@ -231,8 +241,11 @@ def _init_adapter(layer_settings: tuple[Any, ...], key: jax.Array) -> Tree:
 
 
 @functools.partial(jax.jit, static_argnames=("embedding_def", "dtype"))
-def _embed(embedding_def: Definition, embedding: Tree, input_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return embedding_def.merge(embedding)(input_ids, dtype)
+def _embed(
+    embedding_def: Definition, embedding: Tree, input_ids: jax.Array, dtype: jnp.dtype, noise: Noise | None = None
+) -> jax.Array:
+    h = embedding_def.merge(embedding)(input_ids, dtype)
+    return h if noise is None else add_noise(h, *noise)
 
 
 def _run(
@@ -243,12 +256,15 @@ def _run(
     key: jax.Array | None,
     layer: jax.Array,
     micro_batch: jax.Array,
+    packing: Packing | None,
 ) -> jax.Array:
     """One layer on h [B, T, D] of one micro-batch; the dropout key is the step's, folded with both numbers."""
     if key is not None:
         key = jax.random.fold_in(jax.random.fold_in(key, layer), micro_batch)
-    positions = jnp.broadcast_to(jnp.arange(h.shape[1])[None], h.shape[:2])
-    return layer_def.merge(adapter, frozen)(h, positions, key)
+    if packing is None:
+        packing = jnp.broadcast_to(jnp.arange(h.shape[1])[None], h.shape[:2]), None
+    positions, segment_ids = packing
+    return layer_def.merge(adapter, frozen)(h, positions, key, segment_ids)
 
 
 @functools.partial(jax.jit, static_argnames="layer_def")
@@ -315,10 +331,12 @@ def _describe(module: type[nnx.Module], *settings: Any, **options: Any) -> tuple
     return Definition(graphdef), nnx.to_pure_dict(trained), nnx.to_pure_dict(frozen)
 
 
-def _micro_batches(batch: Batch) -> list[tuple[jax.Array, jax.Array]]:
-    """(input_ids [B, T], labels [B, T]) of each micro-batch, on the device."""
+def _micro_batches(batch: Batch) -> list[tuple[jax.Array, jax.Array, Packing | None]]:
+    """(input_ids [B, T], labels [B, T], packing) of each micro-batch, on the device."""
+    packing = () if batch.segment_ids is None else (batch.positions, batch.segment_ids)
     return [
-        (put(ids, "device"), put(labels, "device")) for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
+        (put(ids, "device"), put(labels, "device"), tuple(put(array, "device") for array in packed) or None)
+        for ids, labels, *packed in zip(batch.input_ids, batch.labels, *packing, strict=True)
     ]
 
 

@@ -17,6 +17,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.linear import FrozenParam, LoRA, NF4Linear
 
 Attention = Literal["xla", "cudnn"]
+NOISE = 2**31 - 1
 Cache = tuple[jax.Array, jax.Array]  # keys and values seen so far, each [B, S, K, P]
 
 
@@ -152,11 +153,23 @@ class DecoderLayer(nnx.Module):
             linear = NF4Linear(columns, rows, adapter, quantization, rngs, share_dense=share_dense)
             setattr(self, name, linear)
 
-    def __call__(self, h: jax.Array, positions: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """h [B, T, D] at `positions` [B, T] → [B, T, D], attending causally. `key` turns the adapters' dropout on."""
+    def __call__(
+        self,
+        h: jax.Array,
+        positions: jax.Array,
+        key: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """h [B, T, D] at `positions` [B, T] → [B, T, D], attending causally, and within segments only if `segment_ids` [B, T] are given.
+
+        `key` turns the adapters' dropout on.
+        """
         keys = _linear_keys(key)
         q, k, v = self._heads(self.input_layernorm(h), positions, keys)
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.attention)
+        mask = None
+        if segment_ids is not None:  # packed rows: no token sees another row's
+            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, S]
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=self.attention)
         return self._rest(h, attended, keys)
 
     def decode(self, h: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -204,6 +217,16 @@ class Embedding(nnx.Module):
     def __call__(self, input_ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """input_ids [B, T] → h [B, T, D] in `dtype`."""
         return jnp.take(self.weight[...], input_ids, axis=0, mode="clip").astype(dtype)
+
+
+def add_noise(h: jax.Array, alpha: jax.Array, key: jax.Array, micro_batch: jax.Array) -> jax.Array:
+    """NEFTune (Jain et al., 2023) as transformers has it: uniform noise within ± alpha / sqrt(T·D) on h [B, T, D], padding counted in T.
+
+    The step's `key` is folded with a number that no layer has, so that no dropout mask is drawn from the same bits.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(key, NOISE), micro_batch)
+    bound = alpha / (h.shape[1] * h.shape[2]) ** 0.5
+    return h + (bound * jax.random.uniform(key, h.shape, jnp.float32, -1, 1)).astype(h.dtype)
 
 
 class Head(nnx.Module):

@@ -30,6 +30,10 @@ class Batch:
     """Labels that count in the loss, over the whole step: (labels[..., 1:] != IGNORED_LABEL).sum()."""
     num_input_tokens: int
     """Tokens of the rows, supervised or not, without the padding."""
+    positions: np.ndarray | None = None
+    """[M, B, T] int32: each token's place in its own row, where several rows are packed into one; None where none are."""
+    segment_ids: np.ndarray | None = None
+    """[M, B, T] int32: equal for the tokens of one row, which attend to each other only. Given exactly when `positions` are."""
 
 
 def length_bucket(max_seq_length: int) -> int:
