@@ -9,13 +9,11 @@ Prints a table of the device's time in one step, and writes every kernel's to `-
 import argparse
 import collections
 import dataclasses
-import glob
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -39,8 +37,8 @@ class Kernel:
 
 def kernels(trace: Path) -> Iterator[tuple[Kernel, float]]:
     """Every event on the device's lines of a trace, with its milliseconds."""
-    (path,) = glob.glob(f"{trace}/**/*.xplane.pb", recursive=True)
-    for plane in jax.profiler.ProfileData.from_file(path).planes:
+    (path,) = trace.rglob("*.xplane.pb")
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         if not plane.name.startswith("/device:GPU"):
             continue
         for line in plane.lines:
@@ -87,7 +85,9 @@ def main() -> None:
     for line, milliseconds in sorted(by_line.items(), key=lambda pair: -pair[1]):
         print(f"{milliseconds:9.2f} ms  {line}")
     for kernel in found[: options.top]:
-        print(f"{kernel.milliseconds:9.2f} ms {kernel.calls // STEPS:5} x  {kernel.module:18.18} {kernel.operation:30.30} {kernel.name[:60]}")
+        print(
+            f"{kernel.milliseconds:9.2f} ms {kernel.calls // STEPS:5} x  {kernel.module:18.18} {kernel.operation:30.30} {kernel.name[:60]}"
+        )
 
 
 if __name__ == "__main__":

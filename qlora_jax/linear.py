@@ -7,13 +7,18 @@ trained from what is not into two trees.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax import kernels, nf4
 from qlora_jax.config import QuantizationSettings
+
+ADAPTER_OUTPUT = "adapter"
+"""The name of x·Aᵀ [..., R] for what chooses the values to keep for the backward pass."""
 
 
 class FrozenParam(nnx.Variable):
@@ -64,14 +69,23 @@ class LoRA(nnx.Module):
         self.lora_b = nnx.LoRAParam(jnp.zeros((out_features, rank), jnp.float32))
         self.scaling, self.dropout = scaling, dropout
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """x [..., in] → [..., out]. `key` draws the dropout mask; None means no dropout."""
+    def __call__(self, x: jax.Array, key: jax.Array | None, first: jax.Array | int = 0) -> jax.Array:
+        """x [..., in], the micro-batch's tokens from `first` on → [..., out]. `key` draws the dropout mask; None means no dropout."""
         if key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            keep = dropout_mask(key, 1 - self.dropout, x.shape, first)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         down = jnp.einsum("...i,ri->...r", x, self.lora_a[...].astype(x.dtype)) * jnp.asarray(self.scaling, x.dtype)
+        down = checkpoint_name(down, ADAPTER_OUTPUT)
         # Written with a transpose, B's gradient is a product of rank rows: twice as fast on a CPU as one of rank columns.
         return down @ self.lora_b[...].astype(x.dtype).T
+
+
+def dropout_mask(key: jax.Array, keep: float, shape: tuple[int, ...], first: jax.Array | int) -> jax.Array:
+    """Booleans [..., in], True with probability `keep`, each token's drawn from its own number: however tokens are cut into chunks,
+    they draw the same."""
+    numbers = first + jnp.arange(math.prod(shape[:-1]))
+    draw = jax.vmap(lambda number: jax.random.bernoulli(jax.random.fold_in(key, number), keep, shape[-1:]))
+    return draw(numbers).reshape(shape)
 
 
 class NF4Linear(nnx.Module):
@@ -94,7 +108,18 @@ class NF4Linear(nnx.Module):
         self.weight = FrozenParam(nf4.quantize(weight, quantization.double_quant, quantization.quant_type))
         self.adapter, self.share_dense = adapter, share_dense
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x [..., in] → [..., out] in x's dtype."""
-        y = frozen_matmul(x, self.weight.get_value(), self.share_dense)
-        return y if self.adapter is None else y + self.adapter(x, key)
+    def __call__(
+        self,
+        x: jax.Array,
+        key: jax.Array | None = None,
+        first: jax.Array | int = 0,
+        dense: jax.Array | None = None,
+    ) -> jax.Array:
+        """x [..., in] → [..., out] in x's dtype; `key` and `first` as in `LoRA`, `dense` is what `dense()` gave."""
+        weight = self.weight.get_value()
+        y = kernels.dense_matmul(x, dense) if dense is not None else frozen_matmul(x, weight, self.share_dense)
+        return y if self.adapter is None else y + self.adapter(x, key, first)
+
+    def dense(self) -> jax.Array:
+        """The weight [out, in], dequantized; no gradient reaches it."""
+        return jax.lax.stop_gradient(kernels.dequantize(self.weight.get_value()))

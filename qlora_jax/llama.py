@@ -5,19 +5,29 @@ V vocab, R rank, L layers.
 """
 
 import dataclasses
+import functools
+import types
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.errors import InputError
-from qlora_jax.linear import FrozenParam, LoRA, NF4Linear
+from qlora_jax.linear import ADAPTER_OUTPUT, FrozenParam, LoRA, NF4Linear
 
 Attention = Literal["xla", "cudnn"]
 NOISE = 2**31 - 1
+
+MLP_TOKENS = 8192
+"""Tokens the MLP works on at a time, by default: at 70B, 0.5 GB for each of its [N, F] arrays in bfloat16."""
+
+KEPT = jax.checkpoint_policies.save_only_these_names("middle", "gate_proj", "up_proj", ADAPTER_OUTPUT)
+"""What a layer that is not run again keeps besides its input, attention's inputs and its output."""
+
 Cache = tuple[jax.Array, jax.Array]  # keys and values seen so far, each [B, S, K, P]
 
 
@@ -143,8 +153,20 @@ class DecoderLayer(nnx.Module):
         rngs: nnx.Rngs,
         *,
         share_dense: bool = False,
+        mlp_tokens: int = MLP_TOKENS,
+        keep: bool = False,
     ) -> None:
+        """A layer of random weights.
+
+        Args:
+            share_dense: see `linear.frozen_matmul`.
+            mlp_tokens: the MLP works on at most so many tokens at a time, each chunk run again in the backward pass: [N, F] never exists.
+            keep: differentiated, keep only what is cheap to keep for what it costs to compute: queries, keys, values, what attention gives,
+                the two outputs that enter SwiGLU and the adapters' [N, R]. All else, elementwise, is computed again. Otherwise jax
+                decides, which is for a layer that is run again within the same compiled function.
+        """
         self.config, self.attention = config, attention
+        self.share_dense, self.mlp_tokens, self.keep = share_dense, mlp_tokens, keep
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         for name, (rows, columns) in config.linear_shapes().items():
@@ -165,12 +187,13 @@ class DecoderLayer(nnx.Module):
         `key` turns the adapters' dropout on.
         """
         keys = _linear_keys(key)
-        q, k, v = self._heads(self.input_layernorm(h), positions, keys)
+        around = functools.partial(jax.checkpoint, policy=KEPT) if self.keep else lambda part: part
+        q, k, v = around(lambda h: self._heads(self.input_layernorm(h), positions, keys))(h)
         mask = None
         if segment_ids is not None:  # packed rows: no token sees another row's
             mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, S]
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=self.attention)
-        return self._rest(h, attended, keys)
+        return around(lambda h, attended: self._rest(h, attended, keys))(h, attended)
 
     def decode(self, h: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The same for generation: h [B, T, D] continues at positions[:, 0], after what `cache` holds; no dropout."""
@@ -194,11 +217,34 @@ class DecoderLayer(nnx.Module):
         return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta), v
 
     def _rest(self, h: jax.Array, attended: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
-        """The layer after attention: attended [B, T, H, P] through o_proj, then SwiGLU."""
-        h = h + self.o_proj(attended.reshape(*h.shape[:2], -1), keys["o_proj"])
+        """The layer after attention: attended [B, T, H, P] through o_proj, then SwiGLU, in chunks of tokens if they are many."""
+        h = checkpoint_name(h + self.o_proj(attended.reshape(*h.shape[:2], -1), keys["o_proj"]), "middle")
+        tokens = h.shape[0] * h.shape[1]
+        if tokens <= self.mlp_tokens:
+            return self._mlp(h.reshape(tokens, -1), keys).reshape(h.shape)
+        number = -(-tokens // self.mlp_tokens)
+        chunk = -(-tokens // number)
+        chunks = jnp.pad(h.reshape(tokens, -1), ((0, number * chunk - tokens), (0, 0))).reshape(number, chunk, -1)
+        dense = {name: getattr(self, name).dense() for name in LINEAR_NAMES[4:]} if self.share_dense else {}
+        part = jax.checkpoint(lambda i, x: self._mlp(x, keys, i * chunk, dense))
+        out = jax.lax.map(lambda each: part(*each), (jnp.arange(number), chunks))
+        return out.reshape(number * chunk, -1)[:tokens].reshape(h.shape)
+
+    def _mlp(
+        self,
+        h: jax.Array,
+        keys: dict[str, jax.Array | None],
+        first: jax.Array | int = 0,
+        dense: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    ) -> jax.Array:
+        """h [N, D], the micro-batch's tokens from `first` on → h + SwiGLU(norm(h)); `dense`: weights that were dequantized before."""
+
+        def linear(name: str, x: jax.Array) -> jax.Array:
+            return getattr(self, name)(x, keys[name], first, dense.get(name))
+
         x = self.post_attention_layernorm(h)
-        gated = jax.nn.silu(self.gate_proj(x, keys["gate_proj"])) * self.up_proj(x, keys["up_proj"])
-        return h + self.down_proj(gated, keys["down_proj"])
+        gate, up = (checkpoint_name(linear(name, x), name) for name in ("gate_proj", "up_proj"))
+        return h + linear("down_proj", jax.nn.silu(gate) * up)
 
 
 def _linear_keys(key: jax.Array | None) -> dict[str, jax.Array | None]:
@@ -241,4 +287,17 @@ class Head(nnx.Module):
     def __call__(self, h: jax.Array) -> jax.Array:
         """h [..., D] → logits [..., V] float32."""
         x = self.norm(h)
-        return jnp.einsum("...d,vd->...v", x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return _project(x, self.weight[...].astype(x.dtype))
+
+
+@jax.custom_vjp
+def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., D] on weight [V, D] → [..., V] float32. The gradient is rounded to x's dtype before it meets the weight again, as where
+    torch's autocast makes logits: a product of float32 numbers costs twice the time."""
+    return jnp.einsum("...d,vd->...v", x, weight, preferred_element_type=jnp.float32)
+
+
+_project.defvjp(
+    lambda x, weight: (_project(x, weight), weight),
+    lambda weight, dy: (jnp.einsum("...v,vd->...d", dy.astype(weight.dtype), weight), None),
+)

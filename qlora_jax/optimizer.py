@@ -25,7 +25,8 @@ import optax
 from qlora_jax import blockwise
 from qlora_jax.blockwise import BlockwiseTensor
 from qlora_jax.config import TrainingSettings
-from qlora_jax.placement import Tree, Where, put
+from qlora_jax.engine import Gradients
+from qlora_jax.placement import SLOTS, Pace, Tree, Where, lives, put, visits
 
 Schedule = Callable[[int], float]
 
@@ -63,32 +64,42 @@ class AdamW:
         )
         self._bits = 8 if settings.optim.endswith("8bit") else 32
         init = jax.jit(lambda layer: self._pack(self._rule.init(layer)))
-        self.moments = [put(init(layer), where) for layer in params]
+        pace = Pace(SLOTS)
+        self.moments = [
+            jax.block_until_ready(put(init(layer), where))
+            for layer in visits(params.__getitem__, range(len(params)), pace)
+        ]
 
-    def update(self, params: list[Tree], grads: list[Tree], learning_rate: float) -> tuple[list[Tree], jax.Array]:
-        """One step. `params` and `grads` are spent: the lists are refilled and emptied.
+    def update(self, params: list[Tree], grads: Gradients, learning_rate: float) -> tuple[list[Tree], jax.Array]:
+        """One step. `params` and `grads` are spent: the lists are refilled and emptied. Params that live on the host return there.
 
         Returns:
             (new params; the gradients' global norm before clipping, float32 scalar)
         """
-        norm = _global_norm([_square_sum(layer) for layer in grads])
+        norm = _global_norm(grads.square_sums)
         factor = _clip_factor(norm, self.max_norm)
         rate = put(np.float32(learning_rate), "device")
-        coming = put(self.moments[0], "device")
-        for layer in range(len(params)):
-            moments = coming
-            coming = put(self.moments[layer + 1], "device") if layer + 1 < len(params) else None
-            params[layer], moments = self._update_layer(params[layer], grads[layer], moments, factor, rate)
-            grads[layer] = None
-            self.moments[layer] = put(moments, self.where)
+        pace = Pace(SLOTS)
+        coming = visits(lambda i: (params[i], grads.layers[i], self.moments[i]), range(len(params)), pace)
+        homes: list[Where] = ["device" if lives(layer, "device") else "host" for layer in params]
+        for layer in range(len(params)):  # not `enumerate`, which holds on to the last item while it asks for the next
+            here = next(coming)
+            new, moments, token = self._update_layer(*here, factor, rate)
+            pace.dispatched(token)
+            params[layer], self.moments[layer] = put(new, homes[layer]), put(moments, self.where)
+            grads.layers[layer] = None
+            del here, new, moments
         return params, norm
 
     @functools.cached_property
     def _update_layer(self) -> Callable[..., Any]:
-        def update(params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array) -> tuple[Tree, Any]:
+        def update(
+            params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array
+        ) -> tuple[Tree, Any, jax.Array]:
             grads = jax.tree.map(lambda g: g * factor, grads)
             steps, moments = self._rule.update(grads, _unpack(moments), params)
-            return jax.tree.map(lambda p, step: p - rate * step, params, steps), self._pack(moments)
+            new = jax.tree.map(lambda p, step: p - rate * step, params, steps)
+            return new, self._pack(moments), jnp.ravel(jax.tree.leaves(new)[0])[0]
 
         return jax.jit(update, donate_argnames=("params", "moments"))
 
@@ -113,11 +124,6 @@ def _unpack(state: Any) -> Any:
         return blockwise.dequantize(moment) if isinstance(moment, BlockwiseTensor) else moment
 
     return jax.tree.map(unpack, state, is_leaf=lambda x: isinstance(x, BlockwiseTensor))
-
-
-@jax.jit
-def _square_sum(tree: Tree) -> jax.Array:
-    return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 @jax.jit

@@ -47,15 +47,42 @@ def sharding(where: Where) -> NamedSharding:
 
 def put(tree: Tree, where: Where) -> Tree:
     """Start copying a tree's arrays (of numpy or jax) to `where`; returns at once. A tree that is there already is returned."""
-    target = sharding(where)
-    if all(isinstance(leaf, jax.Array) and leaf.sharding == target for leaf in jax.tree.leaves(tree)):
+    if lives(tree, where):
         return tree  # device_put would look at each array for 25 µs, which adds up over layers
-    return jax.device_put(tree, target)
+    return jax.device_put(tree, sharding(where))
+
+
+def lives(tree: Tree, where: Where) -> bool:
+    """Whether all of a tree's arrays are at `where` already."""
+    target = sharding(where)
+    return all(isinstance(leaf, jax.Array) and leaf.sharding == target for leaf in jax.tree.leaves(tree))
 
 
 def nbytes(tree: Tree) -> int:
     """Bytes of a tree's arrays, or of the arrays that a tree of `jax.ShapeDtypeStruct`s describes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+class Pace:
+    """Keeps Python from running further ahead of the device than memory allows.
+
+    Python dispatches far faster than the device computes, and whatever is dispatched takes its memory at once. So before anything is
+    brought to the device, or set on its way to the host, the work on older layers has to be done.
+    """
+
+    def __init__(self, slots: int) -> None:
+        """`slots` layers may be on the device at a time: at least 2, one computing and one arriving."""
+        self.slots = slots
+        self._unfinished: collections.deque[jax.Array] = collections.deque(maxlen=64)
+
+    def dispatched(self, token: jax.Array) -> None:
+        """Work on a layer was dispatched; `token` is a small result of it that is never donated."""
+        self._unfinished.append(token)
+
+    def wait(self) -> None:
+        """Return when so little is unfinished that another layer may arrive."""
+        while len(self._unfinished) > self.slots - 2:
+            self._unfinished.popleft().block_until_ready()
 
 
 class LayerStore:
@@ -64,12 +91,15 @@ class LayerStore:
     `fetched` records which streamed layers were copied, in order, since it was last cleared: the schedule, for tests and reports.
     """
 
-    def __init__(self, layers: Iterable[Source], where: LayerPlace | Sequence[LayerPlace]) -> None:
+    def __init__(
+        self, layers: Iterable[Source], where: LayerPlace | Sequence[LayerPlace], *, slots: int = SLOTS
+    ) -> None:
         """Takes the layers one at a time from `layers`, so that no more than one exists outside its place.
 
         Args:
             layers: trees of arrays; for a layer that stays on disk, a function that reads it anew each time it is called, from any thread.
             where: one place for all, or each layer's own.
+            slots: streamed layers on the device at a time, at least 2.
         """
         self._layers: list[Source] = []
         self.places: list[LayerPlace] = []
@@ -78,8 +108,7 @@ class LayerStore:
             self.places.append(place)
             self._layers.append(layer if place == "disk" else jax.block_until_ready(put(layer, place)))
         self._readers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD) if "disk" in self.places else None
-        self._unfinished: collections.deque[jax.Array] = collections.deque()
-        self._current = 0
+        self.pace = Pace(slots)
         self.fetched: collections.deque[int] = collections.deque(maxlen=4 * len(self._layers))
 
     def __len__(self) -> int:
@@ -88,37 +117,33 @@ class LayerStore:
     def walk(self, order: Iterable[int]) -> Iterator[tuple[int, Tree]]:
         """Yield (index, weights on the device) along `order`; the copy of the next streamed layer is issued before a layer is handed out.
 
-        A layer that comes twice in a row, as at the turn from the forward to the backward walk, is fetched once. Call `used` after
-        dispatching the work on a layer, and drop the reference to it before asking for the next.
+        A streamed layer that is the next one too, as at the turn from the forward to the backward walk, is fetched once. Tell `pace` of
+        the work dispatched on a layer, and drop the reference to it before asking for the next.
         """
-        runs = [(index, len(list(run))) for index, run in itertools.groupby(order)]
-        coming = self._fetch(index for index, _ in runs if self.places[index] != "device")
+        order = list(order)
+        coming = self._fetch(index for index, _ in itertools.groupby(order) if self.places[index] != "device")
         ahead = next(coming, None)
-        for index, repeats in runs:
+        here_index, here = -1, None  # the streamed layer that was handed out last
+        for index in order:
+            weights = None
             if self.places[index] == "device":
                 weights = self._layers[index]
-            else:
-                weights, ahead = ahead, None  # so that a layer is no longer held here when the next but one is fetched
-            ahead = next(coming, None) if ahead is None else ahead
-            self._current = index
-            for _ in range(repeats):
-                yield index, weights
+            elif index != here_index:
+                here = None  # nothing here holds the last layer when the next but one is fetched
+                (here_index, here), ahead = ahead, None
+            if ahead is None:
+                ahead = next(coming, None)
+            yield index, here if weights is None else weights
 
-    def used(self, token: jax.Array) -> None:
-        """Tell that work on the current layer was dispatched; `token` is a small result of it that is never donated."""
-        if self.places[self._current] != "device":
-            self._unfinished.append(token)
-
-    def _fetch(self, streamed: Iterable[int]) -> Iterator[Tree]:
+    def _fetch(self, streamed: Iterable[int]) -> Iterator[tuple[int, Tree]]:
         """Start the copy of one streamed layer after the other, each when it is asked for and a slot is free."""
-        streamed = list(streamed)
+        streamed = [index for index, _ in itertools.groupby(streamed)]
         from_disk = self._read(index for index in streamed if self.places[index] == "disk")
         for index in streamed:
             layer = next(from_disk) if self.places[index] == "disk" else self._layers[index]
-            while len(self._unfinished) > SLOTS - 2:
-                self._unfinished.popleft().block_until_ready()
+            self.pace.wait()
             self.fetched.append(index)
-            yield put(layer, "device")
+            yield index, put(layer, "device")
 
     def _read(self, order: Iterable[int]) -> Iterator[Tree]:
         """Layers from disk, the next `READ_AHEAD` being read while one is used."""
@@ -132,6 +157,26 @@ class LayerStore:
             yield layer
 
 
+def visits(source: Callable[[int], Tree], order: Iterable[int], pace: Pace) -> Iterator[Tree]:
+    """Each of `source(index)`'s trees on the device along `order`, the next one's copy issued before one is handed out.
+
+    For what visits the device with its layer: adapters, gradients, moments. Trees that live there are handed out as they are.
+    """
+    order = list(order)
+    coming = _bring(source(order[0]), pace) if order else None
+    for index, following in zip(order, [*order[1:], None], strict=True):
+        here, coming = coming, None
+        if following is not None:
+            coming = here if following == index else _bring(source(following), pace)
+        yield here
+
+
+def _bring(tree: Tree, pace: Pace) -> Tree:
+    if not lives(tree, "device"):
+        pace.wait()
+    return put(tree, "device")
+
+
 def spread(resident: int, depth: int) -> list[LayerPlace]:
     """Places for `depth` layers of which `resident` stay on the device, as evenly as can be among those streamed from the host."""
     return ["device" if (i + 1) * resident // depth > i * resident // depth else "host" for i in range(depth)]
@@ -143,13 +188,15 @@ class LayerInputs:
     From the host, the next entry down is fetched while the current one is used.
     """
 
-    def __init__(self, where: Where) -> None:
-        self.where = where
+    def __init__(self, where: Where, pace: Pace) -> None:
+        self.where, self._pace = where, pace
         self._stack: list[Tree] = []
         self._coming: Tree = None
 
     def push(self, inputs: Tree) -> None:
         """Keep a layer's inputs; a copy to the host is only started here."""
+        if self.where == "host":
+            self._pace.wait()
         self._stack.append(put(inputs, self.where))
 
     def pop(self) -> Tree:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,14 @@ from flax import nnx
 
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
-from qlora_jax import engine as engine_module
+from qlora_jax import compiled, placement
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import Adapters, Engine, Weights
+from qlora_jax.engine import Adapters, Engine, Gradients, Weights
 from qlora_jax.llama import DecoderLayer, Embedding, Head
 from qlora_jax.loss import cross_entropy, shift
 from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import LayerStore, Where, put, spread
+from qlora_jax.placement import SLOTS, LayerStore, Where, lives, put, sharding, spread
 from tests import tiny
 
 QUANTIZATION = QuantizationSettings()
@@ -35,11 +36,15 @@ def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(
-    folder: Path, weights: Where = "device", activations: Where = "device", lora: LoraSettings = LORA
+    folder: Path,
+    weights: Where = "device",
+    activations: Where = "device",
+    lora: LoraSettings = LORA,
+    **options: Any,
 ) -> tuple[Engine, Weights]:
     model = ModelFolder(folder)
     config = read_config(model)
-    engine = Engine(config, lora, QUANTIZATION, compute_dtype=jnp.float32, activations=activations)
+    engine = Engine(config, lora, QUANTIZATION, compute_dtype=jnp.float32, activations=activations, **options)
     return engine, load_weights(model, config, QUANTIZATION, weights)
 
 
@@ -95,16 +100,25 @@ def test_gradients_equal_jax_grad_through_the_whole_model(deep_folder: Path, mic
     expected_loss, expected = jax.value_and_grad(oracle)(adapters)
     assert float(loss) == pytest.approx(float(expected_loss), rel=FLOAT32_SUM)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        found = functools.reduce(lambda tree, step: tree[getattr(step, "idx", getattr(step, "key", None))], path, grads)
+        found = functools.reduce(
+            lambda tree, step: tree[getattr(step, "idx", getattr(step, "key", None))], path, grads.layers
+        )
         scale = float(jnp.abs(leaf).max())
         assert scale > 0, path
         assert float(jnp.abs(found - leaf).max()) <= FLOAT32_SUM * scale, path
 
 
 def train(
-    folder: Path, weights: Where, activations: Where, optimizer: Where, batches: list[Batch]
+    folder: Path,
+    batches: list[Batch],
+    *,
+    weights: Where = "device",
+    optimizer: Where = "device",
+    slots: int = SLOTS,
+    **places: Any,
 ) -> tuple[list[float], Adapters]:
-    engine, base = make(folder, weights, activations)
+    engine, base = make(folder, weights, **places)
+    base.layers.pace.slots = slots
     adapters = engine.init_adapters(0)
     settings = TrainingSettings(output_dir=Path("unused"), learning_rate=1e-2, max_grad_norm=0.3)
     rule = AdamW(settings, adapters, optimizer)
@@ -113,6 +127,7 @@ def train(
         with jax.transfer_guard("allow" if step == 0 else "disallow"):  # compiling may move constants
             step_key = key(step) if step == 0 else KEYS[step]
             loss, grads = engine.value_and_grad(base, adapters, batch, step_key)
+            assert all(lives(layer, engine.adapters) for layer in (*grads.layers, *adapters))
             adapters, _ = rule.update(adapters, grads, settings.learning_rate)
         losses.append(float(loss))
     return losses, adapters
@@ -124,17 +139,97 @@ KEYS = [key(step) for step in range(5)]
 def test_the_same_bits_wherever_things_live(deep_folder: Path) -> None:
     """Five steps with dropout and two micro-batches, under the transfer guard."""
     batches = [make_batch(2, 2, seed=step) for step in range(5)]
-    places: list[tuple[Where, Where, Where]] = [
-        ("device", "device", "device"), ("host", "device", "device"), ("device", "host", "device"),
-        ("device", "device", "host"), ("host", "host", "host"),
-    ]  # fmt: skip
-    losses, adapters = train(deep_folder, *places[0], batches)
+    losses, adapters = train(deep_folder, batches)
     assert losses[-1] < losses[0]
-    for other in places[1:]:
-        other_losses, other_adapters = train(deep_folder, *other, batches)
+    everything: dict[str, Any] = {"weights": "host", "activations": "host", "adapters": "host", "optimizer": "host"}
+    for other in (*({name: "host"} for name in everything), everything, {**everything, "slots": 2}, {"slots": 5}):
+        other_losses, other_adapters = train(deep_folder, batches, **other)
         assert other_losses == losses, other
-        same = jax.tree.map(lambda a, b: bool((a == b).all()), adapters, other_adapters)
+        same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), adapters, other_adapters)
         assert all(jax.tree.leaves(same)), other
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_no_more_streamed_layers_on_the_device_than_slots(deep_folder: Path, slots: int) -> None:
+    engine, weights = make(deep_folder, "host", adapters="host", lora=NO_DROPOUT)
+    weights.layers.pace.slots = slots
+    codes = engine.abstract_layer["gate_proj"]["weight"].codes
+    device, most = sharding("device"), 0
+    put_before = placement.jax.device_put
+
+    def counting(tree: Any, target: Any) -> Any:
+        nonlocal most
+        new = put_before(tree, target)
+        mlp = [
+            a for a in jax.live_arrays() if a.sharding == device and (a.shape, a.dtype) == (codes.shape, codes.dtype)
+        ]
+        most = max(most, len(mlp) // 3)  # gate_proj, up_proj and down_proj
+        return new
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement.jax, "device_put", counting)
+        engine.value_and_grad(weights, engine.init_adapters(0), make_batch(2, 2), key(0))
+    assert (
+        most == 2
+    )  # Python's: one to be dispatched, one arriving. With three slots the device may hold one more, at work.
+
+
+def assert_close(found: tuple[jax.Array, Gradients], expected: tuple[jax.Array, Gradients]) -> None:
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=FLOAT32_SUM)
+    for one, other in zip(jax.tree.leaves(found[1].layers), jax.tree.leaves(expected[1].layers), strict=True):
+        assert float(jnp.abs(one - other).max()) <= FLOAT32_SUM * float(jnp.abs(other).max())
+
+
+@pytest.mark.parametrize("keep", [1, 3, 4])
+@pytest.mark.parametrize("weights", ["device", "host"])
+def test_layers_that_keep_their_intermediates(deep_folder: Path, keep: int, weights: Where) -> None:
+    """Without running a layer again: the same gradients, dropout included, and still nothing of a streamed layer kept."""
+    engine, base = make(deep_folder, weights)
+    adapters, batch = moved(engine.init_adapters(0)), make_batch(2, 2)
+    expected = engine.value_and_grad(base, adapters, batch, key(0))
+    keeping, base = make(deep_folder, weights, keep=keep)
+    before = compiled.backward_kept._cache_size()
+    found = keeping.value_and_grad(base, adapters, batch, key(0))
+    assert compiled.backward_kept._cache_size() <= before + 1
+    assert list(base.layers.fetched) == fetches(base.layers.places)
+    assert_close(found, expected)
+
+
+def test_what_a_layer_keeps(deep_folder: Path) -> None:
+    """Attention's inputs and output, the residual stream after it, SwiGLU's two inputs, R a token for each adapter; nothing of a weight."""
+    engine, weights = make(deep_folder, lora=NO_DROPOUT)
+    (_, frozen), adapter = next(weights.layers.walk([0])), engine.init_adapters(0)[0]
+    config, rows, length, rank = engine.config, 2, 24, LORA.r
+    h = put(np.ones((rows, length, config.hidden_size), np.float32), "device")
+    *_, kept = compiled.forward_keeping(
+        engine._keeping_def, adapter, frozen, h, None, engine._numbers[0], engine._numbers[0], None
+    )
+    elements = [array.size for array in kept if array.ndim and array.shape[-2:] not in ((length, length), (length, 1))]
+    elements.remove(
+        rows * length
+    )  # positions; the rest left out is XLA's attention, which keeps [T, T] where cuDNN's keeps [T]
+    heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    a_token = [heads, kv_heads, kv_heads, heads, config.hidden_size, *[config.intermediate_size] * 2, *[rank] * 7]
+    assert sorted(elements) == sorted(rows * length * size for size in a_token)
+
+
+def test_the_mlp_in_chunks(deep_folder: Path) -> None:
+    """Chunks change neither the gradients nor the dropout masks, whichever way weights are dequantized; the last one is not full."""
+    engine, weights = make(deep_folder)
+    adapters, batch = moved(engine.init_adapters(0)), make_batch(2, 2)
+    expected = engine.value_and_grad(weights, adapters, batch, key(0))
+    for mlp_tokens in (48, 17, 10):
+        for share_dense in (True, False):
+            chunked, _ = make(deep_folder, mlp_tokens=mlp_tokens, share_dense=share_dense)
+            assert_close(chunked.value_and_grad(weights, adapters, batch, key(0)), expected)
+    keeping, _ = make(deep_folder, mlp_tokens=17, keep=2)
+    assert_close(keeping.value_and_grad(weights, adapters, batch, key(0)), expected)
+
+
+def fetches(places: list[str]) -> list[int]:
+    """Up and down again; the streamed layer nearest the turn waits there."""
+    streamed = [i for i, place in enumerate(places) if place != "device"]
+    return [*streamed, *reversed(streamed[:-1])]
 
 
 def test_the_same_bits_from_disk_and_among_resident_layers(deep_folder: Path) -> None:
@@ -147,7 +242,7 @@ def test_the_same_bits_from_disk_and_among_resident_layers(deep_folder: Path) ->
         weights = dataclasses.replace(base, layers=LayerStore(sources, places))
         found = engine.value_and_grad(weights, adapters, batch, key(0))
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, expected)), places
-        assert list(weights.layers.fetched) == [i for i in (0, 1, 2, 3, 2, 1, 0) if places[i] != "device"]
+        assert list(weights.layers.fetched) == fetches(places)
 
 
 def test_the_schedule_of_fetches(deep_folder: Path) -> None:
@@ -167,10 +262,8 @@ def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(deep_folder: Pat
     for shape in ((1, 8), (2, 4), (4, 2)):
         ids, labels = (array.reshape(*shape, -1) for array in (whole.input_ids, whole.labels))
         results.append(engine.value_and_grad(weights, adapters, Batch(ids, labels, whole.num_tokens, ids.size), key(0)))
-    for loss, grads in results[1:]:
-        assert float(loss) == pytest.approx(float(results[0][0]), rel=FLOAT32_SUM)
-        for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(results[0][1]), strict=True):
-            assert float(jnp.abs(one - other).max()) <= FLOAT32_SUM * float(jnp.abs(other).max())
+    for result in results[1:]:
+        assert_close(result, results[0])
 
 
 def test_dropout_is_drawn_anew_by_step_layer_and_micro_batch(deep_folder: Path) -> None:
@@ -193,7 +286,7 @@ def test_dropout_is_drawn_anew_by_step_layer_and_micro_batch(deep_folder: Path) 
 
 def test_one_compilation_serves_every_layer(deep_folder: Path, tiny_folder: Path) -> None:
     """Compile time does not grow with depth: the layer functions are compiled once, for 2 layers as for 4."""
-    functions = (engine_module._forward, engine_module._backward)
+    functions = (compiled.forward, compiled.backward)
     for folder, depth in ((tiny_folder, 2), (deep_folder, 4)):
         engine, weights = make(folder, lora=NO_DROPOUT)
         assert len(weights.layers) == depth

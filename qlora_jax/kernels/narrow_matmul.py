@@ -73,7 +73,9 @@ def _values(inputs: list[jax.Array]) -> list[jax.Array]:
     """The eight float32 values in what a thread loaded of `_few_inputs`."""
     if inputs[0].dtype == jnp.float32:
         return inputs
-    halves = [half for pair in inputs for half in (pair << 16, pair & ~0xFFFF)]  # the first of a pair is in the low half
+    halves = [
+        half for pair in inputs for half in (pair << 16, pair & ~0xFFFF)
+    ]  # the first of a pair is in the low half
     return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
 
 
@@ -95,9 +97,7 @@ def _few(
         column, inside = tile.columns(step)
         codes = [plt.load(words.at[number * in_words + column]) for number in tile.row_numbers]
         other = None if inside is None else 0
-        inputs = [
-            [plt.load(x.at[i, n, column], mask=inside, other=other) for i in range(loads)] for n in range(tokens)
-        ]
+        inputs = [[plt.load(x.at[i, n, column], mask=inside, other=other) for i in range(loads)] for n in range(tokens)]
         parts = [triton.look_up_scales(scales, *pair) for pair in zip(tile.blocks(step), stored, strict=True)]
         return codes, inputs, parts
 
@@ -112,9 +112,7 @@ def _few(
         new = []
         for row in range(rows):
             scale = triton.from_lane(decoded[row // 8], row % 8 * 4 + (lane >> 3), interpret=interpret)
-            levels = [
-                triton.look_up(codes[row], table, i, interpret=interpret) for i in range(triton.WORD_WEIGHTS)
-            ]
+            levels = [triton.look_up(codes[row], table, i, interpret=interpret) for i in range(triton.WORD_WEIGHTS)]
             for token in range(tokens):
                 product = sum(level * value for level, value in zip(levels, values[token], strict=True))
                 new.append(sums[row * tokens + token] + product * scale)
