@@ -25,10 +25,10 @@ from benchmarks.machine import describe, process_gpu_gib
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine import Engine, Weights, default_attention
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.llama import MLP_TOKENS, LlamaConfig
 from qlora_jax.metrics import peak_device_gib, peak_host_gib
 from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import LayerStore, Tree, put
+from qlora_jax.placement import SLOTS, LayerPlace, LayerStore, Tree, put, spread
 
 SHAPES = {
     "7b": {
@@ -74,7 +74,7 @@ def random_tree(abstract: Tree, key: jax.Array) -> Tree:
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def random_weights(engine: Engine, where: str) -> Weights:
+def random_weights(engine: Engine, where: LayerPlace | list[LayerPlace], slots: int = SLOTS) -> Weights:
     """A whole random model, its layers made on the device one at a time and moved to their place."""
     make = jax.jit(lambda key: random_tree(engine.abstract_layer, key))
 
@@ -87,7 +87,7 @@ def random_weights(engine: Engine, where: str) -> Weights:
     norm = jnp.ones(vocabulary[1:], jnp.bfloat16)
     return Weights(
         put({"weight": embedding}, "device"),
-        LayerStore(layers(), where),
+        LayerStore(layers(), where, slots=slots),
         put({"norm": {"weight": norm}, "weight": head}, "device"),
     )
 
@@ -102,17 +102,23 @@ class Case:
         dtype = jnp.dtype(options.dtype)
         self.engine = Engine(
             self.config,
-            LoraSettings(r=64, lora_dropout=options.dropout),
+            LoraSettings(r=options.rank, lora_dropout=options.dropout),
             QuantizationSettings(),
             compute_dtype=dtype,
             attention=default_attention(dtype, self.config.head_dim),
             activations=options.activations,
+            adapters=options.adapters,
+            keep=self.config.num_hidden_layers if options.keep is None else options.keep,
+            share_dense=options.share_dense,
+            mlp_tokens=options.mlp_tokens,
         )
+        places = spread(options.resident, self.config.num_hidden_layers) if options.resident else options.weights
         start = time.perf_counter()
-        self.weights = random_weights(self.engine, options.weights)
+        self.weights = random_weights(self.engine, places, options.slots)
         self.build_s = time.perf_counter() - start
         self.adapters = self.engine.init_adapters(0)
-        self.optimizer = AdamW(TrainingSettings(output_dir=Path()), self.adapters, options.optimizer)
+        settings = TrainingSettings(output_dir=Path(), optim=options.optim)
+        self.optimizer = AdamW(settings, self.adapters, options.optimizer)
         shape = (options.accumulate, options.batch, options.seq)
         ids = np.random.default_rng(0).integers(0, self.config.vocab_size, shape).astype(np.int32)
         self.batch = Batch(ids, ids, ids[..., 1:].size, ids.size)
@@ -144,7 +150,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": "step",
         **{name: getattr(options, name) for name in ("model", "accumulate", "batch", "seq", "dtype", "dropout")},
-        **{name: getattr(options, name) for name in ("weights", "activations", "optimizer")},
+        **{
+            name: getattr(options, name)
+            for name in ("weights", "resident", "activations", "adapters", "optimizer", "optim")
+        },
+        **{name: getattr(options, name) for name in ("keep", "share_dense", "mlp_tokens", "slots")},
         "memory_fraction": os.environ.get("XLA_CLIENT_MEM_FRACTION"),
         "step_s": round(best, 4),
         "median_s": round(statistics.median(seconds[1:]), 4),
@@ -167,7 +177,16 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    for place in ("weights", "activations", "optimizer"):
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--optim", default="paged_adamw_32bit", choices=("paged_adamw_32bit", "paged_adamw_8bit"))
+    parser.add_argument("--resident", type=int, default=0, help="layers on the device, spread among those on the host")
+    parser.add_argument("--keep", type=int, default=0, nargs="?", help="layers not run again; without a number all")
+    parser.add_argument(
+        "--no-share-dense", dest="share_dense", action="store_false", help="see qlora_jax.engine.Engine"
+    )
+    parser.add_argument("--mlp-tokens", type=int, default=MLP_TOKENS)
+    parser.add_argument("--slots", type=int, default=SLOTS)
+    for place in ("weights", "activations", "adapters", "optimizer"):
         parser.add_argument(f"--{place}", default="device", choices=("device", "host"))
 
 

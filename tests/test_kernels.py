@@ -311,7 +311,10 @@ jax.block_until_ready([kernels.matmul(jnp.ones((n, 1024), jnp.bfloat16), weight)
 @needs_gpu
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is not installed")
 def test_ptx_for_every_card_on_the_gpu(tmp_path: Path) -> None:
-    """The kernels as compiled for this card, retargeted: nothing in them is this card's own."""
+    """The kernels as compiled for this card, retargeted: nothing in them is this card's own.
+
+    But for `griddepcontrol`, with which the compiler lets a kernel start while the one before it ends, on cards that can.
+    """
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_emitter_re=.*",
@@ -325,6 +328,7 @@ def test_ptx_for_every_card_on_the_gpu(tmp_path: Path) -> None:
     entries = {name: text for name, text in texts.items() if "shfl.sync.idx" in text or "mma.sync" in text}
     assert entries, sorted(texts)
     for text in entries.values():
+        text = re.sub(r"(?m)^\s*griddepcontrol\.\w+;$", "", text)
         for architecture in ARCHITECTURES:
             assemble(re.sub(r"\.target sm_\w+", f".target sm_{architecture}", text), architecture, tmp_path)
 
