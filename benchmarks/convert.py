@@ -1,7 +1,11 @@
-"""Quantizing and merging a folder of Llama-2-7B's shapes, beside copying it and beside peft: `python -m benchmarks.convert --layers 4`.
+"""Quantizing and merging a folder of Llama-2-7B's shapes, beside copying it and beside peft.
 
-Each in a process of its own, two times in turn, the better one counts; every time includes a `sync`. Weights are random.
-Memory is the process's peak (VmHWM) less what it held once everything was imported, as multiples of the largest tensor in bfloat16.
+    python -m benchmarks.convert --layers 4                    # on a CPU: 2.1 GB, two minutes
+    python -m benchmarks.convert --layers 12 --work DIR        # on a GPU: 5.4 GB, under three minutes; DIR on the disk that is meant
+
+Each in a process of its own, two times in turn, the better one counts; every time includes a `sync`, and compiling. Weights are random.
+Memory is the process's peak (VmHWM) less what it held once everything was imported and the device was there, as multiples of the largest
+tensor in bfloat16. peft merges on the CPU, which is what it does unasked, and where torch sees a GPU on that one as well.
 """
 
 import argparse
@@ -31,7 +35,6 @@ from qlora_jax.llama import LlamaConfig
 
 ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 10**9
-ROUNDS = 2
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -57,10 +60,12 @@ def held(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 def measure(work):
-    before, start = held("VmRSS:"), time.perf_counter()
+    before, start, begun = held("VmRSS:"), time.perf_counter(), os.times()
     work()
     os.sync()
-    print(json.dumps({"seconds": time.perf_counter() - start, "imported_bytes": before, "peak_bytes": held("VmHWM:")}))
+    seconds, used = time.perf_counter() - start, os.times()
+    cpu = used.user + used.system - begun.user - begun.system
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "imported_bytes": before, "peak_bytes": held("VmHWM:")}))
 
 model, adapter, out = sys.argv[1:]
 """
@@ -81,22 +86,24 @@ PEFT = """
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-def load_merge_save():
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+def load_merge_save(device):
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
     PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out)
 """
 CHILDREN = {
     "quantize": SELF + OURS + "measure(lambda: quantize(ModelFolder(model), Path(out), QuantizationSettings()))",
     "merge_dequantized": SELF + OURS + 'measure(lambda: merged("dequantized"))',
     "merge_original": SELF + OURS + 'measure(lambda: merged("original"))',
-    "peft_merge": SELF + PEFT + "measure(load_merge_save)",
+    "peft_merge": SELF + PEFT + 'measure(lambda: load_merge_save("cpu"))',
+    "peft_merge_on_gpu": SELF + PEFT + 'torch.zeros(1).to("cuda"); measure(lambda: load_merge_save("cuda"))',
 }
 
 
 def main() -> None:
     """Make the folder, measure, and write `results/convert-DEVICE.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="4: 2.1 GB; 32: 13.5 GB")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each is run; the best counts")
     parser.add_argument("--rank", type=int, default=64, help="of the adapter on all linears")
     parser.add_argument("--work", type=Path, default=None, metavar="DIR", help="where there is room for three of these")
     options = parser.parse_args()
@@ -105,17 +112,28 @@ def main() -> None:
         make_model(model, options.layers)
         make_adapter(adapter, model, options.rank)
         found: dict[str, list[dict[str, float]]] = {}
-        for _ in range(ROUNDS):
-            found.setdefault("copy", []).append(copy(model, Path(work) / "out"))
-            for name in CHILDREN:
-                if name != "peft_merge" or all(map(importlib.util.find_spec, ("torch", "peft"))):
-                    found.setdefault(name, []).append(run_child(name, model, adapter, Path(work) / "out"))
+        for _ in range(options.rounds):
+            for name in ["copy", *children()]:
+                out = Path(work) / "out"
+                found.setdefault(name, []).append(
+                    copy(model, out) if name == "copy" else run_child(name, model, adapter, out)
+                )
+                print(name, found[name][-1], file=sys.stderr, flush=True)
         result = summarize({name: min(runs, key=lambda run: run["seconds"]) for name, runs in found.items()}, model)
     import jax
 
-    result = {"what": "convert", "layers": options.layers, "rank": options.rank, "rounds": ROUNDS, **result}
+    result = {"what": "convert", "layers": options.layers, "rank": options.rank, "rounds": options.rounds, **result}
     print(json.dumps(result, indent=2))
     print(write_result(f"convert-{jax.default_backend()}", result))
+
+
+def children() -> list[str]:
+    """What can be run here."""
+    names = [name for name in CHILDREN if not name.startswith("peft")]
+    if all(map(importlib.util.find_spec, ("torch", "peft"))):
+        sees_gpu = [sys.executable, "-c", "import torch, sys; sys.exit(not torch.cuda.is_available())"]
+        names += ["peft_merge"] + ["peft_merge_on_gpu"] * (subprocess.run(sees_gpu, check=False).returncode == 0)
+    return names
 
 
 def make_model(folder: Path, layers: int) -> None:
@@ -138,9 +156,11 @@ def make_model(folder: Path, layers: int) -> None:
 
 
 def _random(rng: np.random.Generator, size: int, step: int = 2**22) -> Iterator[np.ndarray]:
+    """Normal weights: stretches, from anywhere, of a few million of them."""
+    drawn = (rng.standard_normal(4 * step, np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
     for begin in range(0, size, step):
-        values = rng.standard_normal(min(step, size - begin), np.float32)
-        yield (values * np.float32(0.02)).astype(ml_dtypes.bfloat16)
+        first = int(rng.integers(3 * step))
+        yield drawn[first : first + min(step, size - begin)]
 
 
 def make_adapter(folder: Path, model: Path, rank: int) -> None:
@@ -193,6 +213,8 @@ def summarize(best: dict[str, dict[str, float]], model: Path) -> dict[str, Any]:
             "million_weights_per_s": round(nbytes / 2 / run["seconds"] / 1e6, 1),
             "of_copying": round(best["copy"]["seconds"] / run["seconds"], 2),
         }
+        if "cpu_seconds" in run:
+            rows[name]["cpu_seconds"] = round(run["cpu_seconds"], 2)
         if "peak_bytes" in run:
             above = run["peak_bytes"] - run["imported_bytes"]
             rows[name] |= {"peak_mb": round(run["peak_bytes"] / 1e6), "above_imports_mb": round(above / 1e6)}

@@ -1,12 +1,18 @@
-"""A second thread that makes the next item while the caller is busy with one."""
+"""Threads that make what comes next while the caller is busy with what is there."""
 
+import collections
+import concurrent.futures
 import contextlib
+import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+
+MOST_THREADS = 8
+"""More would hold more pieces in memory, and disks are not faster for them."""
 
 
 @contextlib.contextmanager
@@ -52,3 +58,28 @@ def made_ahead(items: Iterator[Item], depth: int = 1) -> Iterator[Iterator[Item]
     finally:
         stop.set()
         thread.join()
+
+
+def num_threads() -> int:
+    """One for each processor that this process may use, up to `MOST_THREADS`."""
+    return min(len(os.sched_getaffinity(0)), MOST_THREADS)
+
+
+def in_order(tasks: Iterable[Callable[[], Item]]) -> Iterator[Item]:
+    """What the tasks return, in their order. `num_threads()` run at a time; besides the caller's item one more at most is kept.
+
+    `tasks` is advanced by the caller's thread, no further than that. An exception of a task is raised where its item would have come.
+    """
+    threads, waiting = num_threads(), collections.deque[concurrent.futures.Future[Item]]()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(task))
+                del task  # with whatever it holds
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -26,6 +26,7 @@ from flax import nnx
 
 from convert import names, pieces
 from convert.adapter import Adapter
+from convert.ahead import in_order
 from convert.delta import Base, adapted, base_rows, dora_factor, merged_weight
 from convert.folder import ModelFolder
 from convert.load import read_config
@@ -154,7 +155,8 @@ class _Models:
         shape, columns = self.config.linear_shapes()[name], _columns(np.asarray(x))
         y = np.empty((3, shape[0], NUM_TOKENS), np.float32)
         down = None if pair is None else np.float32(pair.scaling) * (pair.lora_a @ columns[ADAPTED])
-        bases = base_rows(self.folder, tensor, shape, self.adapter.quantization, self.base)
+        rows_of = base_rows(self.folder, tensor, self.adapter.quantization, self.base)
+        bases = in_order(functools.partial(_made, *some) for some in rows_of)
         for rows, weight, theirs in _beside(bases, self.merged, tensor):
             y[ADAPTED, rows] = weight @ columns[ADAPTED]
             if pair is not None:
@@ -194,6 +196,10 @@ class _Models:
         else:
             ours = self.folder.pieces(name, some[0].stop * shape[1])
         return _beside(zip(some, ours, strict=True), self.merged, name)
+
+
+def _made(rows: slice, values: pieces.Values) -> tuple[slice, np.ndarray]:
+    return rows, np.asarray(values())
 
 
 def _columns(x: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ DoRA    m / ‖W + s·B·A‖ · (W + s·B·A)         norms of rows; m is the s
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -35,9 +34,9 @@ class Pair:
         return Pair(self.lora_a, self.lora_b[rows], self.scaling, magnitude)
 
 
-def adapted(weight: np.ndarray, pair: Pair) -> np.ndarray:
+def adapted(weight: np.ndarray | jax.Array, pair: Pair) -> np.ndarray:
     """weight [out, in] of any float dtype → float32 [out, in], the adapter in it, not rounded."""
-    total = weight.astype(np.float32)
+    total = np.asarray(weight).astype(np.float32)
     total += np.asarray(_scaled_product(pair.lora_b, pair.lora_a, np.float32(pair.scaling)))
     return total if pair.magnitude is None else total * dora_factor(total, pair.magnitude)
 
@@ -53,19 +52,22 @@ def dora_factor(total: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
     return (magnitude / np.linalg.norm(total, axis=1))[:, None]
 
 
-def merged_weight(weight: np.ndarray, pair: Pair) -> np.ndarray:
+def merged_weight(weight: np.ndarray | jax.Array, pair: Pair) -> np.ndarray:
     """weight [out, in] of any float dtype → bfloat16 [out, in], rounded once."""
-    return adapted(weight, pair).astype(ml_dtypes.bfloat16)
+    if pair.magnitude is not None:
+        return adapted(weight, pair).astype(ml_dtypes.bfloat16)
+    return np.asarray(_rounded_sum(weight, pair.lora_b, pair.lora_a, np.float32(pair.scaling)))
 
 
-def base_rows(
-    folder: ModelFolder, name: str, shape: tuple[int, int], quantization: QuantizationSettings, base: Base
-) -> Iterator[tuple[slice, np.ndarray]]:
+@jax.jit
+def _rounded_sum(weight: jax.Array, lora_b: jax.Array, lora_a: jax.Array, scaling: jax.Array) -> jax.Array:
+    """`adapted`, rounded. The minimum changes no finite value, and keeps compilers from fusing product and sum into one rounding."""
+    delta = jnp.minimum(_scaled_product(lora_b, lora_a, scaling), np.finfo(np.float32).max)
+    return (weight.astype(jnp.float32) + delta).astype(jnp.bfloat16)
+
+
+def base_rows(folder: ModelFolder, name: str, quantization: QuantizationSettings, base: Base) -> pieces.Rows:
     """A linear [out, in] before the adapter, some rows at a time: bfloat16; `dequantized`: in what 4 bits round to."""
     if base == "dequantized":
-        yield from pieces.through_4_bits(folder, name, quantization)
-        return
-    rows, columns = shape
-    some = pieces.row_slices(rows, columns)
-    flat = pieces.bfloat16(folder, name, some[0].stop * columns)
-    yield from ((which, piece.reshape(-1, columns)) for which, piece in zip(some, flat, strict=True))
+        return pieces.through_4_bits(folder, name, quantization)
+    return pieces.bfloat16_rows(folder, name)

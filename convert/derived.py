@@ -1,6 +1,7 @@
 """A model folder made from another one: its config and companions, and shard by shard its tensors, changed."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,8 +9,20 @@ from typing import Any
 
 from convert.folder import ModelFolder
 from convert.job import Log, filling, require_space
-from convert.shards import PT_METADATA, Piece, TensorSpec, file_size, is_whole, write_index, write_json, write_pieces
+from convert.shards import (
+    PT_METADATA,
+    Piece,
+    TensorSpec,
+    checksum,
+    file_size,
+    is_whole,
+    write_index,
+    write_json,
+    write_pieces,
+)
 
+RECORD = "shards.json"
+"""Beside the folder that is filled: the checksum of each shard that was finished."""
 SPARE_BYTES = 2**20
 """For config, index and the file system's own needs."""
 
@@ -49,7 +62,8 @@ def write_derived(
     with filling(out, job, log) as aside:
         shards = {shard: made for shard in folder.shards if (made := change(shard)).specs}
         metadata = {shard: {**folder.metadata(shard), **PT_METADATA} for shard in shards}
-        kept = _kept(aside, shards, metadata)
+        record = aside.with_name(RECORD)
+        kept = _kept(aside, shards, metadata, _recorded(record), log)
         if kept:
             log(f"continuing: {len(kept)} of {len(shards)} shards are written already")
         missing = sum(file_size(made.specs, metadata[shard]) for shard, made in shards.items() if shard not in kept)
@@ -60,7 +74,8 @@ def write_derived(
                 advance(made.work)
             else:
                 (aside / shard).parent.mkdir(parents=True, exist_ok=True)
-                write_pieces(aside / shard, made.specs, made.pieces, metadata[shard])
+                kept[shard] = write_pieces(aside / shard, made.specs, made.pieces, metadata[shard])
+                write_json(record, kept)
         for companion in companions:
             shutil.copyfile(companion, aside / companion.name)
         write_json(aside / "config.json", _config(folder, quantization_config))
@@ -69,9 +84,27 @@ def write_derived(
             write_index(aside, {spec.name: shard for shard, made in shards.items() for spec in made.specs}, total)
 
 
-def _kept(aside: Path, shards: dict[str, Shard], metadata: dict[str, dict[str, str]]) -> set[str]:
-    """The shards that a stopped run wrote whole; whatever else it left is removed."""
-    kept = {shard for shard, made in shards.items() if is_whole(aside / shard, made.specs, metadata[shard])}
+def _recorded(record: Path) -> dict[str, int]:
+    """The checksums of the shards that a stopped run wrote; of the last one it may be missing."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _kept(
+    aside: Path, shards: dict[str, Shard], metadata: dict[str, dict[str, str]], checksums: dict[str, int], log: Log
+) -> dict[str, int]:
+    """The shards that a stopped run wrote, with header, size and checksum as they must be; whatever else it left is removed."""
+    whole = [
+        shard
+        for shard, made in shards.items()
+        if shard in checksums and is_whole(aside / shard, made.specs, metadata[shard])
+    ]
+    if whole:
+        log(f"reading what an earlier run wrote: {len(whole)} shards")
+    kept = {shard: checksums[shard] for shard in whole if checksum(aside / shard) == checksums[shard]}
     for path in aside.rglob("*"):
         if not path.is_dir() and path.relative_to(aside).as_posix() not in kept:
             path.unlink()

@@ -24,6 +24,8 @@ MAX_COMPANION_BYTES = 100_000_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 SHOWN_NAMES = 5
+XLA_ALIGNMENT = 64
+"""Bytes."""
 
 
 class ModelFolder:
@@ -93,10 +95,10 @@ class ModelFolder:
             file.seek(self._headers[shard].data_start + entry.begin)
             return file.read(entry.spec.nbytes)
 
-    def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
-        """One tensor's elements, row-major, `size` at a time: arrays [size] (the last one may be shorter) in the file's dtype.
+    def elements(self, name: str, begin: int, size: int) -> np.ndarray:
+        """Some of one tensor's elements, row-major, from number `begin`: [size], fewer at its end, in the file's dtype.
 
-        Read, not mapped: pages of a mapped file would count as this process's memory.
+        Read, not mapped: pages of a mapped file would count as this process's memory. Into memory that XLA uses without copying it.
 
         Raises:
             InputError: the file ends before the tensor does; it was whole when the folder was opened.
@@ -104,14 +106,18 @@ class ModelFolder:
         shard = self._where[name]
         entry = self._headers[shard].entries[name]
         dtype = NUMPY_DTYPES[entry.spec.dtype]
+        skipped = begin * dtype.itemsize
+        piece = _aligned(min(size * dtype.itemsize, entry.spec.nbytes - skipped))
         with (self.path / shard).open("rb", buffering=0) as file:
-            file.seek(self._headers[shard].data_start + entry.begin)
-            for begin in range(0, entry.spec.nbytes, size * dtype.itemsize):
-                piece = np.empty(min(size * dtype.itemsize, entry.spec.nbytes - begin), np.uint8)
-                if file.readinto(piece.data) != piece.nbytes:
-                    raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
-                yield piece.view(dtype)
-                del piece
+            file.seek(self._headers[shard].data_start + entry.begin + skipped)
+            if file.readinto(piece.data) != piece.nbytes:
+                raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
+        return piece.view(dtype)
+
+    def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """One tensor's elements, `size` at a time: see `elements`."""
+        for begin in range(0, math.prod(self.spec(name).shape), size):
+            yield self.elements(name, begin, size)
 
     def companions(self) -> list[Path]:
         """The files that go along with the weights (tokenizer, chat template, generation config, licence), sorted."""
@@ -185,6 +191,12 @@ class _Header:
     entries: dict[str, _Entry] = dataclasses.field(default_factory=dict)
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     data_start: int = 0
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Memory to fill, [nbytes] uint8, that begins where XLA wants it; it copies arrays that do not."""
+    room = np.empty(nbytes + XLA_ALIGNMENT, np.uint8)
+    return room[-room.ctypes.data % XLA_ALIGNMENT :][:nbytes]
 
 
 def _read_header(path: Path, problems: list[str]) -> _Header:

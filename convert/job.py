@@ -2,6 +2,7 @@
 
     .NAME.partial/job.json      what is made of what, written first: another job's work is not continued but thrown away
     .NAME.partial/lock          held by the process at work
+    .NAME.partial/shards.json   the checksums of the weights' files that are whole (`convert.derived`)
     .NAME.partial/folder/       filled file by file, each whole or not there; renamed to NAME when nothing is missing
 
 So NAME is whole from the moment it exists, whatever moment the power goes.
@@ -24,7 +25,7 @@ from convert.folder import ModelFolder
 from convert.shards import write_json
 from qlora_jax.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same job makes other bytes: what an older version left is then not continued."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

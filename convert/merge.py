@@ -8,18 +8,24 @@ model proves itself (`convert.check`).
 """
 
 import argparse
+import dataclasses
+import functools
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import ml_dtypes
+import numpy as np
 from rich.console import Console
 
 from convert import names, pieces, prequantized
 from convert.adapter import WEIGHTS_FILE, Adapter, load_adapter
 from convert.adapter_config import CONFIG_FILE, read_adapter_config
+from convert.ahead import in_order
 from convert.check import check_merge
-from convert.delta import Base, base_rows, merged_weight
+from convert.delta import Base, Pair, base_rows, merged_weight
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
 from convert.hub import resolve_model
@@ -28,6 +34,7 @@ from convert.load import read_config
 from convert.shards import Piece, TensorSpec
 from qlora_jax.display import byte_bar, make_console, progress_bar
 from qlora_jax.errors import InputError, exit_status
+from qlora_jax.placement import put
 
 WHICH_BASE = """\
 Which base. QLoRA trains the adapter on weights that went to 4 bits and back. `--base dequantized` (the default) adds the adapter to
@@ -67,7 +74,7 @@ def merge(
     def change(shard: str) -> Shard:
         specs = _merged_specs(folder, shard, adapter, base)
         work = sum(spec.nbytes for spec in specs)
-        return Shard(specs, _merged_tensors(folder, specs, adapter, base, advance), work)
+        return Shard(specs, in_order(_merged_tensors(folder, specs, adapter, base, advance)), work)
 
     files = files_identity((adapter.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)), adapter.path)
     settings = {"base": base, "adapter": {"path": str(adapter.path.resolve()), "files": files}}
@@ -107,22 +114,32 @@ def _merged_tensors(
     adapter: Adapter,
     base: Base,
     advance: Callable[[int], object],
-) -> Iterator[Piece]:
-    """The shard's bytes, some rows of a tensor at a time."""
+) -> Iterator[Callable[[], Piece]]:
+    """What makes the shard's bytes, some rows of a tensor at a time."""
     for spec in specs:
         if not _changes(spec.name, adapter, base):
-            yield from folder.pieces(spec.name, pieces.PIECE)
+            size = pieces.PIECE
+            for first in range(0, math.prod(spec.shape), size):
+                yield functools.partial(folder.elements, spec.name, first, size)
         elif spec.name in adapter.saved:
             stored = adapter.saved[spec.name].reshape(-1)
             for first in range(0, stored.size, pieces.PIECE):
-                yield stored[first : first + pieces.PIECE].astype(ml_dtypes.bfloat16)
+                yield functools.partial(_bfloat16, stored[first : first + pieces.PIECE])
         else:
-            linear = names.parse_linear(spec.name)
-            pair = adapter.pairs.get(linear)
-            for rows, weight in base_rows(folder, spec.name, spec.shape, adapter.quantization, base):
-                merged = weight if pair is None else merged_weight(weight, pair.rows(rows))
-                yield merged.astype(ml_dtypes.bfloat16, copy=False)
+            pair = adapter.pairs.get(names.parse_linear(spec.name))
+            if pair is not None:
+                pair = dataclasses.replace(pair, lora_a=put(pair.lora_a, "device"))
+            for rows, values in base_rows(folder, spec.name, adapter.quantization, base):
+                yield functools.partial(_merged_rows, values, None if pair is None else pair.rows(rows))
         advance(spec.nbytes)
+
+
+def _merged_rows(values: pieces.Values, pair: Pair | None) -> np.ndarray:
+    return _bfloat16(values() if pair is None else merged_weight(values(), pair))
+
+
+def _bfloat16(values: np.ndarray | jax.Array) -> np.ndarray:
+    return np.asarray(values).astype(ml_dtypes.bfloat16, copy=False)
 
 
 @exit_status

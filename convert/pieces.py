@@ -1,42 +1,64 @@
-"""Tensors a million elements at a time, so that no conversion needs more memory for a larger one.
+"""Tensors some millions of elements at a time, so that no conversion needs more memory for a larger one, and all cores have work.
 
-A linear's 4-bit codes, a quarter of its bfloat16 bytes, are the most that is held: its scales come first in the file, and they are
-known only when all of it was seen. On a GPU a linear is quantized whole, in the GPU's memory.
+A piece is made by a function without arguments, to be called by any thread (`convert.ahead.in_order`). A linear's 4-bit codes, a quarter
+of its bfloat16 bytes, are the most that is held: its scales come first in the file, and they are known only when all of it was seen.
+
+With a GPU a linear is quantized, dequantized and merged whole, in the GPU's memory. It goes there and comes back in the same pieces: the
+next linear's are read and sent while this one's are fetched and written.
 """
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from convert import bitsandbytes
+from convert.ahead import in_order
 from convert.folder import ModelFolder
 from qlora_jax import kernels, nf4
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.placement import put
 
-PIECE = 2**20
-"""Elements. A multiple of `nf4.BLOCK_SIZE`; enough to keep all cores busy, few enough for the processor's cache."""
-EXPONENT = 0x7F80
-"""The bits of a bfloat16 that are all ones in infinities and NaN, and only there."""
+PIECE = 2**21
+"""Elements. A multiple of `nf4.BLOCK_SIZE`; enough rows to multiply fast, few enough that a dozen of them are small beside a linear."""
+LARGEST = 0x7F7F
+"""The bits of the largest finite bfloat16; those of infinities and NaN, without the sign, are above."""
+
+Values = Callable[[], np.ndarray | jax.Array]
+"""Makes a piece."""
+Rows = Iterator[tuple[slice, Values]]
+"""A linear [out, in] some rows at a time: which, and what makes their values [rows, in]."""
 
 _dequantize = jax.jit(nf4.dequantize)
 _dequantize_absmax = jax.jit(nf4.dequantize_absmax)
 _quantize_absmax = jax.jit(nf4.quantize_absmax)
 
 
-def bfloat16(folder: ModelFolder, name: str, size: int | None = None) -> Iterator[np.ndarray]:
-    """A tensor cast to bfloat16, `size` (default: `PIECE`) elements at a time, [size] each.
+def bfloat16(folder: ModelFolder, name: str) -> Iterator[Values]:
+    """A tensor cast to bfloat16, `PIECE` elements at a time, [PIECE] each.
 
     Raises:
-        InputError: a value is not finite then.
+        InputError: (a piece) a value is not finite then.
     """
-    for piece in _cast(folder, name, size or PIECE):
-        if piece.size and (piece.view(np.uint16) & EXPONENT).max() == EXPONENT:
-            _refuse_infinite(folder, name)
-        yield piece
-        del piece
+    return (functools.partial(_finite, folder, name, begin, size) for begin, size in _cuts(folder, name))
+
+
+def bfloat16_rows(folder: ModelFolder, name: str) -> Rows:
+    """The same with a matrix's rows.
+
+    Raises:
+        InputError: (some rows) a value is not finite then.
+    """
+    rows, columns = folder.spec(name).shape
+
+    def values(some: slice) -> np.ndarray:
+        return _finite(folder, name, some.start * columns, (some.stop - some.start) * columns).reshape(-1, columns)
+
+    return ((some, functools.partial(values, some)) for some in row_slices(rows, columns))
 
 
 def quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> nf4.QuantizedTensor:
@@ -48,70 +70,67 @@ def quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings
     if folder.is_4bit:
         return bitsandbytes.read(folder, name)
     shape = folder.spec(name).shape
-    if (size := int(np.prod(shape))) <= PIECE or jax.default_backend() != "cpu":
-        weight = read_bfloat16(folder, name)
-        return kernels.quantize(put(weight, "device"), quantization.double_quant, quantization.quant_type)
-    codes = np.empty(-(-size // 2), np.uint8)
-    absmax = np.empty(-(-size // nf4.BLOCK_SIZE), np.float32)
-    for begin, piece in zip(range(0, size, PIECE), _cast(folder, name, PIECE), strict=True):
-        part = nf4.quantize(put(piece, "device"), False, quantization.quant_type)
+    if jax.default_backend() != "cpu":
+        return kernels.quantize(_sent(folder, name), quantization.double_quant, quantization.quant_type)
+    codes = np.empty(-(-math.prod(shape) // 2), np.uint8)
+    absmax = np.empty(-(-math.prod(shape) // nf4.BLOCK_SIZE), np.float32)
+
+    def quantize(begin: int, size: int) -> None:
+        part = nf4.quantize(put(_cast(folder, name, begin, size), "device"), False, quantization.quant_type)
         codes[begin // 2 : begin // 2 + part.codes.size] = part.codes
         absmax[begin // nf4.BLOCK_SIZE : begin // nf4.BLOCK_SIZE + part.absmax.size] = part.absmax
-    if not np.isfinite(absmax).all():  # a block's scale is finite if all of the block is
-        _refuse_infinite(folder, name)
-    return _with_scales(codes, absmax, shape, quantization)
+
+    for _ in in_order(functools.partial(quantize, *cut) for cut in _cuts(folder, name)):
+        pass
+    return nf4.QuantizedTensor(codes, *_scales(folder, name, absmax, quantization), shape, quantization.quant_type)
 
 
-def _with_scales(
-    codes: np.ndarray, absmax: np.ndarray, shape: tuple[int, ...], quantization: QuantizationSettings
-) -> nf4.QuantizedTensor:
-    """absmax [N] float32 → the tensor with its scales, quantized or not, as numpy's arrays."""
-    scales = jax.tree.map(np.asarray, _quantize_absmax(absmax)) if quantization.double_quant else (absmax, None, None)
-    return nf4.QuantizedTensor(codes, *scales, shape, quantization.quant_type)
-
-
-def through_4_bits(
-    folder: ModelFolder, name: str, quantization: QuantizationSettings
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """`dequantized(quantized(...))`, bit for bit: a linear [out, in] some rows at a time.
+def through_4_bits(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> Rows:
+    """`dequantized(quantized(...))`, bit for bit.
 
     On a CPU in two passes over the file, the first for the scales: faster than packing and unpacking codes, and nothing is held.
 
     Raises:
         InputError: a weight or a scale is not finite.
     """
+    if folder.is_4bit or jax.default_backend() != "cpu":
+        return dequantized(quantized(folder, name, quantization))
     shape = folder.spec(name).shape
-    if folder.is_4bit or int(np.prod(shape)) <= PIECE or jax.default_backend() != "cpu":
-        yield from dequantized(quantized(folder, name, quantization))
-        return
     rows, columns = shape
-    some = row_slices(rows, columns)
-    size = some[0].stop * columns
-    absmax = np.concatenate([nf4.block_absmax(put(piece, "device")) for piece in _cast(folder, name, size)])
-    if not np.isfinite(absmax).all():
-        _refuse_infinite(folder, name)
-    scales = np.asarray(_dequantize_absmax(_with_scales(np.empty(0, np.uint8), absmax, shape, quantization)))
-    for which, piece in zip(some, _cast(folder, name, size), strict=True):
-        part = scales[which.start * columns // nf4.BLOCK_SIZE :][: -(-piece.size // nf4.BLOCK_SIZE)]
-        values = nf4.round_trip(put(piece, "device"), put(part, "device"), quantization.quant_type)
-        yield which, np.asarray(values).reshape(-1, columns)
+    absmax = np.concatenate(
+        list(in_order(functools.partial(_absmax, folder, name, *cut) for cut in _cuts(folder, name)))
+    )
+    of_scales = _scales(folder, name, absmax, quantization)
+    scales = np.asarray(_dequantize_absmax(nf4.QuantizedTensor(np.empty(0, np.uint8), *of_scales, shape)))
+
+    def values(some: slice) -> jax.Array:
+        begin, end = some.start * columns, some.stop * columns
+        blocks = slice(begin // nf4.BLOCK_SIZE, -(-end // nf4.BLOCK_SIZE))
+        piece = put(_cast(folder, name, begin, end - begin), "device")
+        return nf4.round_trip(piece, absmax[blocks], scales[blocks], quantization.quant_type).reshape(-1, columns)
+
+    return ((some, functools.partial(values, some)) for some in row_slices(rows, columns))
 
 
-def dequantized(weight: nf4.QuantizedTensor) -> Iterator[tuple[slice, np.ndarray]]:
-    """A linear [out, in] some rows at a time: which, and their values in what dequantizing rounds to."""
+def dequantized(weight: nf4.QuantizedTensor) -> Rows:
+    """A linear's values in what dequantizing rounds to."""
     rows, columns = weight.shape
+    some = row_slices(rows, columns)
     if jax.default_backend() != "cpu":
-        weight = put(weight, "device")
-        yield slice(0, rows), np.asarray(kernels.dequantize(weight))
-        return
+        whole = kernels.dequantize(put(weight, "device"))
+        return ((which, functools.partial(_take, whole, which)) for which in some)
     absmax = np.asarray(_dequantize_absmax(weight))
-    for some in row_slices(rows, columns):
+
+    def values(some: slice) -> jax.Array:
         first, last = some.start * columns, some.stop * columns
         blocks = slice(first // nf4.BLOCK_SIZE, -(-last // nf4.BLOCK_SIZE))
         codes = weight.codes[first // 2 : -(-last // 2)]
         shape = (some.stop - some.start, columns)
-        part = nf4.QuantizedTensor(codes, absmax[blocks], None, None, shape, weight.quant_type, weight.dtype)
-        yield some, np.asarray(_dequantize(part))
+        return _dequantize(
+            nf4.QuantizedTensor(codes, absmax[blocks], None, None, shape, weight.quant_type, weight.dtype)
+        )
+
+    return ((which, functools.partial(values, which)) for which in some)
 
 
 def row_slices(rows: int, columns: int) -> list[slice]:
@@ -131,10 +150,61 @@ def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:
     return tensor
 
 
-def _cast(folder: ModelFolder, name: str, size: int) -> Iterator[np.ndarray]:
-    for piece in folder.pieces(name, size):
-        yield piece.astype(ml_dtypes.bfloat16, copy=False)
-        del piece
+def _cuts(folder: ModelFolder, name: str) -> Iterator[tuple[int, int]]:
+    """(first element, number) of each piece."""
+    return ((begin, PIECE) for begin in range(0, math.prod(folder.spec(name).shape), PIECE))
+
+
+def _cast(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:
+    return folder.elements(name, begin, size).astype(ml_dtypes.bfloat16, copy=False)
+
+
+def _finite(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:
+    piece = _cast(folder, name, begin, size)
+    if piece.size and (piece.view(np.int16) & 0x7FFF).max() > LARGEST:
+        _refuse_infinite(folder, name)
+    return piece
+
+
+def _absmax(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:
+    return np.asarray(nf4.block_absmax(put(_cast(folder, name, begin, size), "device")))
+
+
+def _scales(
+    folder: ModelFolder, name: str, absmax: np.ndarray, quantization: QuantizationSettings
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """A linear's absmax [N] float32 → absmax, nested_absmax and nested_offset of a `QuantizedTensor`, as numpy's arrays."""
+    if not np.isfinite(absmax).all():  # a block's scale is finite if all of the block is
+        _refuse_infinite(folder, name)
+    return jax.tree.map(np.asarray, _quantize_absmax(absmax)) if quantization.double_quant else (absmax, None, None)
+
+
+def _sent(folder: ModelFolder, name: str) -> jax.Array:
+    """A tensor in bfloat16 on the device, whole; pieces of it are on their way at a time."""
+
+    def send(begin: int, size: int) -> jax.Array:
+        return jax.block_until_ready(put(_cast(folder, name, begin, size), "device"))
+
+    parts = list(in_order(functools.partial(send, *cut) for cut in _cuts(folder, name)))
+    whole, finite = _joined(parts, folder.spec(name).shape)
+    if not finite:
+        _refuse_infinite(folder, name)
+    return whole
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _joined(parts: list[jax.Array], shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Parts [n] each of a tensor → it, and whether all of it is finite."""
+    return jnp.concatenate(parts).reshape(shape), jnp.array([jnp.isfinite(part).all() for part in parts]).all()
+
+
+def _take(whole: jax.Array, which: slice) -> jax.Array:
+    return _some_rows(whole, which.start, which.stop - which.start)
+
+
+@functools.partial(jax.jit, static_argnames="number")  # not the start: one compilation serves all pieces
+def _some_rows(whole: jax.Array, start: int, number: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(whole, start, number)
 
 
 def _refuse_infinite(folder: ModelFolder, name: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import bitsandbytes, names, pieces
+from convert.ahead import in_order
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
 from convert.hub import resolve_model
@@ -95,7 +96,7 @@ def _pieces(
     """The new bytes of these tensors; besides a piece at most one linear's codes are held."""
     for spec in kept:
         if names.parse_linear(spec.name) is None:
-            yield from pieces.bfloat16(folder, spec.name)
+            yield from in_order(pieces.bfloat16(folder, spec.name))
         else:
             yield from bitsandbytes.tensors(spec.name, pieces.quantized(folder, spec.name, quantization))
         advance(spec.nbytes)

@@ -11,10 +11,11 @@ import dataclasses
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -50,6 +51,7 @@ NUMPY_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 Piece = np.ndarray | bytes
 """Consecutive bytes of a file: an array's, row-major and little-endian, or as they are."""
 
+CHECKED_BYTES = 2**22
 SYNC_BYTES = 2**26
 """The disk begins to write after so many, while there is more to come: else all of it would be waited for at the end of the file."""
 
@@ -108,7 +110,7 @@ def write_pieces(
     specs: Sequence[TensorSpec],
     pieces: Iterator[Piece],
     metadata: Mapping[str, str] = PT_METADATA,
-) -> None:
+) -> int:
     """Write one safetensors file; whole or not at all. The next pieces are made while one is written.
 
     Args:
@@ -117,21 +119,63 @@ def write_pieces(
         pieces: all their bytes in that order, cut anywhere.
         metadata: the header's `__metadata__`.
 
+    Returns:
+        The file's `checksum`.
+
     Raises:
         ValueError: the pieces are fewer or more bytes than the specs say.
     """
-    expected, written = sum(spec.nbytes for spec in specs), 0
-    with replacing(path) as file, made_ahead(pieces) as ahead, concurrent.futures.ThreadPoolExecutor(1) as syncing:
-        file.write(_header(specs, metadata))
-        synced, last = syncing.submit(os.fdatasync, file.fileno()), 0
+    expected, written, header = sum(spec.nbytes for spec in specs), 0, _header(specs, metadata)
+    with replacing(path, buffering=0) as file, made_ahead(pieces) as ahead, _Syncing(file) as syncing:
+        _write_all(file, header)
+        summed = zlib.crc32(header)
         for piece in ahead:
-            written += file.write(_buffer(piece))
-            del piece  # else it is held while the next one is waited for
-            if written - last >= SYNC_BYTES and synced.done():
-                synced.result()  # a disk that is full may say so here only
-                synced, last = syncing.submit(os.fdatasync, file.fileno()), written
+            buffer = _buffer(piece)
+            written += _write_all(file, buffer)
+            summed = zlib.crc32(buffer, summed)
+            del piece, buffer  # else it is held while the next one is waited for
+            syncing.after(written)
         if written != expected:
             raise ValueError(f"{path}: {written} bytes, expected {expected} for {len(specs)} tensors")
+    return summed
+
+
+class _Syncing:
+    """Has a file's bytes written to the disk, by a thread, while more are to come."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._last = file, 0
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._synced = self._pool.submit(os.fdatasync, file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def after(self, written: int) -> None:
+        """`written` bytes are in the file. Raises OSError: a disk that is full may say so here only."""
+        if written - self._last >= SYNC_BYTES and self._synced.done():
+            self._synced.result()
+            self._synced, self._last = self._pool.submit(os.fdatasync, self._file.fileno()), written
+
+
+def _write_all(file: IO[bytes], buffer: memoryview | bytes) -> int:
+    """An unbuffered file may take a part only: at most 2 GiB, or what the disk has room for, before it says that it is full."""
+    rest = memoryview(buffer)
+    while rest:
+        rest = rest[file.write(rest) :]
+    return len(buffer)
+
+
+def checksum(path: Path) -> int:
+    """A file's CRC-32: tells that bytes changed by accident."""
+    summed = 0
+    with path.open("rb", buffering=0) as file:
+        while read := file.read(CHECKED_BYTES):
+            summed = zlib.crc32(read, summed)
+    return summed
 
 
 def file_size(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> int:
@@ -161,12 +205,12 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+def replacing(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
     """A file to write beside `path`, which takes its place at the end of the block, or is removed if that fails."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
+        with aside.open("wb", buffering) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # before the rename: after a power cut the name must not point at missing bytes

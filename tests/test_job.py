@@ -58,8 +58,8 @@ def stop_after(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatc
         yield next(pieces)
         raise error
 
-    def write(path: Path, specs: Any, pieces: Iterator[Any], metadata: Any) -> None:
-        real(path, specs, failing(pieces) if next(begun) == number else pieces, metadata)
+    def write(path: Path, specs: Any, pieces: Iterator[Any], metadata: Any) -> int:
+        return real(path, specs, failing(pieces) if next(begun) == number else pieces, metadata)
 
     monkeypatch.setattr(derived, "write_pieces", write)
 
@@ -68,9 +68,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that are written from now on."""
     real, written = shards.write_pieces, []
 
-    def write(path: Path, *args: Any) -> None:
+    def write(path: Path, *args: Any) -> int:
         written.append(path.name)
-        real(path, *args)
+        return real(path, *args)
 
     monkeypatch.setattr(derived, "write_pieces", write)
     return written
@@ -158,7 +158,10 @@ def test_only_what_is_missing_is_written(
     folder = ModelFolder(model)
     quantize(folder, stopped, KINDS, advanced.append, lines.append)
     assert written == folder.shards[2:]
-    assert lines == [f"continuing: 2 of {SHARDS} shards are written already"]
+    assert lines == [
+        "reading what an earlier run wrote: 2 shards",
+        f"continuing: 2 of {SHARDS} shards are written already",
+    ]
     assert sum(advanced) == sum(spec.nbytes for shard in folder.shards for spec in folder.specs(shard))
     assert contents(stopped) == quantized
     assert [path.name for path in stopped.parent.iterdir()] == ["out"], "nothing half-made is left"
@@ -176,7 +179,12 @@ def another_header(data: bytes) -> bytes:
     return data.replace(b"U8", b"I8", 1)
 
 
-@pytest.mark.parametrize("damage", [shorter, longer, another_header, lambda data: b""])
+def flipped(data: bytes) -> bytes:
+    """One bit of the last weight."""
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [shorter, longer, another_header, flipped, lambda data: b""])
 def test_a_damaged_shard_is_made_again(
     model: Path,
     quantized: dict[str, bytes],
@@ -190,6 +198,16 @@ def test_a_damaged_shard_is_made_again(
     written = counted(monkeypatch)
     quantize(ModelFolder(model), stopped, KINDS)
     assert first in written and second not in written
+    assert contents(stopped) == quantized
+
+
+@pytest.mark.parametrize("record", [None, "{", "[]", '{"model-00001-of-00005.safetensors": "?"}'])
+def test_shards_without_a_checksum_are_made_again(
+    model: Path, quantized: dict[str, bytes], stopped: Path, record: str | None
+) -> None:
+    path = partial(stopped) / derived.RECORD
+    path.unlink() if record is None else path.write_text(record)
+    quantize(ModelFolder(model), stopped, KINDS)
     assert contents(stopped) == quantized
 
 

@@ -1,21 +1,24 @@
 """Tensors in pieces are the tensors; and the memory that a conversion takes does not grow with them."""
 
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from convert import names, pieces
-from convert.ahead import made_ahead
+from convert.ahead import in_order, made_ahead, num_threads
 from convert.delta import base_rows
 from convert.folder import ModelFolder
 from convert.quantize import quantize
-from qlora_jax import nf4
+from qlora_jax import kernels, nf4
 from qlora_jax.config import QuantizationSettings
+from qlora_jax.errors import InputError
 from tests import tiny
 from tests.test_quantize import KINDS, RAGGED
 
@@ -41,10 +44,63 @@ def test_through_4_bits(
         expected = np.asarray(nf4.dequantize(quantized))
         roads: list[Any] = [pieces.dequantized(quantized), pieces.through_4_bits(folder, name, kind)]
         for road in roads:
-            parts = list(road)
+            parts = [(rows, np.asarray(values())) for rows, values in road]
             assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(range(len(expected)))
             found = np.concatenate([values for _, values in parts])
             np.testing.assert_array_equal(found.view(np.uint16), expected.view(np.uint16), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], ids=lambda kind: f"{kind.quant_type}{'-double' * kind.double_quant}")
+def test_whole_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: QuantizationSettings) -> None:
+    """The road that is taken with a GPU, played by the CPU: the same bytes."""
+    model = tiny.write_model(tmp_path / "model", num_hidden_layers=1, **RAGGED)
+    folder = ModelFolder(model)
+    monkeypatch.setattr(pieces, "PIECE", 64 * 3)
+    all_names = [names.linear(0, linear) for linear in ("q_proj", "up_proj", "down_proj")]
+
+    def results() -> list[Any]:
+        found = []
+        for name in all_names:
+            weight = pieces.quantized(folder, name, kind)
+            roads = pieces.through_4_bits(folder, name, kind), pieces.dequantized(weight)
+            found += [np.concatenate([values() for _, values in road]).view(np.uint16) for road in roads]
+            found += [weight.codes, weight.absmax, *([weight.nested_absmax] if kind.double_quant else [])]
+        return found
+
+    expected = results()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    for ours, theirs in zip(results(), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    path = model / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors[all_names[0]][-1, -1] = np.inf
+    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(InputError, match=r"1 of 1600 values are NaN or infinite, the first at \(39, 39\)"):
+        pieces.quantized(ModelFolder(model), all_names[0], kind)
+
+
+def test_in_order() -> None:
+    """Results come in order whatever takes how long; an error where its item would; no more is begun than said."""
+    begun: list[int] = []
+
+    def task(number: int) -> Any:
+        def run() -> int:
+            begun.append(number)
+            time.sleep(0.002 * (number % 3 == 0))
+            if number == 30:
+                raise OSError("gone")
+            return number
+
+        return run
+
+    taken = []
+    with pytest.raises(OSError, match="gone"):
+        for item in in_order(map(task, range(1000))):
+            taken.append(item)
+            assert len(begun) <= len(taken) + num_threads() + 1
+    assert taken == list(range(30))
+    assert list(in_order([])) == []
 
 
 def test_made_ahead() -> None:
@@ -84,7 +140,7 @@ def test_memory_does_not_hold_a_tensor(tmp_path: Path, monkeypatch: pytest.Monke
     quantized = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
     name = names.linear(0, "up_proj")
-    for _, weight in base_rows(folder, name, folder.spec(name).shape, kind, "dequantized"):
+    for weight in in_order(values for _, values in base_rows(folder, name, kind, "dequantized")):
         del weight
     through = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
