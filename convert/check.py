@@ -17,6 +17,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,19 +137,22 @@ class _Models:
         """A decoder layer for h [3, T, D], whose linears read their weights when they are called."""
         module = self._layer
         for name in names.NORM_NAMES:
-            getattr(module, name).weight = FrozenParam(self._norm(names.norm(layer, name)))
+            setattr(module, name, functools.partial(_apart, self._norm(names.norm(layer, name))))
         for name in LINEAR_NAMES:
             setattr(module, name, functools.partial(self._linear, layer, name))
         return module
 
     def head(self, h: jax.Array) -> np.ndarray:
         """h [3, T, D] → logits [3, T, V] float32."""
-        norm = nnx.eval_shape(lambda: RMSNorm(self.config.hidden_size, self.config.rms_norm_eps))
-        norm.weight = FrozenParam(self._norm(names.FINAL_NORM))
-        return self._plain(names.EMBEDDING if self.config.tie_word_embeddings else names.LM_HEAD, np.asarray(norm(h)))
+        x = np.asarray(self._norm(names.FINAL_NORM)(h))
+        return self._plain(names.EMBEDDING if self.config.tie_word_embeddings else names.LM_HEAD, x)
 
-    def _linear(self, layer: int, name: str, x: jax.Array, key: None = None) -> jax.Array:
-        """x [3, T, in] → [3, T, out] float32, each row by its own model."""
+    def _linear(self, layer: int, name: str, x: jax.Array, *unused: Any) -> jax.Array:
+        """x [3, T, in], or the same as [3 · T, in] → float32, each row by its own model. A layer's keys and sharing are not for us."""
+        return _apart(functools.partial(self._rows_apart, layer, name), x)
+
+    def _rows_apart(self, layer: int, name: str, x: jax.Array) -> jax.Array:
+        """x [3, T, in] → [3, T, out]."""
         tensor, pair = names.linear(layer, name), self.adapter.pairs.get((layer, name))
         if tensor in self.adapter.saved or (pair is None and self.base == "original"):
             return jnp.asarray(self._plain(tensor, np.asarray(x)))
@@ -177,14 +181,17 @@ class _Models:
             y[:MERGED, rows], y[MERGED, rows] = ours @ columns[:MERGED], theirs @ columns[MERGED]
         return y.swapaxes(1, 2)
 
-    def _norm(self, name: str) -> jax.Array:
-        """[3, 1, D] float32: each model's own."""
+    def _norm(self, name: str) -> RMSNorm:
+        """A norm for [3, T, D], with each model's own weight."""
         ours = (
             self.adapter.saved[name].astype(ml_dtypes.bfloat16)
             if name in self.adapter.saved
             else self.folder.read(name)
         )
-        return jnp.asarray(np.stack([ours, ours, self.merged.read(name)]).astype(np.float32)[:, None])
+        norm = nnx.eval_shape(lambda: RMSNorm(self.config.hidden_size, self.config.rms_norm_eps))
+        weights = np.stack([ours, ours, self.merged.read(name)]).astype(np.float32)[:, None]
+        norm.weight = FrozenParam(jnp.asarray(weights))
+        return norm
 
     def _plain_rows(self, name: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """A matrix without a delta, some rows at a time: which, base + adapter's and the merged folder's, float32."""
@@ -196,6 +203,11 @@ class _Models:
         else:
             ours = self.folder.pieces(name, some[0].stop * shape[1])
         return _beside(zip(some, ours, strict=True), self.merged, name)
+
+
+def _apart(part: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """What a part of a layer makes of x [3, T, in]; of a layer that works on [3 · T, in] at once, in that form."""
+    return part(x.reshape(3, NUM_TOKENS, -1)).reshape(*x.shape[:-1], -1)
 
 
 def _made(rows: slice, values: pieces.Values) -> tuple[slice, np.ndarray]:
