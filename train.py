@@ -18,14 +18,14 @@ from rich.text import Text
 
 from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
 from convert.cache import cached_folder
-from convert.load import load_weights
+from convert.load import load_weights, total_bytes
 from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
 from qlora_jax.commands.generate import answer
 from qlora_jax.config import Config, load_config
 from qlora_jax.data import Batch, Batches, Example, Row, detect_format, eval_batches, read_rows, tokenize
-from qlora_jax.display import make_console, progress_bar
+from qlora_jax.display import byte_bar, make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.generate import Sampling
@@ -66,10 +66,11 @@ def run(config: Config, console: Console) -> None:
     output_dir = make_output_dir(config.training)
     (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console)
-    with progress_bar(console) as progress:
-        task = progress.add_task("loading layers", total=model.config.num_hidden_layers)
+    place = placements.base_weights
+    with byte_bar(console) as progress:
+        task = progress.add_task("loading", total=total_bytes(model.config, config.quantization, place))
         weights = load_weights(
-            in_4_bits, model.config, config.quantization, placements.base_weights, lambda: progress.advance(task)
+            in_4_bits, model.config, config.quantization, place, lambda nbytes: progress.advance(task, nbytes)
         )
     adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
     describe(config, engine, weights, adapters, training, console)

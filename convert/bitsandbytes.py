@@ -141,7 +141,7 @@ def read(folder: ModelFolder, name: str) -> nf4.QuantizedTensor:
         InputError: a scale is not finite.
     """
     state = read_state(folder, name)
-    codes = np.frombuffer(folder.read_bytes(name), np.uint8)
+    codes = folder.read(name).reshape(-1).view(np.uint8)
     absmax, nested_absmax, offset = folder.read(f"{name}.absmax"), None, None
     if state.nested:
         nested_absmax = folder.read(f"{name}.nested_absmax")

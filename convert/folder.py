@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from convert.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
 from qlora_jax.errors import InputError
@@ -82,10 +81,9 @@ class ModelFolder:
         return self._headers[self._where[name]].entries[name].spec
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the file's dtype (`ml_dtypes.bfloat16` for BF16) and shape."""
-        with safetensors.safe_open(self.path / self._where[name], framework="numpy") as file:
-            tensor: np.ndarray = file.get_tensor(name)
-        return tensor
+        """One tensor, in the file's dtype (`ml_dtypes.bfloat16` for BF16) and shape. Raises InputError as `elements`."""
+        shape = self.spec(name).shape
+        return self.elements(name, 0, math.prod(shape)).reshape(shape)
 
     def read_bytes(self, name: str) -> bytes:
         """One tensor's bytes as they are in the file."""
@@ -110,8 +108,12 @@ class ModelFolder:
         piece = _aligned(min(size * dtype.itemsize, entry.spec.nbytes - skipped))
         with (self.path / shard).open("rb", buffering=0) as file:
             file.seek(self._headers[shard].data_start + entry.begin + skipped)
-            if file.readinto(piece.data) != piece.nbytes:
-                raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
+            filled = 0
+            while filled < piece.nbytes:  # a call gives at most 2 GiB
+                read = file.readinto(piece[filled:].data)
+                if not read:
+                    raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
+                filled += read
         return piece.view(dtype)
 
     def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:

@@ -1,11 +1,12 @@
 """Reads a Hugging Face model folder into the engine's trees: each linear quantized on the way, or as it is if it is in 4 bits already."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
 from convert import bitsandbytes, names, prequantized
+from convert.ahead import in_order
 from convert.folder import ModelFolder, some
 from convert.pieces import quantized, read_bfloat16
 from qlora_jax import nf4
@@ -13,9 +14,10 @@ from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Weights
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
-from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, put
+from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, Where, nbytes, put
+from qlora_jax.plan import layer_bytes
 
-Advance = Callable[[], None]
+Advance = Callable[[int], object]
 
 
 def read_config(folder: ModelFolder) -> LlamaConfig:
@@ -70,18 +72,24 @@ def load_weights(
     folder: ModelFolder,
     config: LlamaConfig,
     quantization: QuantizationSettings,
-    where: LayerPlace,
-    advance: Advance = lambda: None,
+    where: LayerPlace | Sequence[LayerPlace],
+    advance: Advance = lambda nbytes: None,
 ) -> Weights:
-    """Read, quantize and place the whole model, a layer at a time. `advance` is called after each layer.
+    """Read, quantize and place the whole model, several layers at a time, each by a thread of its own.
+
+    A linear goes to its place as soon as it is read, so that one for each thread is all that exists besides. With layers on a GPU's host,
+    each thread has its own linears' pages pinned, once; that takes longer than reading them.
 
     Args:
         quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`).
+        where: one place for all layers, or each layer's own.
+        advance: called with the bytes of each layer that is in its place, in order, and of embedding and head; all in all `total_bytes`.
 
     Raises:
-        InputError: a weight or a scale holds a value that is not finite; or the layers are to stay on disk, and are not in 4 bits there.
+        InputError: a weight or a scale holds a value that is not finite; or layers are to stay on disk, and are not in 4 bits there.
     """
-    if where == "disk" and not folder.is_4bit:
+    places = [where] * config.num_hidden_layers if isinstance(where, str) else list(where)
+    if "disk" in places and not folder.is_4bit:
         found = "a model that is not in 4 bits, whose layers are to be read from disk as they are needed"
         fix = (
             "quantize it with `python -m convert.quantize`, or make room for the cache, or set memory.base_weights=host"
@@ -89,24 +97,42 @@ def load_weights(
         raise InputError(folder.path, found=found, expected="a model in 4 bits", fix=fix)
 
     def layers() -> Iterator[Source]:
-        for layer in range(config.num_hidden_layers):
-            read = functools.partial(read_layer, folder, layer, quantization)
-            yield read if where == "disk" else read()
-            advance()
+        reads = [functools.partial(read_layer, folder, layer, quantization) for layer in range(len(places))]
+        tasks = (functools.partial(read, place) for read, place in zip(reads, places, strict=True) if place != "disk")
+        placed = in_order(tasks) if folder.is_4bit else (task() for task in tasks)  # quantizing keeps all cores busy
+        for read, place in zip(reads, places, strict=True):
+            layer = read if place == "disk" else next(placed)
+            advance(0 if place == "disk" else nbytes(layer))
+            yield layer
+            del layer
 
-    embedding = put(read_bfloat16(folder, names.EMBEDDING), "device")
-    lm_head = embedding if config.tie_word_embeddings else put(read_bfloat16(folder, names.LM_HEAD), "device")
+    embedding = _device_bfloat16(folder, names.EMBEDDING)
+    lm_head = embedding if config.tie_word_embeddings else _device_bfloat16(folder, names.LM_HEAD)
     final_norm = put(read_bfloat16(folder, names.FINAL_NORM), "device")
+    advance(nbytes((embedding, final_norm)) + (0 if config.tie_word_embeddings else nbytes(lm_head)))
     return Weights(
         {"weight": embedding}, LayerStore(layers(), where), {"norm": {"weight": final_norm}, "weight": lm_head}
     )
 
 
-def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettings) -> Tree:
-    """One decoder layer as the engine's frozen tree; linears are on the device if they were quantized here, else still numpy's."""
-    tree: Tree = {name: {"weight": read_bfloat16(folder, names.norm(layer, name))} for name in names.NORM_NAMES}
+def total_bytes(config: LlamaConfig, quantization: QuantizationSettings, where: LayerPlace) -> int:
+    """What `load_weights` brings to its place."""
+    vocabulary = config.vocab_size * (1 if config.tie_word_embeddings else 2) + 1
+    layers = 0 if where == "disk" else config.num_hidden_layers * layer_bytes(config, quantization)
+    return 2 * config.hidden_size * vocabulary + layers
+
+
+def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettings, place: Where | None = None) -> Tree:
+    """One decoder layer as the engine's frozen tree, at `place`; by default linears are on the device if they were quantized here, else
+    still numpy's.
+    """
+
+    def placed(part: Tree) -> Tree:
+        return part if place is None else jax.block_until_ready(put(part, place))
+
+    tree = {name: placed({"weight": read_bfloat16(folder, names.norm(layer, name))}) for name in names.NORM_NAMES}
     for name in LINEAR_NAMES:
-        tree[name] = {"weight": read_linear(folder, names.linear(layer, name), quantization)}
+        tree[name] = placed({"weight": read_linear(folder, names.linear(layer, name), quantization)})
     return jax.block_until_ready(tree)
 
 
@@ -114,3 +140,8 @@ def read_linear(folder: ModelFolder, name: str, quantization: QuantizationSettin
     """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device)."""
     weight = quantized(folder, name, quantization)
     return weight if folder.is_4bit else put(weight, "device")
+
+
+def _device_bfloat16(folder: ModelFolder, name: str) -> jax.Array:
+    """A tensor on the device, cast to bfloat16."""
+    return put(read_bfloat16(folder, name), "device")

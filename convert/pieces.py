@@ -146,7 +146,8 @@ def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:
         InputError: a value is not finite then.
     """
     tensor = folder.read(name).astype(ml_dtypes.bfloat16, copy=False)
-    nf4.check_finite(tensor, f"{folder.path}: {name}")
+    if not _is_finite(tensor):
+        nf4.check_finite(tensor, f"{folder.path}: {name}")
     return tensor
 
 
@@ -161,9 +162,14 @@ def _cast(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:
 
 def _finite(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:
     piece = _cast(folder, name, begin, size)
-    if piece.size and (piece.view(np.int16) & 0x7FFF).max() > LARGEST:
+    if not _is_finite(piece):
         _refuse_infinite(folder, name)
     return piece
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """As `np.isfinite(values).all()`, which takes ten times as long for bfloat16."""
+    return not values.size or (values.view(np.int16) & 0x7FFF).max() <= LARGEST
 
 
 def _absmax(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:

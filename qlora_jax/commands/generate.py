@@ -1,16 +1,17 @@
 """`python -m qlora_jax generate`: continue a prompt with a model, and an adapter if there is one."""
 
 import argparse
+import functools
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from convert.adapter import as_adapters, load_adapter
-from convert.load import load_weights
+from convert.load import load_weights, total_bytes
 from convert.model import open_model
 from convert.prequantized import settle
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.display import make_console, progress_bar
+from qlora_jax.display import byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
 from qlora_jax.generate import Sampling, generate
 
@@ -49,9 +50,10 @@ def run(options: argparse.Namespace) -> None:
     engine = Engine(
         model.config, lora, quantization, compute_dtype=dtype, attention=default_attention(dtype, model.config.head_dim)
     )
-    with progress_bar(console) as progress:
-        task = progress.add_task("loading layers", total=model.config.num_hidden_layers)
-        weights = load_weights(model.folder, model.config, quantization, "device", lambda: progress.advance(task))
+    with byte_bar(console) as progress:
+        task = progress.add_task("loading", total=total_bytes(model.config, quantization, "device"))
+        advance = functools.partial(progress.advance, task)
+        weights = load_weights(model.folder, model.config, quantization, "device", advance)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
     print(answer(engine, weights, adapters, model.tokenizer, options.prompt, sampling))
 

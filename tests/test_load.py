@@ -1,0 +1,122 @@
+"""Loading: every layer in its place, several read at a time, few bytes held besides, and every byte counted."""
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from convert import load as load_module
+from convert import names
+from convert.ahead import num_threads
+from convert.folder import ModelFolder
+from convert.load import load_weights, read_config, read_layer, total_bytes
+from convert.quantize import quantize
+from qlora_jax.config import QuantizationSettings
+from qlora_jax.errors import InputError
+from qlora_jax.placement import LayerPlace, nbytes
+from tests import tiny
+
+NF4 = QuantizationSettings()
+LAYERS = 7
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelFolder]:
+    """A model, and the same in 4 bits; not to be written to."""
+    place = tmp_path_factory.mktemp("load")
+    model = tiny.write_model(place / "model", shards=3, tie_word_embeddings=False, num_hidden_layers=LAYERS)
+    quantize(ModelFolder(model), place / "4bit", NF4)
+    return {"bf16": ModelFolder(model), "4bit": ModelFolder(place / "4bit")}
+
+
+@pytest.mark.parametrize("kind", ["bf16", "4bit"])
+@pytest.mark.parametrize("where", ["device", "host", ["host", "device"] * 3 + ["host"]], ids=str)
+def test_layers_are_in_their_places_and_in_order(
+    folders: dict[str, ModelFolder], kind: str, where: LayerPlace | list[LayerPlace]
+) -> None:
+    folder, advanced = folders[kind], []
+    config = read_config(folder)
+    weights = load_weights(folder, config, NF4, where, advanced.append)
+    places = [where] * LAYERS if isinstance(where, str) else where
+    assert len(weights.layers) == LAYERS
+    for index, place in enumerate(places):
+        loaded, expected = weights.layers._layers[index], read_layer(folders["4bit"], index, NF4)
+        assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+        for leaf, value in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+            assert leaf.sharding.memory_kind == {"host": "pinned_host"}.get(place, place)
+            assert np.asarray(leaf).tobytes() == np.asarray(value).tobytes()
+    assert sum(advanced) == total_bytes(config, NF4, "device")
+    assert len(advanced) == LAYERS + 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_byte_is_counted(tmp_path: Path, tied: bool) -> None:
+    folder = ModelFolder(tiny.write_model(tmp_path / "model", tie_word_embeddings=tied))
+    advanced, config = [], read_config(folder)
+    weights = load_weights(folder, config, NF4, "device", advanced.append)
+    layers = [layer for _, layer in weights.layers.walk(range(2))]
+    held = {id(leaf): leaf for leaf in jax.tree.leaves((weights.embedding, layers, weights.head))}
+    assert sum(advanced) == total_bytes(config, NF4, "device") == nbytes(list(held.values()))
+
+
+def test_disk_layers_are_not_read(folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = folders["4bit"], []
+    config = read_config(folder)
+    monkeypatch.setattr(load_module, "read_layer", lambda folder, layer, *args: read.append(layer))
+    advanced: list[int] = []
+    weights = load_weights(folder, config, NF4, "disk", advanced.append)
+    assert read == [] and len(weights.layers) == LAYERS
+    assert sum(advanced) == total_bytes(config, NF4, "disk")
+
+
+def test_several_layers_at_a_time(folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are threads: each waits here until the others have come."""
+    folder, threads = folders["4bit"], max(num_threads(), 2)
+    monkeypatch.setattr("convert.ahead.num_threads", lambda: threads)
+    real, meeting, seen = load_module.read_layer, threading.Barrier(threads, timeout=30), set()
+
+    def read(folder: ModelFolder, layer: int, *args: Any) -> Any:
+        seen.add(threading.current_thread())
+        if layer < threads:
+            meeting.wait()
+        return real(folder, layer, *args)
+
+    monkeypatch.setattr(load_module, "read_layer", read)
+    load_weights(folder, read_config(folder), NF4, "host")
+    assert len(seen) == threads
+
+
+def test_one_linear_a_thread_is_held(folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear is in its place before the next one of its layer is read."""
+    folder, waiting = folders["4bit"], threading.local()
+    real_put, real_read = load_module.put, load_module.read_linear
+
+    def put(tree: Any, where: Any) -> Any:
+        waiting.linears = 0
+        return real_put(tree, where)
+
+    def read(*args: Any) -> Any:
+        waiting.linears = getattr(waiting, "linears", 0) + 1
+        assert waiting.linears == 1
+        return real_read(*args)
+
+    monkeypatch.setattr(load_module, "put", put)
+    monkeypatch.setattr(load_module, "read_linear", read)
+    load_weights(folder, read_config(folder), NF4, "host")
+
+
+def test_a_scale_that_is_not_finite(tmp_path: Path, folders: dict[str, ModelFolder]) -> None:
+    """Found by a thread, raised to the caller."""
+    folder = shutil.copytree(folders["4bit"].path, tmp_path / "model")
+    name = f"{names.linear(5, 'up_proj')}.nested_absmax"
+    opened = ModelFolder(folder)
+    shard, header = opened._where[name], opened._headers[opened._where[name]]
+    with (folder / shard).open("r+b") as file:
+        file.seek(header.data_start + header.entries[name].begin)
+        file.write(np.float32(np.nan).tobytes())
+    with pytest.raises(InputError, match=r"layers\.5.*nested_absmax"):
+        load_weights(opened, read_config(opened), NF4, "host")
