@@ -10,6 +10,7 @@ tensor in bfloat16. peft merges on the CPU, which is what it does unasked, and w
 
 import argparse
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -51,21 +52,26 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
-SELF = """
-import json, os, sys, time
-from pathlib import Path
 
-def held(key):
+def held(key: str) -> int:
+    """A line of the kernel's account of this process's memory (`VmRSS:` now, `VmHWM:` at most so far), in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
+
+SELF = f"""
+import json, os, sys, time
+from pathlib import Path
+
+{inspect.getsource(held)}
 def measure(work):
     before, start, begun = held("VmRSS:"), time.perf_counter(), os.times()
     work()
     os.sync()
     seconds, used = time.perf_counter() - start, os.times()
     cpu = used.user + used.system - begun.user - begun.system
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "imported_bytes": before, "peak_bytes": held("VmHWM:")}))
+    found = dict(seconds=seconds, cpu_seconds=cpu, imported_bytes=before, peak_bytes=held("VmHWM:"))
+    print(json.dumps(found))
 
 model, adapter, out = sys.argv[1:]
 """

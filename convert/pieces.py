@@ -168,8 +168,10 @@ def _finite(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    """As `np.isfinite(values).all()`, which takes ten times as long for bfloat16."""
-    return not values.size or (values.view(np.int16) & 0x7FFF).max() <= LARGEST
+    """As `np.isfinite(values).all()`, which takes ten times as long for bfloat16. A piece at a time, for memory's sake."""
+    bits = values.reshape(-1).view(np.int16)
+    parts = (bits[begin : begin + PIECE] for begin in range(0, bits.size, PIECE))
+    return all((part & 0x7FFF).max() <= LARGEST for part in parts)
 
 
 def _absmax(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:

@@ -1,0 +1,243 @@
+"""Starting a run: a model in 4 bits, from disk into pinned host memory, beside a plain read and a memory copy.
+
+    python -m benchmarks.load --layers 16 --work DIR           # 70B's shapes: 8.1 GB on DIR's disk; two minutes
+    python -m benchmarks.load --model DIR                      # a folder that `benchmarks.synthetic` or `convert.quantize` wrote
+
+Each line in a process of its own, with as many threads as `convert.load` takes. `cold`: the folder's pages are dropped from the page cache
+first (best effort: the disk may have a cache of its own); `warm`: they are in it. On a GPU the first load of a process pins the pages, the
+second one in the same process finds them pinned. The share is of the slower of reading and copying memory: what a load cannot beat.
+
+On a GPU it also tries another road, which nothing takes yet: memory of our own, filled by threads and registered with the driver
+(`dma_map`), from which a copy to the device needs no staging.
+"""
+
+import argparse
+import json
+import math
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import synthetic
+from benchmarks.convert import held
+from benchmarks.machine import write_result
+from benchmarks.step import SHAPES
+from convert import ahead
+from convert.folder import ModelFolder
+from convert.load import load_weights, read_config
+from qlora_jax.config import QuantizationSettings
+from qlora_jax.placement import nbytes, sharding
+
+ROOT = Path(__file__).parents[1]
+CHUNK = 2**24
+"""Bytes read or copied at a time."""
+THREADS = (1, 2, 4, 8)
+
+
+def main() -> None:
+    """Make the folder if none is given, measure, and write `results/load-DEVICE.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="70b", help="of the synthetic folder (default: 70b)")
+    parser.add_argument("--layers", type=int, default=16, help="of the synthetic folder (default: 16)")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where the synthetic folder is made and removed again")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="measure with this folder instead")
+    parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=ahead.num_threads(), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(CHILDREN[options.child](options.model, options.threads)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.work) as work:
+        model = options.model or Path(work) / "model"
+        if not options.model:
+            synthetic.write(model, synthetic.hf_config(options.shape, options.layers))
+        result = {"what": "load", "folder_mb": round(folder_bytes(model) / 1e6), "runs": list(runs(model))}
+    slower = min(run["gb_per_s"] for run in result["runs"] if run["name"] in ("read, warm", "memory copy"))
+    for run in result["runs"]:
+        run["of_read_or_copy"] = round(run["gb_per_s"] / slower, 2)
+    print(write_result(f"load-{jax.default_backend()}", result))
+
+
+def runs(model: Path) -> Any:
+    """Every measurement, as it is made; each is printed."""
+    on_gpu = run_child("backend", model, 1)["backend"] != "cpu"
+    threads = sorted({*(n for n in THREADS if n < ahead.num_threads()), ahead.num_threads()})
+    plan = [("read", "read", True, threads[-1:]), ("read", "read", False, threads[-1:])]
+    plan += [("memory copy", "copy", None, threads[-1:])]
+    plan += [("load", "load", True, threads[-1:]), ("load", "load", False, threads)]
+    plan += [("registered memory", "registered", False, threads[-1:])] if on_gpu else []
+    for name, child, cold, counts in plan:
+        for count in counts:
+            if cold:
+                forget(model)
+            found = run_child(child, model, count)
+            state = "" if cold is None else f", {'cold' if cold else 'warm'}"
+            for kind, values in found.items():
+                row = {"name": f"{name}{state}{kind}", "threads": count, **values}
+                print(json.dumps(row), flush=True)
+                yield row
+
+
+def run_child(name: str, model: Path, threads: int) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.load",
+        "--child",
+        name,
+        "--model",
+        str(model),
+        "--threads",
+        str(threads),
+    ]
+    environment = {**os.environ, "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(math.ceil(folder_bytes(model) / 2**30) + 2)}
+    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def folder_bytes(model: Path) -> int:
+    """Of its weights."""
+    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
+
+
+def forget(model: Path) -> None:
+    """Have the kernel drop the folder's pages; they must be on the disk first."""
+    os.sync()
+    for path in model.glob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def timed(work: Callable[[], int]) -> dict[str, Any]:
+    """`work` returns how many bytes it moved."""
+    before, start = held("VmRSS:"), time.perf_counter()
+    moved = work()
+    seconds = time.perf_counter() - start
+    row = {"gb_per_s": round(moved / seconds / 1e9, 2), "seconds": round(seconds, 2)}
+    return {**row, "above_gb": round((held("VmHWM:") - before) / 1e9, 2), "moved_gb": round(moved / 1e9, 2)}
+
+
+def chunks(model: Path) -> list[tuple[Path, int, int]]:
+    """Every part of every file: (file, from, bytes)."""
+    return [
+        (path, begin, min(CHUNK, path.stat().st_size - begin))
+        for path in sorted(model.glob("*.safetensors"))
+        for begin in range(0, path.stat().st_size, CHUNK)
+    ]
+
+
+def read(model: Path, threads: int) -> dict[str, Any]:
+    """Every byte of the folder, by threads, into memory that is used again."""
+    return {"": timed(lambda: fill(chunks(model), threads, lambda index, size: np.empty(size, np.uint8)))}
+
+
+def fill(parts: list[tuple[Path, int, int]], threads: int, place: Callable[[int, int], np.ndarray]) -> int:
+    """Read the parts, each into `place(its number, its bytes)`; returns the bytes."""
+
+    def one(index: int) -> int:
+        path, begin, size = parts[index]
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            read = file.readinto(place(index, size).data)
+        assert read == size, path
+        return size
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(one, range(len(parts))))
+
+
+def copy(model: Path, threads: int) -> dict[str, Any]:
+    """As many bytes as the folder has, from memory to memory that exists."""
+    source, target = (np.ones(CHUNK * 16, np.uint8) for _ in range(2))
+    parts = list(range(0, source.size, CHUNK))
+
+    def one(begin: int) -> int:
+        np.copyto(target[begin : begin + CHUNK], source[begin : begin + CHUNK])
+        return CHUNK
+
+    def work() -> int:
+        with ThreadPoolExecutor(threads) as pool:
+            return sum(pool.map(one, parts * max(1, folder_bytes(model) // source.size)))
+
+    return {"": timed(work)}
+
+
+def load(model: Path, threads: int) -> dict[str, Any]:
+    """`load_weights` into host memory; then once more."""
+    ahead.num_threads = lambda: threads
+    folder = ModelFolder(model)
+    config = read_config(folder)
+    jax.block_until_ready(jax.device_put(np.zeros(1, np.uint8), sharding("host")))  # the device is there
+
+    def work() -> int:
+        moved: list[int] = []
+        load_weights(folder, config, QuantizationSettings(), "host", moved.append)
+        return sum(moved)
+
+    return {"": timed(work), ", again": timed(work)}
+
+
+def registered(model: Path, threads: int) -> dict[str, Any]:
+    """Memory of our own: filled, registered with the driver; and copies from it to the device, beside copies from pinned memory."""
+    device, parts = jax.devices()[0], chunks(model)
+    room = mmap.mmap(-1, CHUNK * len(parts))
+    room.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(room, np.uint8)
+    found = {", filled": timed(lambda: fill(parts, threads, lambda i, size: memory[i * CHUNK :][:size]))}
+    pieces = [memory[begin : begin + 16 * CHUNK] for begin in range(0, memory.size - 16 * CHUNK + 1, 16 * CHUNK)]
+
+    def register() -> int:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda piece: device.client.dma_map(piece.ctypes.data, piece.nbytes), pieces))
+        return sum(piece.nbytes for piece in pieces)
+
+    def to_device(arrays: list[Any]) -> Callable[[], int]:
+        def work() -> int:
+            for array in arrays:
+                jax.block_until_ready(jax.device_put(array, sharding("device")))
+            return nbytes(arrays)
+
+        return work
+
+    some = pieces[:8]
+    pinned = [jax.block_until_ready(jax.device_put(piece, sharding("host"))) for piece in some]
+    found[", to the device before"] = timed(to_device(some))
+    found[", registered"] = timed(register)
+    for _ in range(2):  # the second time counts
+        found[", to the device"] = timed(to_device(some))
+        found[", pinned memory to the device"] = timed(to_device(pinned))
+    found[", to the device, dispatched"] = timed(lambda: dispatched(some))
+    found[", pinned memory to the device, dispatched"] = timed(lambda: dispatched(pinned))
+    return found
+
+
+def dispatched(arrays: list[Any]) -> int:
+    """How long issuing the copies takes, which must be next to nothing for them to overlap with computing."""
+    copies = [jax.device_put(array, sharding("device")) for array in arrays]
+    del copies
+    return nbytes(arrays)
+
+
+def backend(model: Path, threads: int) -> dict[str, Any]:
+    """Which device is computed on."""
+    return {"backend": jax.default_backend()}
+
+
+CHILDREN = {"read": read, "copy": copy, "load": load, "registered": registered, "backend": backend}
+
+
+if __name__ == "__main__":
+    main()
