@@ -1,7 +1,6 @@
 """Fine-tune a Llama-family model with QLoRA: `python train.py --config FILE [section.key=value ...]`."""
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -22,15 +21,17 @@ from convert.load import load_weights, total_bytes
 from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
+from qlora_jax.budget import Plan
 from qlora_jax.commands.generate import answer
+from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
 from qlora_jax.config import Config, load_config
 from qlora_jax.data import Batch, Batches, Example, Row, detect_format, eval_batches, read_rows, tokenize
+from qlora_jax.data.batches import LENGTH_MULTIPLE
 from qlora_jax.display import byte_bar, make_console, progress_bar
-from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
+from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.generate import Sampling
-from qlora_jax.placement import nbytes
-from qlora_jax.plan import Placements, choose_placements, device_bytes, layer_bytes
+from qlora_jax.placement import nbytes, put
 from qlora_jax.trainer import Trainer, make_output_dir, refuse_finished_run
 
 EPILOG = """\
@@ -62,17 +63,15 @@ def run(config: Config, console: Console) -> None:
     rows = read_rows(config.data.path)
     config = settle_format(config, rows)
     training, held_out = load_batches(config, rows, model, console)
-    engine, config, placements = make_engine(config, model)
+    plan = plan_run(config, model.config, longest_row(config))
+    show(plan, console, len(training))
+    config = resolved(config, plan)
     output_dir = make_output_dir(config.training)
     (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console)
-    place = placements.base_weights
-    with byte_bar(console) as progress:
-        task = progress.add_task("loading", total=total_bytes(model.config, config.quantization, place))
-        weights = load_weights(
-            in_4_bits, model.config, config.quantization, place, lambda nbytes: progress.advance(task, nbytes)
-        )
+    weights = load(config, model, plan, console)
+    engine = make_engine(config, plan)
     adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
+    adapters = [put(layer, plan.layout.adapters) for layer in adapters]
     describe(config, engine, weights, adapters, training, console)
     samples = Samples(config, engine, weights, model, output_dir / "samples.jsonl")
     samples.take(0, adapters)
@@ -82,11 +81,12 @@ def run(config: Config, console: Console) -> None:
         weights,
         training,
         held_out,
-        optimizer=placements.optimizer,
+        optimizer=plan.layout.optimizer,
         output_dir=output_dir,
         console=console,
     )
-    adapters = trainer.train(adapters)
+    with memory_explained(plan, output_dir):
+        adapters = trainer.train(adapters)
     save_adapter(output_dir / "adapter", adapters, config.lora, config.quantization, model.name_or_path)
     # Another run's merged model would not be this adapter's. It is only there if overwriting was asked for.
     shutil.rmtree(output_dir / "merged", ignore_errors=True)
@@ -197,30 +197,45 @@ def load_examples(config: Config, path: Path, rows: Sequence[Row], model: BaseMo
     return tokenized.examples
 
 
-def make_engine(config: Config, model: BaseModel) -> tuple[Engine, Config, Placements]:
-    """The engine, and the settings with every `auto` replaced by what it came to."""
-    requested = config.training.compute_dtype
-    compute_dtype = default_compute_dtype() if requested == "auto" else jax.numpy.dtype(requested)
-    attention = default_attention(compute_dtype, model.config.head_dim)
-    weight_bytes = layer_bytes(model.config, config.quantization) * model.config.num_hidden_layers
-    placements = choose_placements(config.memory, config.training.optim, weight_bytes, device_bytes())
-    engine = Engine(
-        model.config,
+def load(config: Config, model: BaseModel, plan: Plan, console: Console) -> Weights:
+    """The base model in 4 bits, each layer where the plan wants it."""
+    in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console)
+    with byte_bar(console) as progress:
+        task = progress.add_task(
+            "loading", total=total_bytes(model.config, config.quantization, config.memory.base_weights)
+        )
+        weights = load_weights(
+            in_4_bits,
+            model.config,
+            config.quantization,
+            plan.layout.places(model.config.num_hidden_layers),
+            lambda nbytes: progress.advance(task, nbytes),
+        )
+    weights.layers.pace.slots = plan.layout.slots
+    return weights
+
+
+def longest_row(config: Config) -> int:
+    """Tokens of the longest row a step can have, its padding included."""
+    return LENGTH_MULTIPLE * -(-config.data.max_seq_length // LENGTH_MULTIPLE)
+
+
+def make_engine(config: Config, plan: Plan) -> Engine:
+    """The engine, working as the plan says."""
+    job, layout = plan.job, plan.layout
+    return Engine(
+        job.config,
         config.lora,
         config.quantization,
-        compute_dtype=compute_dtype,
-        attention=attention,
-        activations=placements.activations,
+        compute_dtype=job.dtype,
+        attention=job.attention,
+        activations=layout.activations,
+        adapters=layout.adapters,
+        keep=layout.keep,
         neftune_noise_alpha=config.training.neftune_noise_alpha,
+        share_dense=layout.share_dense,
+        mlp_tokens=layout.mlp_tokens,
     )
-    settled = {"compute_dtype": compute_dtype.name, "gradient_checkpointing": "full"}
-    resolved = config.model_copy(
-        update={
-            "training": config.training.model_copy(update=settled),
-            "memory": config.memory.model_copy(update=dataclasses.asdict(placements)),
-        }
-    )
-    return engine, resolved, placements
 
 
 def describe(

@@ -17,6 +17,8 @@ from convert.shards import INDEX_NAME, SINGLE_NAME
 from convert.smollm2 import MODEL_ID, fetch_smollm2
 from qlora_jax.errors import InputError
 
+CONFIG_NAME = "config.json"
+
 HUB_TIMEOUT = 5.0
 """Seconds the first, small question to the hub may take; huggingface_hub's own retries only begin after it."""
 
@@ -81,6 +83,31 @@ def resolve_model(name_or_path: str, *, log: Callable[[str], object] = print) ->
         found=f"no such folder, not in the cache, and {OFFLINE} ({_first_line(unreachable)})",
         fix=OFFLINE_ADVICE,
     )
+
+
+def resolve_config(name_or_path: str, *, log: Callable[[str], object] = print) -> Path:
+    """The `config.json` of a model: in its folder, in the cache, or downloaded alone.
+
+    Raises:
+        InputError: as `resolve_model`.
+    """
+    if Path(name_or_path).expanduser().is_dir() or _looks_like_a_path(name_or_path) or name_or_path == MODEL_ID:
+        return resolve_model(name_or_path, log=log) / CONFIG_NAME
+    try:
+        return Path(huggingface_hub.hf_hub_download(name_or_path, CONFIG_NAME))
+    except errors.HFValidationError:
+        raise InputError(
+            name_or_path, found="no such folder, and not a hub id", fix="give a folder, or an id such as org/name"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        raise InputError(
+            name_or_path,
+            found=f"no such folder, not in the cache, and {OFFLINE} ({_first_line(error)})",
+            fix=OFFLINE_ADVICE,
+        ) from None
+    except HUB_ERRORS as error:
+        _raise_if_refused(name_or_path, error)
+        raise InputError(name_or_path, found=f"the hub refused: {_first_line(error)}", fix=OFFLINE_ADVICE) from None
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -1,13 +1,14 @@
 """Opens a base model by hub id or folder: its files, its shape, its tokenizer. Nothing of a model folder is ever run or unpickled."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from convert.folder import ModelFolder
-from convert.hub import resolve_model
+from convert.hub import resolve_config, resolve_model
 from convert.load import read_config
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
@@ -36,6 +37,22 @@ def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> Ba
     return BaseModel(
         name_or_path if from_hub else str(path.resolve()), folder, read_config(folder), _load_tokenizer(path)
     )
+
+
+def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> LlamaConfig:
+    """The model's shape alone, from its `config.json`: no weight has to be there.
+
+    Raises:
+        InputError: it cannot be found or is not supported.
+    """
+    path = resolve_config(name_or_path, log=log)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(path, found=f"not JSON: {error}", fix="fetch the model again") from None
+    if not isinstance(config, dict):
+        raise InputError(path, found="JSON that is not an object", fix="fetch the model again")
+    return LlamaConfig.from_hf(config, path)
 
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
 
-from qlora_jax.commands import generate
+from qlora_jax.commands import generate, plan
 from qlora_jax.errors import exit_status
 
-COMMANDS = {"generate": generate}
+COMMANDS = {"plan": plan, "generate": generate}
 
 
 @exit_status

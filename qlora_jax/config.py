@@ -12,6 +12,7 @@ import pydantic
 import yaml
 
 from qlora_jax.errors import InputError
+from qlora_jax.machine import parse_bytes
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -112,7 +113,8 @@ class TrainingSettings(Section):
     export_merged: bool = False
     merge_base: Literal["original", "dequantized"] = "dequantized"
     """What `export_merged` adds the adapter to; see `python -m convert.merge --help`."""
-    gradient_checkpointing: Literal["auto", "full"] = "auto"
+    gradient_checkpointing: Literal["auto", "full", "none"] = "auto"
+    """`full` runs each layer again in the backward walk, `none` keeps its intermediates instead; `auto`: the plan decides how many do."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     sample_prompt: str | None = None
     """A prompt answered before and after training, so that the change can be read."""
@@ -129,13 +131,27 @@ class TrainingSettings(Section):
 
 
 class MemorySettings(Section):
-    """Where things live. `host` is pinned memory that the device reads while it computes."""
+    """Where things live; the plan decides what is `auto`. `host` is pinned memory that the device reads while it computes."""
 
+    device_memory: Literal["auto"] | str = "auto"
+    """The GPU's memory that this process may take, e.g. 24GiB: all that is free by default, less to play a smaller card."""
     base_weights: Literal["auto", "device", "host", "disk"] = "auto"
     """`disk` reads each layer anew whenever it is needed, a few ahead: for a base model bigger than the host's memory."""
+    resident_layers: Literal["auto"] | pydantic.NonNegativeInt = "auto"
+    """How many layers stay on the device, spread evenly among those that are streamed, where `base_weights` is not `device`."""
     activations: Where = "auto"
     """The layer inputs kept for the backward walk."""
+    adapters: Where = "auto"
+    """The adapters and their gradients; on the host they visit the device with their layer."""
     optimizer: Where = "auto"
+    """AdamW's moments."""
+
+    @pydantic.field_validator("device_memory")
+    @classmethod
+    def _a_size(cls, value: str) -> str:
+        if value != "auto":
+            parse_bytes(value)
+        return value
 
 
 class Config(Section):
@@ -157,7 +173,6 @@ NOT_YET = {
     "lora": {"use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"},
     "data": {"split"},
     "training": {"save_steps", "save_total_limit"},
-    "memory": {"device_memory"},
 }
 """Settings of the design that no code serves yet: refused by name, never ignored."""
 
@@ -221,7 +236,8 @@ def _explain(error: Any) -> str:
         return f"    {name}: unknown setting{_nearest(location)}"
     if error["type"] == "missing":
         return f"    {name}: missing, and it has no default"
-    return f"    {name}: {error['msg'].lower().removeprefix('value error, ')}, found {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"    {name}: {message[:1].lower()}{message[1:]}, found {error['input']!r}"
 
 
 def _nearest(location: list[str]) -> str:

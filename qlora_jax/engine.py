@@ -35,7 +35,7 @@ from qlora_jax import compiled
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import Batch
 from qlora_jax.llama import MLP_TOKENS, Attention, Cache, DecoderLayer, Embedding, Head, LlamaConfig
-from qlora_jax.placement import LayerInputs, LayerStore, Tree, Where, put, visits
+from qlora_jax.placement import LayerInputs, LayerStore, Tree, Where, put, sharding, visits
 
 Adapters = list[Tree]
 """One tree a layer: {"q_proj": {"adapter": {"lora_a": [R, in], "lora_b": [out, R]}}, ...}, float32, on the device or on the host."""
@@ -180,6 +180,35 @@ class Engine:
             del frozen, adapter, grad
         return compiled.total(losses), grads
 
+    def workspace(self, rows: int, length: int, *, packed: bool, keep: bool) -> dict[str, int]:
+        """Bytes that the compiled functions of a training step take while they run, besides arguments and results.
+
+        Nothing is run, but they are compiled, and found again in the compilation cache by the run.
+        """
+        device = sharding("device")
+
+        def describe(tree: Tree) -> Tree:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+        def array(*shape: int, dtype: jax.typing.DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+        adapter, frozen, head = map(describe, (self.abstract_adapter, self.abstract_layer, self.abstract_head))
+        h = array(rows, length, self.config.hidden_size, dtype=self.compute_dtype)
+        dropout = self.lora is not None and self.lora.lora_dropout > 0
+        key = describe(jax.eval_shape(lambda: jax.random.key(0))) if dropout else None
+        drawn = (key, array(), array(), (array(rows, length), array(rows, length)) if packed else None)
+        if keep:
+            forward = compiled.forward_keeping.lower(self._keeping_def, adapter, frozen, h, *drawn)
+            arguments = (adapter, frozen, adapter, h, h, describe(forward.out_info[2]), *drawn)
+            backward = compiled.backward_kept.lower(self._keeping_def, *arguments)
+        else:
+            forward = compiled.forward.lower(self._layer_def, adapter, frozen, h, *drawn)
+            backward = compiled.backward.lower(self._layer_def, adapter, frozen, adapter, h, h, *drawn)
+        last = compiled.loss_and_grad.lower(self._head_def, head, h, array(rows, length), array(dtype=np.float32))
+        lowered = {"forward": forward, "backward": backward, "head": last}
+        return {name: each.compile().memory_analysis().temp_size_in_bytes for name, each in lowered.items()}
+
     def loss(self, weights: Weights, adapters: Adapters, batches: Sequence[Batch]) -> float:
         """Mean loss over the supervised tokens of `batches`, without dropout. Weights cross the bus once a batch."""
         sums = [self._batch_loss(weights, adapters, batch) for batch in batches]
@@ -260,10 +289,14 @@ def default_compute_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
 
 
-def default_attention(compute_dtype: jax.typing.DTypeLike, head_dim: int) -> Attention:
-    """cuDNN's fused attention where it can be used: on a GPU, in 16 bits, for head sizes that every generation serves; XLA's elsewhere."""
+def default_attention(compute_dtype: jax.typing.DTypeLike, head_dim: int, *, on_gpu: bool | None = None) -> Attention:
+    """cuDNN's fused attention where it can be used: on a GPU, in 16 bits, for head sizes that every generation serves; XLA's elsewhere.
+
+    `on_gpu`: of a run that is only planned; by default JAX's backend, which is then started, is asked.
+    """
     fits = jnp.dtype(compute_dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if jax.default_backend() == "gpu" and fits else "xla"
+    on_gpu = jax.default_backend() == "gpu" if on_gpu is None else on_gpu
+    return "cudnn" if on_gpu and fits else "xla"
 
 
 def _walk(weights: Weights, adapters: Adapters, order: Sequence[int]) -> Iterator[tuple[int, Tree, Tree]]:

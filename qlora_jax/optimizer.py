@@ -58,11 +58,7 @@ class AdamW:
     def __init__(self, settings: TrainingSettings, params: list[Tree], where: Where) -> None:
         """Moments start at zero; `params` is only described, not kept."""
         self.where, self.max_norm = where, settings.max_grad_norm
-        self._rule = optax.chain(
-            optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
-            optax.add_decayed_weights(settings.weight_decay),
-        )
-        self._bits = 8 if settings.optim.endswith("8bit") else 32
+        self._rule, self._pack = _rule(settings), _packing(settings)
         init = jax.jit(lambda layer: self._pack(self._rule.init(layer)))
         pace = Pace(SLOTS)
         self.moments = [
@@ -103,14 +99,30 @@ class AdamW:
 
         return jax.jit(update, donate_argnames=("params", "moments"))
 
-    def _pack(self, state: Any) -> Any:
-        """optax's state with its moments as they are kept: m is signed, v is not."""
-        if self._bits == 32:
-            return state
-        adam, *rest = state
-        mu = jax.tree.map(functools.partial(_to_8_bits, signed=True), adam.mu)
-        nu = jax.tree.map(functools.partial(_to_8_bits, signed=False), adam.nu)
-        return adam._replace(mu=mu, nu=nu), *rest
+
+def abstract_moments(settings: TrainingSettings, abstract_layer: Tree) -> Any:
+    """What the moments of a layer of parameters look like, without allocating them."""
+    return jax.eval_shape(lambda layer: _packing(settings)(_rule(settings).init(layer)), abstract_layer)
+
+
+def _rule(settings: TrainingSettings) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
+        optax.add_decayed_weights(settings.weight_decay),
+    )
+
+
+def _packing(settings: TrainingSettings) -> Callable[[Any], Any]:
+    """From optax's state to the state with its moments as they are kept."""
+    return _pack if settings.optim.endswith("8bit") else lambda state: state
+
+
+def _pack(state: Any) -> Any:
+    """Moments in 8 bits: m is signed, v is not."""
+    adam, *rest = state
+    mu = jax.tree.map(functools.partial(_to_8_bits, signed=True), adam.mu)
+    nu = jax.tree.map(functools.partial(_to_8_bits, signed=False), adam.nu)
+    return adam._replace(mu=mu, nu=nu), *rest
 
 
 def _to_8_bits(moment: jax.Array, *, signed: bool) -> jax.Array | BlockwiseTensor:

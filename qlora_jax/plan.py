@@ -1,48 +1,272 @@
-"""Decides where things live, from shapes alone."""
+"""Decides where everything lives, from shapes alone, before any weight is read.
+
+Every combination of places and working modes that the settings leave open is a `Layout`. Those that fit the device and the host are
+compared by the seconds they are predicted to take; the fastest wins, and of equals the one that moves least. How many layers are
+resident, or keep their intermediates, follows from what the rest leaves over. `estimate.py` has the bytes and seconds.
+"""
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import jax
-from flax import nnx
-
+from qlora_jax import compiled
+from qlora_jax.budget import GIB, HOST_SPARE_SHARE, SPARE_SHARE, Limits, Plan
 from qlora_jax.config import MemorySettings, QuantizationSettings
-from qlora_jax.llama import DecoderLayer, LlamaConfig
-from qlora_jax.placement import LayerPlace, Where, nbytes
+from qlora_jax.engine import Engine
+from qlora_jax.errors import InputError
+from qlora_jax.estimate import Job, Layout, Workspace, items, total, workspace
+from qlora_jax.llama import MLP_TOKENS, DecoderLayer, LlamaConfig
+from qlora_jax.placement import SLOTS, nbytes
+from qlora_jax.rates import Rates
 
-RESIDENT_SHARE = 0.5
-"""Weights stay on the device by default if they take no more than this share of its memory; the rest is for everything else."""
+CHUNKS = (MLP_TOKENS, 4096, 2048, 1024)
+"""Tokens that the MLP may work on at a time where all of a micro-batch's are too many."""
+SAME_SPEED = 0.02
+"""Layouts whose predicted seconds differ by no more than this share count as equally fast."""
+
+WorkspaceOf = Callable[[Job, Layout], Workspace]
 
 
-@dataclasses.dataclass(frozen=True)
-class Placements:
-    """Where the base model's layers, the kept layer inputs and the optimizer's moments live."""
+def make_plan(
+    job: Job,
+    memory: MemorySettings,
+    gradient_checkpointing: str,
+    limits: Limits,
+    rates: Rates | None,
+    workspace_of: WorkspaceOf = workspace,
+) -> Plan:
+    """The fastest layout that fits. On a processor there is one: nothing is streamed or moved unless that was asked for.
 
-    base_weights: LayerPlace
-    activations: Where
-    optimizer: Where
+    Args:
+        memory: what the user has settled; every `auto` is decided here.
+        gradient_checkpointing: `full`, `none`, or `auto`: as many layers keep their intermediates as fit.
+        workspace_of: the compiled functions' own figures, where they can be had; asked for the layout that wins by the estimate,
+            which is then chosen again with the answer.
+
+    Raises:
+        InputError: nothing fits; it says by how much, and which setting would do it.
+    """
+    plan = _choose(job, memory, gradient_checkpointing, limits, rates, workspace_of)
+    if not plan.fits:
+        raise _does_not_fit(plan, memory, gradient_checkpointing)
+    return plan
+
+
+def _choose(
+    job: Job,
+    memory: MemorySettings,
+    gradient_checkpointing: str,
+    limits: Limits,
+    rates: Rates | None,
+    workspace_of: WorkspaceOf = workspace,
+) -> Plan:
+    """The fastest plan that fits, or the one that exceeds the limits least."""
+    if limits.device is None:
+        return _on_a_processor(job, memory, gradient_checkpointing, limits)
+    known: dict[Any, Workspace] = {}
+
+    def best_guess(job: Job, layout: Layout) -> Workspace:
+        return known.get(_mode(layout)) or workspace(job, layout)
+
+    while True:
+        plans = list(_candidates(job, memory, gradient_checkpointing, limits, rates, best_guess))
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
+            fastest = min(plan.seconds.total for plan in fitting)
+            equal = [plan for plan in fitting if plan.seconds.total <= fastest * (1 + SAME_SPEED)]
+            plan = min(equal, key=lambda plan: (plan.seconds.bus_bytes, -plan.layout.keep, _oddity(plan.layout)))
+        else:
+            plan = min(plans, key=_excess)
+        if workspace_of is workspace or _mode(plan.layout) in known:
+            return plan
+        known[_mode(plan.layout)] = workspace_of(job, plan.layout)
 
 
 def layer_bytes(config: LlamaConfig, quantization: QuantizationSettings) -> int:
     """Bytes of one decoder layer's frozen weights, from its shapes: 441 MB for Llama-2-70B."""
-    layer = nnx.eval_shape(lambda: DecoderLayer(config, None, quantization, "xla", nnx.Rngs(0)))
-    return nbytes(nnx.state(layer))
+    return nbytes(compiled.describe(DecoderLayer, config, None, quantization, "xla")[2])
 
 
-def choose_placements(memory: MemorySettings, optim: str, weight_bytes: int, device_bytes: int | None) -> Placements:
-    """What the settings say, and for each `auto`: weights on the device if they leave it room, layer inputs on the device, moments on
-    the host for a paged optimizer and on the device otherwise.
+def _on_a_processor(job: Job, memory: MemorySettings, gradient_checkpointing: str, limits: Limits) -> Plan:
+    depth = job.config.num_hidden_layers
+    asked = {name: getattr(memory, name) for name in ("activations", "adapters", "optimizer")}
+    places = {name: "device" if where == "auto" else where for name, where in asked.items()}
+    resident = depth if memory.base_weights in ("auto", "device") else 0
+    if resident == 0 and memory.resident_layers != "auto":
+        resident = min(depth, memory.resident_layers)
+    layout = Layout(
+        resident,
+        "disk" if memory.base_weights == "disk" else "host",
+        keep=depth if gradient_checkpointing == "none" else 0,
+        mlp_tokens=max(job.tokens, MLP_TOKENS) if gradient_checkpointing == "none" else MLP_TOKENS,
+        **places,
+    )
+    return Plan(job, layout, workspace(job, layout), limits, None)
 
-    Args:
-        weight_bytes: of the whole quantized model.
-        device_bytes: of the device's memory; None if it is the host's own (a CPU), where nothing is gained by streaming.
-    """
-    fits = device_bytes is None or weight_bytes <= RESIDENT_SHARE * device_bytes
-    automatic = Placements("device" if fits else "host", "device", "host" if optim.startswith("paged") else "device")
-    chosen = {name: where for name, where in memory.model_dump().items() if where != "auto"}
-    return dataclasses.replace(automatic, **chosen)
+
+def compiled_workspace(job: Job, layout: Layout) -> Workspace:
+    """The workspace of the functions as they are compiled for this machine's device; the run then finds them in the compilation cache."""
+    engine = Engine(
+        job.config,
+        job.lora,
+        job.quantization,
+        compute_dtype=job.dtype,
+        attention=job.attention,
+        share_dense=layout.share_dense,
+        mlp_tokens=layout.mlp_tokens,
+    )
+    depth = job.config.num_hidden_layers
+    ordinary = {} if layout.keep == depth else engine.workspace(job.rows, job.length, packed=job.packed, keep=False)
+    keeping = engine.workspace(job.rows, job.length, packed=job.packed, keep=True) if layout.keep else {}
+    return Workspace(
+        ordinary.get("forward", 0),
+        ordinary.get("backward", 0),
+        (ordinary or keeping)["head"],
+        keeping.get("forward", 0),
+        keeping.get("backward", 0),
+    )
 
 
-def device_bytes() -> int | None:
-    """Memory that XLA may use on the first device; None on a CPU."""
-    stats = jax.devices()[0].memory_stats()
-    return stats["bytes_limit"] if stats else None
+def _mode(layout: Layout) -> Any:
+    """What of a layout the compiled functions depend on."""
+    return layout.share_dense, layout.mlp_tokens, layout.keep > 0
+
+
+def _oddity(layout: Layout) -> tuple[Any, ...]:
+    """How far a layout is from the usual, to choose among equals."""
+    return not layout.share_dense, -layout.mlp_tokens, -layout.slots
+
+
+def _candidates(
+    job: Job, memory: MemorySettings, gradient_checkpointing: str, limits: Limits, rates: Rates, work_of: WorkspaceOf
+) -> Iterator[Plan]:
+
+    def open_to(asked: str) -> tuple[Any, ...]:
+        return ("device", "host") if asked == "auto" else (asked,)
+
+    streamed_from = "disk" if memory.base_weights == "disk" else "host"
+    chunks = [max(job.tokens, MLP_TOKENS), *(size for size in CHUNKS if size < job.tokens)]
+    for activations, adapters, optimizer, share_dense, mlp_tokens, slots in itertools.product(
+        open_to(memory.activations),
+        open_to(memory.adapters),
+        open_to(memory.optimizer),
+        (True, False),
+        chunks,
+        (SLOTS, 2),
+    ):
+        bare = Layout(
+            0,
+            streamed_from,
+            activations,
+            adapters,
+            optimizer,
+            share_dense=share_dense,
+            mlp_tokens=mlp_tokens,
+            slots=slots,
+        )
+        for resident in _resident_counts(bare, job, memory, limits, work_of):
+            layout = dataclasses.replace(bare, resident=resident)
+            for keep in _keep_counts(layout, job, gradient_checkpointing, limits, work_of):
+                settled = dataclasses.replace(layout, keep=keep)
+                yield Plan(job, settled, work_of(job, settled), limits, rates)
+
+
+def _resident_counts(
+    layout: Layout, job: Job, memory: MemorySettings, limits: Limits, work_of: WorkspaceOf
+) -> list[int]:
+    """Numbers of resident layers worth a try: what was asked for, or as many as fit, or all."""
+    depth = job.config.num_hidden_layers
+    if memory.base_weights == "device":
+        return [depth]
+    if memory.resident_layers != "auto":
+        return [min(depth, memory.resident_layers)]
+    if memory.base_weights in ("host", "disk"):
+        return [0]
+    most = _largest(depth, lambda n: _fits(job, dataclasses.replace(layout, resident=n), limits, work_of))
+    return sorted({0, most, depth})
+
+
+def _keep_counts(
+    layout: Layout, job: Job, gradient_checkpointing: str, limits: Limits, work_of: WorkspaceOf
+) -> list[int]:
+    """Numbers of layers that keep their intermediates. An MLP in chunks keeps none, so that its layer is not worth keeping."""
+    depth = job.config.num_hidden_layers
+    if gradient_checkpointing != "auto" or layout.mlp_tokens < job.tokens:
+        return [depth] if gradient_checkpointing == "none" else [0]
+    most = _largest(depth, lambda n: _fits(job, dataclasses.replace(layout, keep=n), limits, work_of))
+    return sorted({0, most})
+
+
+def _fits(job: Job, layout: Layout, limits: Limits, work_of: WorkspaceOf) -> bool:
+    return total(items(job, layout, work_of(job, layout)))[0] <= limits.device * (1 - SPARE_SHARE)
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits, all smaller ones doing so too; 0 if none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _excess(plan: Plan) -> float:
+    """By how much of the limits a plan exceeds them."""
+    device = plan.device_bytes / (plan.limits.device * (1 - SPARE_SHARE))
+    host = plan.host_bytes / (plan.limits.host * (1 - HOST_SPARE_SHARE))
+    return max(device, 1) + max(host, 1)
+
+
+def _does_not_fit(plan: Plan, memory: MemorySettings, gradient_checkpointing: str) -> InputError:
+    """What the nearest plan takes, and the settings that would make one fit."""
+    taken = f"{plan.host_bytes / GIB:.1f} GiB of the host's {plan.limits.host / GIB:.1f}"
+    if plan.limits.device is None:
+        taken = (
+            f"{(plan.device_bytes + plan.host_bytes) / GIB:.1f} GiB of the {plan.limits.host / GIB:.1f} that are free"
+        )
+    else:
+        taken = f"{plan.device_bytes / GIB:.1f} GiB of the GPU's {plan.limits.device / GIB:.1f} and {taken}"
+    found = f"the run does not fit: at least {taken}; most of it: " + ", ".join(_largest_items(plan))
+    return InputError("the plan", found=found, fix="; or ".join(_remedies(plan, memory, gradient_checkpointing)))
+
+
+def _largest_items(plan: Plan) -> list[str]:
+    lines = sorted(plan.items, key=lambda item: -max(item.device, item.host))[:3]
+    return [f"{line.name} {line.device / GIB:.1f} + {line.host / GIB:.1f} GiB" for line in lines]
+
+
+def _remedies(plan: Plan, memory: MemorySettings, gradient_checkpointing: str) -> list[str]:
+    """Single changes of a setting that make the run fit, tried one after the other."""
+
+    def works(
+        job: Job = plan.job, memory: MemorySettings = memory, checkpointing: str = gradient_checkpointing
+    ) -> bool:
+        return _choose(job, memory, checkpointing, plan.limits, plan.rates).fits
+
+    job, remedies = plan.job, []
+    if gradient_checkpointing == "none" and works(checkpointing="auto"):
+        remedies.append("set training.gradient_checkpointing=auto")
+    for name, value in memory.model_dump().items():
+        if (
+            value not in ("auto", "disk")
+            and name != "device_memory"
+            and works(memory=memory.model_copy(update={name: "auto"}))
+        ):
+            remedies.append(f"set memory.{name}=auto")
+    if memory.base_weights == "auto" and works(memory=memory.model_copy(update={"base_weights": "disk"})):
+        remedies.append("set memory.base_weights=disk (slower: every layer is read anew each time)")
+    if job.rows > 1 and (rows := _largest(job.rows - 1, lambda n: n == 0 or works(dataclasses.replace(job, rows=n)))):
+        remedies.append(f"set training.per_device_train_batch_size={rows} (with more accumulation steps instead)")
+    step = 32
+    length = step * _largest(job.length // step, lambda n: n == 0 or works(dataclasses.replace(job, length=n * step)))
+    if length:
+        remedies.append(f"set data.max_seq_length={length}")
+    for rank in (32, 16, 8):
+        smaller = job.lora.model_copy(update={"r": rank})
+        if rank < job.lora.r and works(dataclasses.replace(job, lora=smaller)):
+            remedies.append(f"set lora.r={rank}")
+            break
+    if job.optim != "paged_adamw_8bit" and works(dataclasses.replace(job, optim="paged_adamw_8bit")):
+        remedies.append("set training.optim=paged_adamw_8bit")
+    return remedies or ["use a smaller model, or a machine with more memory: no single setting would do it"]

@@ -1,44 +1,239 @@
-"""Placements from shapes alone."""
+"""Plans from shapes alone: bytes against what was measured, the choice of places, refusals with numbers and a way out."""
 
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
 import pytest
 
-from qlora_jax.config import MemorySettings, QuantizationSettings
-from qlora_jax.llama import LlamaConfig
-from qlora_jax.plan import Placements, choose_placements, layer_bytes
+from qlora_jax.__main__ import main
+from qlora_jax.budget import GIB, Limits, Plan
+from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings
+from qlora_jax.errors import InputError
+from qlora_jax.estimate import Job, Layout, items, seconds, total, workspace
+from qlora_jax.llama import MLP_TOKENS, LlamaConfig
+from qlora_jax.plan import compiled_workspace, layer_bytes, make_plan
+from qlora_jax.rates import Rates, published
+from tests import tiny
 
 LLAMA2_70B = LlamaConfig(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 10000.0, False)
+LLAMA2_7B = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 10000.0, False)
+SMALL_CARD = Limits(int(22.8 * GIB), 60 * GIB)
+LARGE_CARD = Limits(130 * GIB, 100 * GIB)
+H200 = published("NVIDIA H200")
 NORM_BYTES = 2 * 8192 * 2
 OFFSET_BYTES = 7 * 4
-GIB = 2**30
+
+
+def job(config: LlamaConfig, rows: int, length: int, micro_batches: int = 1, **changes: Any) -> Job:
+    lora = LoraSettings(r=64, lora_dropout=0.0)
+    options = {"optim": "paged_adamw_32bit", **changes}
+    return Job(config, lora, QuantizationSettings(), rows=rows, length=length, micro_batches=micro_batches, **options)
+
+
+def plan(
+    job: Job, limits: Limits = SMALL_CARD, checkpointing: str = "auto", rates: Rates = H200, **memory: Any
+) -> Plan:
+    return make_plan(job, MemorySettings(**memory), checkpointing, limits, rates)
 
 
 def test_a_70b_layer_is_441_mb() -> None:
     weights = sum(rows * columns for rows, columns in LLAMA2_70B.linear_shapes().values())
     assert weights == 855_638_016
     expected = weights // 2 + weights // 64 + weights // (64 * 256) * 4 + NORM_BYTES + OFFSET_BYTES
-    assert layer_bytes(LLAMA2_70B, QuantizationSettings()) == expected
+    assert layer_bytes(LLAMA2_70B, QuantizationSettings()) == expected == job(LLAMA2_70B, 1, 1).layer_bytes
     assert round(expected / 1e6) == 441
     single = weights // 2 + weights // 64 * 4 + NORM_BYTES
     assert layer_bytes(LLAMA2_70B, QuantizationSettings(double_quant=False)) == single
 
 
+def test_the_sizes_of_a_70b_run() -> None:
+    run = job(LLAMA2_70B, 1, 4096)
+    assert run.adapter_bytes * 80 == 4 * 828_375_040
+    assert 80 * run.moments_bytes == pytest.approx(8 * 828_375_040, rel=1e-6)
+    in_8_bits = 80 * job(LLAMA2_70B, 1, 4096, optim="paged_adamw_8bit").moments_bytes
+    assert in_8_bits == pytest.approx(2 * 828_375_040 * (1 + 4 / 256), rel=1e-4)
+    assert run.vocabulary_bytes == 2 * 32000 * 8192 * 2
+    assert run.hidden_bytes == 4096 * 8192 * 2
+
+
+MEASURED = json.loads((Path(__file__).parent / "measured_steps.json").read_text(encoding="utf-8"))
+"""Cases of `benchmarks.step` on an H200: settings, peak GiB, seconds."""
+PEAK_ERROR, TIME_ERROR = 0.05, 0.25
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case["name"])
+def test_peak_and_seconds_as_measured(case: dict[str, Any]) -> None:
+    config = {"7b": LLAMA2_7B, "70b": LLAMA2_70B}[case["shape"]]
+    config = dataclasses.replace(config, num_hidden_layers=case["layers"])
+    run = job(config, case["rows"], case["length"], case["micro_batches"])
+    layout = Layout(**case["layout"])
+    peak, _ = total(items(run, layout, workspace(run, layout)))
+    assert peak / GIB == pytest.approx(case["peak_gib"], rel=PEAK_ERROR)
+    assert seconds(run, layout, H200).total == pytest.approx(case["step_s"], rel=TIME_ERROR)
+
+
+def test_what_fits_stays_on_the_device_and_keeps_its_intermediates() -> None:
+    found = plan(job(LLAMA2_7B, 4, 2048), LARGE_CARD)
+    assert found.layout == Layout(32, keep=32)
+    assert found.seconds.bus_bytes == 0
+
+
+def test_70b_on_a_small_card_is_streamed_and_fits() -> None:
+    for run in (job(LLAMA2_70B, 1, 4096), job(LLAMA2_70B, 1, 512, 4, optim="paged_adamw_8bit")):
+        found = plan(run)
+        assert found.layout.resident < 80
+        assert found.device_bytes <= SMALL_CARD.device
+        assert found.host_bytes <= SMALL_CARD.host
+        resident = dataclasses.replace(found.layout, resident=80)
+        assert found.seconds.total <= 1.1 * seconds(run, resident, H200).total  # bus and computing overlap
+
+
+@pytest.mark.parametrize("gib", [6, 8])
+def test_70b_on_a_very_small_card_moves_adapters_and_moments_too(gib: int) -> None:
+    found = plan(job(LLAMA2_70B, 1, 4096), Limits(gib * GIB, 64 * GIB))
+    assert (found.layout.adapters, found.layout.optimizer, found.layout.activations) == ("host",) * 3
+
+
+def test_long_rows_work_in_chunks() -> None:
+    found = plan(job(LLAMA2_70B, 1, 32768), Limits(SMALL_CARD.device, 120 * GIB))
+    assert found.layout.mlp_tokens <= MLP_TOKENS
+    assert found.layout.keep == 0
+    assert found.layout.activations == "host"
+
+
+def test_what_was_asked_for_is_done() -> None:
+    asked = {"base_weights": "host", "activations": "host", "adapters": "host", "optimizer": "host"}
+    layout = plan(job(LLAMA2_7B, 1, 512), **asked, checkpointing="full").layout
+    assert (layout.resident, layout.activations, layout.adapters, layout.optimizer, layout.keep) == (
+        0,
+        "host",
+        "host",
+        "host",
+        0,
+    )
+    assert plan(job(LLAMA2_7B, 1, 512), resident_layers=5).layout.resident == 5
+    assert plan(job(LLAMA2_7B, 1, 512), checkpointing="none").layout.keep == 32
+    assert plan(job(LLAMA2_7B, 1, 512), base_weights="disk").layout.places(32) == ["disk"] * 32
+
+
+def test_residents_are_spread_among_the_streamed() -> None:
+    assert Layout(1, "disk").places(3) == ["disk", "disk", "device"]
+    assert Layout(2).places(4) == ["host", "device", "host", "device"]
+
+
 @pytest.mark.parametrize(
-    ("weight_bytes", "device_bytes", "expected"),
+    ("run", "limits", "memory", "checkpointing", "remedy"),
     [
-        (35 * GIB, 23 * GIB, "host"),
-        (4 * GIB, 23 * GIB, "device"),
-        (35 * GIB, 140 * GIB, "device"),
-        (35 * GIB, None, "device"),
+        (job(LLAMA2_70B, 1, 4096), SMALL_CARD, {"base_weights": "device"}, "auto", "memory.base_weights=auto"),
+        (job(LLAMA2_70B, 1, 4096), Limits(SMALL_CARD.device, 30 * GIB), {}, "auto", "memory.base_weights=disk"),
+        (job(LLAMA2_70B, 1, 2**17), SMALL_CARD, {}, "auto", "data.max_seq_length="),
+        (job(LLAMA2_7B, 8, 4096), Limits(6 * GIB, 12 * GIB), {}, "auto", "training.per_device_train_batch_size="),
+        (job(LLAMA2_7B, 4, 2048), SMALL_CARD, {}, "none", "training.gradient_checkpointing=auto"),
     ],
 )
-def test_weights_stay_on_the_device_if_they_leave_it_room(
-    weight_bytes: int, device_bytes: int | None, expected: str
+def test_what_does_not_fit_is_refused_with_a_setting_that_would(
+    run: Job, limits: Limits, memory: dict[str, Any], checkpointing: str, remedy: str
 ) -> None:
-    assert choose_placements(MemorySettings(), "adamw", weight_bytes, device_bytes).base_weights == expected
+    with pytest.raises(InputError, match="does not fit: at least") as caught:
+        plan(run, limits, checkpointing, **memory)
+    assert remedy in caught.value.fix
 
 
-def test_a_paged_optimizer_lives_on_the_host_and_what_is_asked_for_is_done() -> None:
-    assert choose_placements(MemorySettings(), "paged_adamw_32bit", 1, GIB) == Placements("device", "device", "host")
-    assert choose_placements(MemorySettings(), "adamw", 1, GIB) == Placements("device", "device", "device")
-    asked = MemorySettings(base_weights="host", activations="host", optimizer="device")
-    assert choose_placements(asked, "paged_adamw_32bit", 1, GIB) == Placements("host", "host", "device")
+def test_the_remedy_works() -> None:
+    run = job(LLAMA2_70B, 1, 2**17)
+    with pytest.raises(InputError) as caught:
+        plan(run)
+    length = int(caught.value.fix.partition("data.max_seq_length=")[2].split(";")[0])
+    assert plan(dataclasses.replace(run, length=length)).fits
+    with pytest.raises(InputError):
+        plan(dataclasses.replace(run, length=length + 32))
+
+
+def test_a_card_too_small_for_one_layer_is_refused() -> None:
+    with pytest.raises(InputError, match="does not fit"):
+        plan(job(LLAMA2_70B, 1, 512), Limits(2 * GIB, 64 * GIB))
+
+
+def test_the_compiled_workspace_decides() -> None:
+    """What the compiler says replaces the estimate: with a workspace ten times as large, less stays on the device."""
+
+    def large(job: Job, layout: Layout) -> Any:
+        work = workspace(job, layout)
+        return dataclasses.replace(work, backward=10 * work.backward, kept_backward=10 * work.kept_backward)
+
+    run = job(LLAMA2_7B, 4, 2048)
+    estimated = plan(run)
+    compiled = make_plan(run, MemorySettings(), "auto", SMALL_CARD, H200, large)
+    assert compiled.work == large(run, compiled.layout)
+    assert compiled.fits
+    assert compiled.layout.keep < estimated.layout.keep
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_workspace_of_functions_compiled_here(keep: int) -> None:
+    config = LlamaConfig(264, 64, 128, 2, 4, 2, 16, 1e-5, 10000.0, False)
+    run = Job(config, LoraSettings(r=4), QuantizationSettings(), "adamw", 2, 32, 1, "float32", "xla")
+    work = compiled_workspace(run, Layout(2, keep=keep))
+    assert (work.forward > 0, work.kept_forward > 0) == (keep < 2, keep > 0)
+    assert (work.backward > work.forward) == (keep < 2)
+    assert work.head > 0
+
+
+def test_a_processor_keeps_everything_unless_asked() -> None:
+    limits = Limits(None, 16 * GIB)
+    found = make_plan(job(LLAMA2_7B, 1, 128), MemorySettings(), "auto", limits, None)
+    assert found.layout == Layout(32)
+    asked = MemorySettings(base_weights="host", resident_layers=3, optimizer="host")
+    assert make_plan(job(LLAMA2_7B, 1, 128), asked, "none", limits, None).layout == Layout(3, optimizer="host", keep=32)
+    with pytest.raises(InputError, match=r"GiB of the 16\.0 that are free"):
+        make_plan(job(LLAMA2_70B, 1, 128), MemorySettings(), "auto", limits, None)
+
+
+def write_config(folder: Path, **model: Any) -> Path:
+    tiny.write_model(folder / "model", **model)
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    path = folder / "config.yaml"
+    training = f"{{output_dir: {folder / 'run'}, max_steps: 100}}"
+    model, data = (f"{{{key}: {folder / name}}}" for key, name in (("name_or_path", "model"), ("path", "rows.jsonl")))
+    path.write_text(f"model: {model}\ndata: {data}\ntraining: {training}\n")
+    return path
+
+
+def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert main(["plan", "--config", str(config), "--gpu-memory", "24GiB", "--host-memory", "64GiB"]) == 0
+    printed = capsys.readouterr().out
+    assert "base weights, 2 layers" in printed
+    assert "100 steps in" in printed
+    assert "RTX 4090: its data sheet" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    command = ["plan", "--config", str(config), "--gpu-memory", "24GiB", "--gpu", "RTX 3090", "--json"]
+    assert main([*command, "training.per_device_train_batch_size=3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layers"], found["rows"], found["card"]["name"]) == (2, 3, "RTX 3090")
+    assert found["device_bytes"] == sum(item["device"] for item in found["items"])
+    assert found["hours"] == pytest.approx(100 * found["seconds_per_step"] / 3600, abs=1e-3)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="plans for a processor")
+def test_the_command_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", str(write_config(tmp_path))]) == 0
+    assert "memory" in capsys.readouterr().out
+
+
+def test_bad_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(write_config(tmp_path))
+    assert main(["plan", "--config", config, "--gpu-memory", "lots"]) == 2
+    assert "--gpu-memory" in capsys.readouterr().err
+    assert main(["plan", "--config", config, "memory.device_memory=lots"]) == 2
+    assert "expected a size such as 24GiB" in capsys.readouterr().err
+    assert main(["plan", "--config", config, "--gpu-memory", "1GiB", "data.max_seq_length=100000000"]) == 2
+    assert "does not fit" in capsys.readouterr().err

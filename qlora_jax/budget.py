@@ -1,0 +1,93 @@
+"""What a layout costs, beside what there is."""
+
+import dataclasses
+from typing import Any
+
+from qlora_jax.estimate import Item, Job, Layout, Seconds, Workspace, items, seconds, total
+from qlora_jax.rates import Rates
+
+GIB = 2**30
+
+SPARE_SHARE = 0.04
+"""Of the device's memory, left free: what the estimate may be wrong by, and what the allocator loses between blocks."""
+HOST_SPARE_SHARE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Memory a run may take."""
+
+    device: int | None
+    """XLA's share of the card; None where the device is the host's own processor."""
+    host: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A layout with what it costs."""
+
+    job: Job
+    layout: Layout
+    work: Workspace
+    limits: Limits
+    rates: Rates | None
+    """None for a processor, whose speed nobody plans with."""
+
+    @property
+    def items(self) -> list[Item]:
+        """What takes memory."""
+        return items(self.job, self.layout, self.work)
+
+    @property
+    def device_bytes(self) -> int:
+        """The predicted peak in XLA's memory."""
+        return total(self.items)[0]
+
+    @property
+    def host_bytes(self) -> int:
+        """The predicted peak of the process."""
+        return total(self.items)[1]
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of it, pinned."""
+        return sum(item.host for item in self.items if item.name not in ("the process",))
+
+    @property
+    def seconds(self) -> Seconds:
+        """Of a step."""
+        return seconds(self.job, self.layout, self.rates)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it stays within its limits, with something to spare."""
+        on_host = self.host_bytes + (self.device_bytes if self.limits.device is None else 0)
+        on_device = 0 if self.limits.device is None else self.device_bytes / self.limits.device
+        return on_device <= 1 - SPARE_SHARE and on_host <= self.limits.host * (1 - HOST_SPARE_SHARE)
+
+    def as_dict(self, steps: int | None = None) -> dict[str, Any]:
+        """For `--json` and for a run's records."""
+        speed = {} if self.rates is None else self._speed(steps)
+        return {
+            "layout": dataclasses.asdict(self.layout),
+            "layers": self.job.config.num_hidden_layers,
+            "rows": self.job.rows,
+            "length": self.job.length,
+            "micro_batches": self.job.micro_batches,
+            "items": [dataclasses.asdict(item) for item in self.items],
+            "device_bytes": self.device_bytes,
+            "device_limit_bytes": self.limits.device,
+            "host_bytes": self.host_bytes,
+            "host_limit_bytes": self.limits.host,
+            **speed,
+        }
+
+    def _speed(self, steps: int | None) -> dict[str, Any]:
+        spent = self.seconds
+        return {
+            "bus_bytes_per_step": spent.bus_bytes,
+            "seconds_per_step": round(spent.total, 4),
+            "tokens_per_second": round(self.job.tokens * self.job.micro_batches / spent.total, 1),
+            "hours": None if steps is None else round(steps * spent.total / 3600, 3),
+            "card": dataclasses.asdict(self.rates),
+        }

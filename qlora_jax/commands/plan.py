@@ -1,0 +1,202 @@
+"""`python -m qlora_jax plan`: what a run would take of the GPU and the host, and how long, before anything is read."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from convert.hub import cache_dir
+from convert.model import open_shape
+from qlora_jax import machine
+from qlora_jax.budget import GIB, Limits, Plan
+from qlora_jax.config import Config, load_config
+from qlora_jax.data.batches import LENGTH_MULTIPLE
+from qlora_jax.display import make_console
+from qlora_jax.engine import default_attention
+from qlora_jax.errors import InputError
+from qlora_jax.estimate import Job
+from qlora_jax.llama import LlamaConfig
+from qlora_jax.metrics import peak_device_gib
+from qlora_jax.plan import compiled_workspace, make_plan
+from qlora_jax.rates import measured, published
+
+EPILOG = """\
+The longest row is taken to have data.max_seq_length tokens. Without --gpu-memory the plan is for
+this machine's GPU, and the workspace is that of the compiled layer; with it, for a card of that size, from estimates."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.epilog = EPILOG
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of settings; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="plan for a card with so much memory, e.g. 24GiB")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="the card whose speed is assumed with --gpu-memory, e.g. 'RTX 3090'"
+    )
+    parser.add_argument(
+        "--host-memory", metavar="SIZE", help="plan for a host with so much memory to spare, e.g. 64GiB"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the plan to standard output."""
+    console = make_console(stderr=options.json)
+    config = load_config(options.config, options.overrides)
+    shape = open_shape(config.model.name_or_path, log=console.print)
+    length = LENGTH_MULTIPLE * -(-config.data.max_seq_length // LENGTH_MULTIPLE)
+    sizes = {name: _size(name, getattr(options, name.replace("-", "_"))) for name in ("gpu-memory", "host-memory")}
+    if sizes["gpu-memory"] is None:
+        plan = plan_run(config, shape, length, host_bytes=sizes["host-memory"])
+    else:
+        job = make_job(config, shape, length, on_gpu=True)
+        limits = Limits(
+            sizes["gpu-memory"] - machine.CONTEXT_BYTES, sizes["host-memory"] or machine.available_host_bytes()
+        )
+        rates = published(options.gpu or "")
+        plan = make_plan(job, config.memory, config.training.gradient_checkpointing, limits, rates)
+    steps = config.training.max_steps if config.training.max_steps > 0 else None
+    if options.json:
+        print(json.dumps(plan.as_dict(steps), indent=2))
+    else:
+        show(plan, console, steps)
+
+
+def _size(option: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else machine.parse_bytes(text)
+    except ValueError as error:
+        raise InputError(f"--{option}", found=repr(text), expected=str(error).removeprefix("expected ")) from None
+
+
+def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -> Job:
+    """What the settings ask for, its longest row having `length` tokens."""
+    training = config.training
+    dtype = training.compute_dtype if training.compute_dtype != "auto" else "bfloat16" if on_gpu else "float32"
+    return Job(
+        shape,
+        config.lora,
+        config.quantization,
+        training.optim,
+        training.per_device_train_batch_size,
+        length,
+        training.gradient_accumulation_steps,
+        dtype,
+        default_attention(dtype, shape.head_dim, on_gpu=on_gpu),
+        on_gpu=on_gpu,
+        packed=bool(config.data.packing),
+    )
+
+
+def plan_run(config: Config, shape: LlamaConfig, length: int, host_bytes: int | None = None) -> Plan:
+    """The plan for this machine; JAX's backend is started by it, with the memory that the plan needs.
+
+    Raises:
+        InputError: the run does not fit, or the GPU cannot be asked for.
+    """
+    gpu = machine.find_gpu()
+    job = make_job(config, shape, length, on_gpu=gpu is not None)
+    memory, checkpointing = config.memory, config.training.gradient_checkpointing
+    host_bytes = host_bytes or machine.available_host_bytes()
+    cache = cache_dir() / "compiled"
+    if gpu is None:
+        machine.prepare(None, None, 0, cache)
+        return make_plan(job, memory, checkpointing, Limits(None, host_bytes), None)
+    asked = None if memory.device_memory == "auto" else machine.parse_bytes(memory.device_memory)
+    limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
+    guess = make_plan(job, memory, checkpointing, limits, published(gpu.name))
+    machine.prepare(gpu, limits.device, int(1.1 * guess.pinned_bytes) + 2 * GIB, cache)
+    stats = jax.devices()[0].memory_stats()
+    limits = dataclasses.replace(limits, device=min(limits.device, stats["bytes_limit"]) if stats else limits.device)
+    return make_plan(job, memory, checkpointing, limits, measured(), compiled_workspace)
+
+
+def resolved(config: Config, plan: Plan) -> Config:
+    """The settings with every `auto` replaced by what the plan made of it."""
+    layout, depth = plan.layout, plan.job.config.num_hidden_layers
+    checkpointing = {0: "full", depth: "none"}.get(layout.keep, "auto")
+    memory = {
+        "base_weights": "device" if layout.resident == depth else layout.streamed_from,
+        "resident_layers": layout.resident,
+        "activations": layout.activations,
+        "adapters": layout.adapters,
+        "optimizer": layout.optimizer,
+    }
+    training = {"compute_dtype": plan.job.dtype, "gradient_checkpointing": checkpointing}
+    update = {
+        "memory": config.memory.model_copy(update=memory),
+        "training": config.training.model_copy(update=training),
+    }
+    return config.model_copy(update=update)
+
+
+@contextlib.contextmanager
+def memory_explained(plan: Plan, output_dir: Path) -> Iterator[None]:
+    """Turns XLA's out-of-memory into an answer for people.
+
+    Raises:
+        InputError: the device's memory ran out within the block.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        peak, limit = peak_device_gib(), plan.limits.device
+        found = f"out of memory: {(str(error).strip() or 'RESOURCE_EXHAUSTED').splitlines()[0][:200]}"
+        if peak is not None and limit is not None:
+            found += f"; the peak before was {peak:.1f} GiB, the plan expected {plan.device_bytes / GIB:.1f} of {limit / GIB:.1f}"
+        lower = max(1, round(0.85 * (limit or plan.limits.host) / GIB))
+        fix = (
+            f"plan with less, memory.device_memory={lower}GiB, so that more lives on the host; or lower data.max_seq_length or "
+            "training.per_device_train_batch_size. What was saved before is intact"
+        )
+        raise InputError(output_dir, found=found, fix=fix) from None
+
+
+def show(plan: Plan, console: Console, steps: int | None) -> None:
+    """The plan as a table, and what it comes to in a few lines."""
+    layout, depth, job = plan.layout, plan.job.config.num_hidden_layers, plan.job
+    on_gpu = plan.rates is not None
+    table = Table(title_justify="left", box=None, padding=(0, 2))
+    table.add_column("GiB", justify="left")
+    columns = ("device", "host") if on_gpu else ("memory",)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for item in plan.items:
+        name = item.name
+        if name == "base weights":
+            name += (
+                f", {depth - layout.resident} of {depth} layers streamed"
+                if layout.resident < depth
+                else f", {depth} layers"
+            )
+        if name == "kept intermediates":
+            name += f" of {layout.keep} layers"
+        figures = (item.device, item.host) if on_gpu else (item.device + item.host,)
+        if any(figures):
+            table.add_row(name, *(f"{figure / GIB:.2f}" if figure else "" for figure in figures))
+    if on_gpu:
+        table.add_row("together", f"{plan.device_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.2f}", style="bold")
+        table.add_row("there is", f"{plan.limits.device / GIB:.2f}", f"{plan.limits.host / GIB:.2f}")
+    else:
+        table.add_row("together", f"{(plan.device_bytes + plan.host_bytes) / GIB:.2f}", style="bold")
+        table.add_row("there is", f"{plan.limits.host / GIB:.2f}")
+    rows = f"{job.micro_batches} x {job.rows} rows of up to {job.length} tokens a step"
+    console.print(f"plan: {rows}")
+    console.print(table)
+    if on_gpu:
+        spent = plan.seconds
+        length = "" if steps is None else f", {steps} steps in {steps * spent.total / 3600:.2f} h"
+        tokens = job.tokens * job.micro_batches / spent.total
+        console.print(
+            f"predicted: {spent.total:.3g} s a step ({tokens:,.0f} tokens/s), {spent.bus_bytes / 1e9:.1f} GB over the bus{length} "
+            f"(speed of {plan.rates.name}: {plan.rates.source})"
+        )

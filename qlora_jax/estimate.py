@@ -1,0 +1,313 @@
+"""Bytes and seconds of a run, from shapes alone.
+
+A step is two walks over L layers and an update (see `engine.py`). On the device there are at any time: what lives there; a ring of slots
+for streamed layers; and the workspace of the one compiled function at work. So the peak is a sum, taken at the three moments where it
+can be largest: the turn of the walk (all layer inputs, no gradients), its end (all gradients, no inputs), and the update.
+
+The workspace comes from the compiled functions' own memory analysis where there is a backend to compile for; `workspace` below estimates
+it elsewhere. Its coefficients are fitted to that analysis on an H200 (Llama-2 7B, 13B and 70B, 512 to 32,768 tokens), which they meet
+within a tenth. The seconds are a roofline: matrix products at the card's rate, everything else by the bytes it moves.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from qlora_jax import compiled
+from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
+from qlora_jax.llama import MLP_TOKENS, Attention, DecoderLayer, LlamaConfig
+from qlora_jax.loss import LOGIT_BYTES
+from qlora_jax.optimizer import abstract_moments
+from qlora_jax.placement import READ_AHEAD, SLOTS, LayerPlace, Where, nbytes, spread
+from qlora_jax.rates import Rates
+
+PROCESS_BYTES = {True: 4.5 * 2**30, False: 0.7 * 2**30}
+"""Host memory of a run that holds nothing on the host: Python and JAX, and on a GPU CUDA's libraries (H200: 4.6 to 4.8 GiB)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be trained: everything about a run that its memory and time depend on, but for where things live."""
+
+    config: LlamaConfig
+    lora: LoraSettings
+    quantization: QuantizationSettings
+    optim: str
+    rows: int
+    """Of a micro-batch."""
+    length: int
+    """Tokens of the longest row, with its padding."""
+    micro_batches: int
+    """Of an optimizer step."""
+    dtype: str = "bfloat16"
+    """Of hidden states and matrix products."""
+    attention: Attention = "cudnn"
+    on_gpu: bool = True
+    packed: bool = False
+    """Whether rows hold several examples, kept apart by a mask."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.rows * self.length
+
+    @functools.cached_property
+    def _layer(self) -> tuple[Any, Any]:
+        return compiled.describe(DecoderLayer, self.config, self.lora, self.quantization, self.attention)[1:]
+
+    @property
+    def adapter_bytes(self) -> int:
+        """One layer's adapter; its gradient takes the same."""
+        return nbytes(self._layer[0])
+
+    @property
+    def layer_bytes(self) -> int:
+        """One layer's frozen weights: 441 MB for Llama-2-70B."""
+        return nbytes(self._layer[1])
+
+    @functools.cached_property
+    def moments_bytes(self) -> int:
+        """One layer's AdamW moments."""
+        settings = TrainingSettings(output_dir="unused", optim=self.optim)
+        return nbytes(abstract_moments(settings, self._layer[0]))
+
+    @property
+    def vocabulary_bytes(self) -> int:
+        """Embedding and head, bfloat16; one array if they are tied."""
+        matrix = self.config.vocab_size * self.config.hidden_size * 2
+        return matrix * (1 if self.config.tie_word_embeddings else 2)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """The hidden states of one micro-batch, [B, T, D]."""
+        return self.tokens * self.config.hidden_size * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def kept_bytes(self) -> int:
+        """What one layer keeps so as not to be run again, for one micro-batch; see `llama.KEPT`."""
+        config, itemsize = self.config, jnp.dtype(self.dtype).itemsize
+        heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        width = 2 * heads + 2 * kv_heads + config.hidden_size + 2 * config.intermediate_size
+        adapters = len(self.lora.targets) * self.lora.r
+        softmax = 4 * config.num_attention_heads  # float32, a row's log of the sum
+        if self.attention == "xla":
+            softmax *= 3.25 * self.length  # the scores, three times, and a mask
+        return int(self.tokens * (itemsize * (width + adapters) + softmax))
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's linears."""
+        return sum(rows * columns for rows, columns in self.config.linear_shapes().values())
+
+    @property
+    def flop(self) -> int:
+        """Of one step's matrix products with the base weights, recomputation included: 6 a weight (head included) and token."""
+        head = self.config.vocab_size * self.config.hidden_size
+        return 6 * (self.layer_weights * self.config.num_hidden_layers + head) * self.tokens * self.micro_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where everything lives, and how a layer works."""
+
+    resident: int
+    """Layers whose frozen weights stay on the device; the others are streamed."""
+    streamed_from: Literal["host", "disk"] = "host"
+    activations: Where = "device"
+    adapters: Where = "device"
+    optimizer: Where = "device"
+    keep: int = 0
+    """Layers that keep their intermediates, and are not run again."""
+    share_dense: bool = True
+    mlp_tokens: int = MLP_TOKENS
+    slots: int = SLOTS
+
+    def places(self, depth: int) -> list[LayerPlace]:
+        """Of each layer's frozen weights, resident ones spread evenly among the streamed."""
+        return [self.streamed_from if place == "host" else place for place in spread(self.resident, depth)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """Bytes that the compiled functions take for themselves while they run, besides arguments and results."""
+
+    forward: int
+    backward: int
+    head: int
+    kept_forward: int = 0
+    kept_backward: int = 0
+
+
+def workspace(job: Job, layout: Layout) -> Workspace:
+    """An estimate, for where nothing can be compiled; see the module's docstring."""
+    config, itemsize = job.config, jnp.dtype(job.dtype).itemsize
+    hidden, mlp, tokens = config.hidden_size, config.intermediate_size, job.tokens
+    dense = [itemsize * rows * columns for rows, columns in config.linear_shapes().values()]
+    chunk = min(tokens, layout.mlp_tokens)
+    hoisted = sum(dense[4:]) if chunk < tokens else max(dense)
+    scores = 0
+    if job.attention == "xla":
+        scores = 4 * job.rows * config.num_attention_heads * job.length**2  # float32 [B, H, T, T]
+    forward = hoisted + itemsize * (tokens * 2 * hidden + chunk * 3 * mlp) + 2 * scores
+    dropped = 0.8 * itemsize * (4 * hidden * tokens + (2 * hidden + mlp) * chunk) if job.lora.lora_dropout else 0
+    shared = dropped + 0.74 * sum(dense) if layout.share_dense else dropped + 0.6 * max(dense)
+    attention = shared + itemsize * tokens * 8 * hidden
+    if layout.share_dense or chunk == tokens:
+        backward = attention + itemsize * chunk * 6 * mlp
+    else:
+        backward = max(attention, hoisted + itemsize * (chunk * 6 * mlp + tokens * 3 * hidden))
+    kept = max(dense) + itemsize * tokens * (2 * hidden + 3 * mlp)
+    return Workspace(
+        int(forward),
+        int(backward + 3 * scores),
+        2 * min(LOGIT_BYTES, 4 * tokens * config.vocab_size),
+        int(kept / 2 + 2 * scores),
+        int(kept + 3 * scores),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A line of the plan: what, and the bytes it takes of the device at its peak and of the host."""
+
+    name: str
+    device: int
+    host: int
+
+
+def items(job: Job, layout: Layout, work: Workspace) -> list[Item]:
+    """What takes memory. The device's bytes are those of the moment where their sum is largest."""
+    moment = max(_moments(job, layout, work), key=lambda lines: sum(line.device for line in lines))
+    return [*_always(job, layout), *moment, Item("the process", 0, int(PROCESS_BYTES[job.on_gpu]))]
+
+
+def _placed(name: str, where: Where, depth: int, a_layer: int, *, present: bool = True) -> Item:
+    """Something every layer has. On the host all have room, and two visit the device: one at work, one coming or leaving."""
+    if where == "host":
+        return Item(name, 2 * a_layer, depth * a_layer)
+    return Item(name, depth * a_layer if present else a_layer, 0)
+
+
+def _always(job: Job, layout: Layout) -> list[Item]:
+    """What is there from the first step to the last."""
+    depth = job.config.num_hidden_layers
+    streamed = depth - layout.resident
+    on_device = (layout.resident + (layout.slots if streamed else 0)) * job.layer_bytes
+    on_host = streamed if layout.streamed_from == "host" else min(streamed, READ_AHEAD + 2)
+    moments = _placed("moments", layout.optimizer, depth, job.moments_bytes)
+    if layout.optimizer == "host":
+        moments = dataclasses.replace(moments, device=0)  # they visit in the update only
+    return [
+        Item("embedding and head", job.vocabulary_bytes, 0),
+        Item("base weights", on_device, on_host * job.layer_bytes),
+        _placed("adapters", layout.adapters, depth, job.adapter_bytes),
+        moments,
+    ]
+
+
+def _moments(job: Job, layout: Layout, work: Workspace) -> list[list[Item]]:
+    """The turn of the walk, its end, and the update: what is there besides."""
+    depth, adapter = job.config.num_hidden_layers, job.adapter_bytes
+    inputs, kept = job.hidden_bytes * job.micro_batches, job.kept_bytes * job.micro_batches
+    backward = max(work.backward if layout.keep < depth else 0, work.kept_backward if layout.keep else 0)
+    forward = max(work.forward, work.kept_forward if layout.keep else 0)
+    visiting = 2 * (2 * adapter * (layout.adapters == "host") + job.moments_bytes * (layout.optimizer == "host"))
+    update = 3 * adapter + (8 * adapter if job.optim.endswith("8bit") else 0)
+    layer_inputs = _placed("layer inputs", layout.activations, depth, inputs)
+    gradients = _placed("gradients", layout.adapters, depth, adapter)
+    flowing = Item("hidden states", 2 * inputs, 0)
+    return [
+        [
+            layer_inputs,
+            Item("kept intermediates", layout.keep * kept, 0),
+            _placed("gradients", layout.adapters, depth, adapter, present=False),
+            flowing,
+            Item("workspace", max(forward, backward, work.head), 0),
+        ],
+        [
+            _placed("layer inputs", layout.activations, depth, inputs, present=False),
+            Item("kept intermediates", kept if layout.keep == depth else 0, 0),
+            gradients,
+            flowing,
+            Item("workspace", backward, 0),
+        ],
+        [dataclasses.replace(layer_inputs, device=0), gradients, Item("workspace", visiting + update, 0)],
+    ]
+
+
+HEAD_FACTOR = 1.3
+"""What the head takes over its three matrix products."""
+LAUNCH_SECONDS = 3e-6
+"""Of one kernel, with what its inputs and outputs wait for."""
+KERNELS = (45, 110)
+"""Kernels of a layer, forwards and backwards."""
+ELEMENTWISE = (80, 110)
+"""Bytes that norms, activations, residuals and adapters move a layer, forwards and backwards (with recomputation), over those of one
+[N, D] array: fitted to profiles of 7B and 70B layers on an H200."""
+TURN_SECONDS = 2e-4
+"""For which the device waits for Python at each streamed layer if there are only two slots."""
+FEW_TOKENS = 128
+"""Tokens at which a matrix product with a large weight reaches half of its rate."""
+ATTENTION_SHARE = 0.55
+"""Of the matrix products' rate that cuDNN's attention reaches, half of its square being masked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Of one step."""
+
+    forward: float
+    head: float
+    backward: float
+    update: float
+    bus_bytes: int
+    """Both directions."""
+
+    @property
+    def total(self) -> float:
+        """Of a step."""
+        return self.forward + self.head + self.backward + self.update
+
+
+def seconds(job: Job, layout: Layout, rates: Rates) -> Seconds:
+    """A roofline of one step; a walk takes as long as its computing or as its copies, whichever is longer."""
+    depth, micro = job.config.num_hidden_layers, job.micro_batches
+    streamed = depth - layout.resident
+    forward, again, kept = _layer_seconds(job, layout, rates)
+    layers = streamed * job.layer_bytes
+    adapters = depth * job.adapter_bytes * (layout.adapters == "host")
+    inputs = depth * job.hidden_bytes * micro * (layout.activations == "host")
+    moments = depth * job.moments_bytes * (layout.optimizer == "host")
+    stream = layers / (rates.bus if layout.streamed_from == "host" else min(rates.bus, rates.disk))
+    waits = streamed * TURN_SECONDS * (layout.slots < SLOTS)
+    up = waits + max(micro * depth * forward, stream + adapters / rates.bus, inputs / rates.bus)
+    computing = micro * ((depth - layout.keep) * again + layout.keep * kept)
+    down = waits + max(computing, stream + (adapters + inputs) / rates.bus)
+    head = micro * 6 * job.config.vocab_size * job.config.hidden_size * job.tokens / rates.flop * HEAD_FACTOR
+    update = (moments + 2 * adapters) / rates.bus + 8 * depth * job.adapter_bytes / rates.memory
+    update += depth * 30 * LAUNCH_SECONDS
+    return Seconds(up, head, down, update, int(2 * layers + 6 * adapters + 2 * inputs + 2 * moments))
+
+
+def _layer_seconds(job: Job, layout: Layout, rates: Rates) -> tuple[float, float, float]:
+    """One layer on one micro-batch: forwards, backwards with running it again, backwards from what was kept."""
+    chunk = min(job.tokens, layout.mlp_tokens)
+    mlp = sum(rows * columns for rows, columns in list(job.config.linear_shapes().values())[4:])
+    slower = 1 + FEW_TOKENS / job.tokens + mlp / job.layer_weights * (FEW_TOKENS / chunk - FEW_TOKENS / job.tokens)
+    product = 2 * job.layer_weights * job.tokens / rates.flop * slower
+    heads = job.config.num_attention_heads * job.config.head_dim
+    attention = 2 * job.rows * job.length**2 * heads / (rates.flop * ATTENTION_SHARE)
+    dequantize = 2.6 * job.layer_weights / rates.memory
+    moved = [factor * job.hidden_bytes / rates.memory for factor in ELEMENTWISE]
+    launches = [number * LAUNCH_SECONDS for number in KERNELS]
+    forward = product + attention + dequantize + moved[0] + launches[0]
+    again = 2 * product + 3.5 * attention + moved[1] + launches[1] + dequantize * (1 if layout.share_dense else 2)
+    kept = product + 2.5 * attention + 0.75 * moved[1] + launches[1] + dequantize
+    return forward, again, kept
+
+
+def total(lines: list[Item]) -> tuple[int, int]:
+    """(device bytes, host bytes)."""
+    return sum(line.device for line in lines), sum(line.host for line in lines)

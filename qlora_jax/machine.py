@@ -1,0 +1,128 @@
+"""What the machine has, found out before JAX starts its backend; and what XLA reads only once, then.
+
+The size of XLA's share of the GPU and of its pool of pinned host memory are settled when the backend starts. So the plan is made from the
+driver's own figures (NVML) and the kernel's, and `prepare` sets what follows from it.
+"""
+
+import ctypes
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import jax
+
+GIB = 2**30
+
+CONTEXT_BYTES = GIB * 3 // 4
+"""What a process takes of a GPU beside XLA's pool: CUDA's context and the libraries' own; 0.65 GiB on an H200."""
+
+PINNED_UNIT = GIB
+"""XLA takes the limit of its pinned pool in whole GiB."""
+
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU as the driver describes it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def find_gpu() -> Gpu | None:
+    """The GPU that JAX will use, without starting it; None if there is none, or JAX was told to use another platform."""
+    platforms = (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS") or "cuda").split(",")
+    if platforms[0] not in ("cuda", "gpu"):
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    try:
+        return _describe(nvml)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _describe(nvml: ctypes.CDLL) -> Gpu | None:
+    handle, memory, name = ctypes.c_void_p(), _Memory(), ctypes.create_string_buffer(96)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if visible.isdigit():
+        status = nvml.nvmlDeviceGetHandleByIndex_v2(int(visible), ctypes.byref(handle))
+    else:  # by its UUID; an empty or negative entry hides every GPU, and finds none here
+        status = nvml.nvmlDeviceGetHandleByUUID(visible.encode(), ctypes.byref(handle))
+    if status or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)):
+        return None
+    nvml.nvmlDeviceGetName(handle, name, len(name))
+    return Gpu(name.value.decode(), memory.total, memory.free)
+
+
+def available_host_bytes(root: Path = Path("/")) -> int:
+    """Host memory that can be taken without swapping: what the kernel calls available, or less if a control group allows less."""
+    text = (root / "proc/meminfo").read_text(encoding="utf-8")
+    available = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", text)[1])
+    for limit_file, usage_file in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = ((root / name).read_text(encoding="utf-8").strip() for name in (limit_file, usage_file))
+        except OSError:
+            continue
+        if limit != "max":
+            available = min(available, int(limit) - int(usage))
+    return available
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `24 GB`, `512MiB` or a plain number of bytes.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ValueError("expected a size such as 24GiB")
+    unit = (match[2] or "B").upper()
+    power = "BKMGT".index(unit[0])
+    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** power)
+
+
+def usable_bytes(gpu: Gpu, asked: int | None) -> int:
+    """Bytes that XLA may have of a card: of what is free now, or of `asked`, the memory of a smaller card, without CUDA's own."""
+    return min(gpu.free_bytes, gpu.total_bytes if asked is None else asked) - CONTEXT_BYTES
+
+
+def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache: Path) -> None:
+    """Set what XLA reads at its start, where the user has not: before anything runs on the device.
+
+    Args:
+        gpu: the card, None without one.
+        device_bytes: XLA's share of it.
+        pinned_bytes: the most the run may pin. The pool grows by doubling what it has, up to its limit: a limit just above the need keeps
+            it from taking much more than that.
+        cache: where compiled functions are kept from run to run, unless `JAX_COMPILATION_CACHE_DIR` names another folder.
+    """
+    if CACHE_VARIABLE not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if gpu is None:
+        return
+    chosen = {
+        "XLA_CLIENT_MEM_FRACTION",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+        "XLA_PYTHON_CLIENT_ALLOCATOR",
+    } & os.environ.keys()
+    if not chosen and device_bytes is not None:
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{device_bytes / gpu.total_bytes:.4f}"
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(-(-pinned_bytes // PINNED_UNIT) + 2))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # out of memory, XLA would print every block it has
