@@ -1,14 +1,15 @@
 """Seconds and memory of one optimizer step on random weights of a Llama shape, wherever they live.
 
     python -m benchmarks.step 7b:8 --batch 4 --seq 2048
-    XLA_CLIENT_MEM_FRACTION=0.163 python -m benchmarks.step 70b --batch 1 --seq 4096 --weights host     # plays a 24 GB card
+    python -m benchmarks.step 70b --batch 1 --seq 4096 --gpu-memory 24GiB --auto auto     # plays a 24 GiB card, as the planner would
 
-Adapters of rank 64 on all linears, recomputation, AdamW and clipping included. One process measures one case: peaks are a process's own.
+Adapters of rank 64 on all linears, AdamW and clipping included. One process measures one case: peaks are a process's own. Beside what is
+measured stands what the planner predicts for the same layout. `tflops` counts 6 FLOP a base weight and token, recomputed or not.
 """
 
 import argparse
+import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
@@ -22,13 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import describe, process_gpu_gib
-from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
+from convert.hub import cache_dir
+from qlora_jax import machine
+from qlora_jax.budget import GIB, Limits, Plan
+from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine import Engine, Weights, default_attention
+from qlora_jax.estimate import Job, Layout, workspace
 from qlora_jax.llama import MLP_TOKENS, LlamaConfig
 from qlora_jax.metrics import peak_device_gib, peak_host_gib
 from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import SLOTS, LayerPlace, LayerStore, Tree, put, spread
+from qlora_jax.placement import SLOTS, LayerPlace, LayerStore, Tree, put
+from qlora_jax.plan import compiled_workspace, make_plan
+from qlora_jax.rates import measured, published
 
 SHAPES = {
     "7b": {
@@ -74,52 +81,108 @@ def random_tree(abstract: Tree, key: jax.Array) -> Tree:
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def random_weights(engine: Engine, where: LayerPlace | list[LayerPlace], slots: int = SLOTS) -> Weights:
-    """A whole random model, its layers made on the device one at a time and moved to their place."""
+def random_weights(engine: Engine, places: list[LayerPlace], slots: int, distinct: int) -> Weights:
+    """A whole random model, its layers made on the device one at a time and moved to their place.
+
+    Layers on the host from number `distinct` on are the first ones again: the same bytes to copy, in less memory.
+    """
     make = jax.jit(lambda key: random_tree(engine.abstract_layer, key))
+    on_host: list[Tree] = []
 
     def layers() -> Iterator[Tree]:
-        for layer in range(engine.config.num_hidden_layers):
-            yield make(jax.random.key(layer))
+        for layer, place in enumerate(places):
+            if place == "device" or len(on_host) < distinct:
+                tree = jax.block_until_ready(put(make(jax.random.key(layer)), place))
+                on_host.extend([tree] if place == "host" else [])
+                yield tree
+            else:
+                yield on_host[layer % distinct]
 
     vocabulary = (engine.config.vocab_size, engine.config.hidden_size)
     embedding, head = (0.02 * jax.random.normal(jax.random.key(i), vocabulary, jnp.bfloat16) for i in (1, 2))
     norm = jnp.ones(vocabulary[1:], jnp.bfloat16)
     return Weights(
         put({"weight": embedding}, "device"),
-        LayerStore(layers(), where, slots=slots),
+        LayerStore(layers(), places, slots=slots),
         put({"norm": {"weight": norm}, "weight": head}, "device"),
     )
+
+
+def llama(name: str) -> LlamaConfig:
+    """`7b`, or `7b:8` for its first eight layers."""
+    shape, _, layers = name.partition(":")
+    settings = {**SHAPES[shape], "vocab_size": 32000, "model_type": "llama", "rms_norm_eps": 1e-5}
+    return LlamaConfig.from_hf({**settings, "num_hidden_layers": int(layers or settings["num_hidden_layers"])})
+
+
+def settle(options: argparse.Namespace) -> Plan:
+    """The case's layout, as the options have it or as the planner chooses, and what it is predicted to cost. Starts JAX's backend."""
+    gpu, on_gpu = machine.find_gpu(), machine.find_gpu() is not None
+    config = llama(options.model)
+    lora = LoraSettings(r=options.rank, lora_dropout=options.dropout)
+    attention = default_attention(options.dtype, config.head_dim, on_gpu=on_gpu)
+    shape = (options.batch, options.seq, options.accumulate)
+    job = Job(config, lora, QuantizationSettings(), options.optim, *shape, options.dtype, attention, on_gpu)
+    asked = machine.parse_bytes(options.gpu_memory) if options.gpu_memory else None
+    host = machine.available_host_bytes()
+    limits = Limits(machine.usable_bytes(gpu, asked) if gpu else None, host)
+    if options.auto:
+        guess = make_plan(job, MemorySettings(), options.auto, limits, published(gpu.name) if gpu else None)
+    else:
+        depth = config.num_hidden_layers
+        resident = depth if options.weights == "device" else options.resident
+        guess = Plan(
+            job,
+            Layout(
+                resident,
+                "host",
+                options.activations,
+                options.adapters,
+                options.optimizer,
+                depth if options.keep is None else options.keep,
+                options.share_dense,
+                options.mlp_tokens,
+                options.slots,
+            ),
+            workspace(job, Layout(resident)),
+            limits,
+            published(),
+        )
+    machine.prepare(gpu, limits.device, int(1.1 * guess.pinned_bytes) + 2**31, cache_dir() / "compiled")
+    if gpu is None:
+        return dataclasses.replace(guess, rates=None)
+    if options.auto:
+        return make_plan(job, MemorySettings(), options.auto, limits, measured(), compiled_workspace)
+    return dataclasses.replace(guess, work=compiled_workspace(job, guess.layout), rates=measured())
 
 
 class Case:
     """A model, an optimizer and a batch of the shape that was asked for, ready to take steps."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        name, _, layers = options.model.partition(":")
-        shape = {**SHAPES[name], "vocab_size": 32000, "model_type": "llama", "rms_norm_eps": 1e-5}
-        self.config = LlamaConfig.from_hf({**shape, "num_hidden_layers": int(layers or shape["num_hidden_layers"])})
-        dtype = jnp.dtype(options.dtype)
+        self.plan = plan = settle(options)
+        job, layout = plan.job, plan.layout
+        self.config = job.config
         self.engine = Engine(
-            self.config,
-            LoraSettings(r=options.rank, lora_dropout=options.dropout),
-            QuantizationSettings(),
-            compute_dtype=dtype,
-            attention=default_attention(dtype, self.config.head_dim),
-            activations=options.activations,
-            adapters=options.adapters,
-            keep=self.config.num_hidden_layers if options.keep is None else options.keep,
-            share_dense=options.share_dense,
-            mlp_tokens=options.mlp_tokens,
+            job.config,
+            job.lora,
+            job.quantization,
+            compute_dtype=job.dtype,
+            attention=job.attention,
+            activations=layout.activations,
+            adapters=layout.adapters,
+            keep=layout.keep,
+            share_dense=layout.share_dense,
+            mlp_tokens=layout.mlp_tokens,
         )
-        places = spread(options.resident, self.config.num_hidden_layers) if options.resident else options.weights
         start = time.perf_counter()
-        self.weights = random_weights(self.engine, places, options.slots)
+        places = layout.places(job.config.num_hidden_layers)
+        self.weights = random_weights(self.engine, places, layout.slots, options.distinct or len(places))
         self.build_s = time.perf_counter() - start
         self.adapters = self.engine.init_adapters(0)
-        settings = TrainingSettings(output_dir=Path(), optim=options.optim)
-        self.optimizer = AdamW(settings, self.adapters, options.optimizer)
-        shape = (options.accumulate, options.batch, options.seq)
+        settings = TrainingSettings(output_dir=Path(), optim=job.optim)
+        self.optimizer = AdamW(settings, self.adapters, layout.optimizer)
+        shape = (job.micro_batches, job.rows, job.length)
         ids = np.random.default_rng(0).integers(0, self.config.vocab_size, shape).astype(np.int32)
         self.batch = Batch(ids, ids, ids[..., 1:].size, ids.size)
         self.steps = 0
@@ -135,36 +198,42 @@ class Case:
         self.steps += 1
         return time.perf_counter() - start, float(loss)
 
-    def flop(self) -> int:
-        """Arithmetic of one step with recomputation: 6 FLOP a base weight (head included) and token; adapters and attention not counted."""
-        linear = sum(rows * columns for rows, columns in self.config.linear_shapes().values())
-        weights = linear * self.config.num_hidden_layers + self.config.vocab_size * self.config.hidden_size
-        return 6 * weights * self.batch.input_ids.size
-
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Build, warm up, time; see the module's docstring."""
     case = Case(options)
     seconds, losses = zip(*(case.step() for _ in range(options.steps + 1)), strict=True)
-    best, tokens = min(seconds[1:]), case.batch.input_ids.size
+    plan, best, tokens = case.plan, min(seconds[1:]), case.batch.input_ids.size
+    speed: dict[str, Any] = {}
+    if plan.rates is not None:
+        predicted = plan.seconds
+        speed = {
+            "predicted_s": round(predicted.total, 4),
+            "matmul_peak_tflops": round(plan.rates.flop / 1e12, 1),
+            "bus_gb_per_s": round(predicted.bus_bytes / best / 1e9, 1),
+            "bus_peak_gb_per_s": round(plan.rates.bus / 1e9, 1),
+        }
     return {
         "what": "step",
-        **{name: getattr(options, name) for name in ("model", "accumulate", "batch", "seq", "dtype", "dropout")},
         **{
             name: getattr(options, name)
-            for name in ("weights", "resident", "activations", "adapters", "optimizer", "optim")
+            for name in ("model", "accumulate", "batch", "seq", "dtype", "dropout", "optim")
         },
-        **{name: getattr(options, name) for name in ("keep", "share_dense", "mlp_tokens", "slots")},
-        "memory_fraction": os.environ.get("XLA_CLIENT_MEM_FRACTION"),
+        "gpu_memory": options.gpu_memory,
+        "layout": {"chosen": options.auto or "by hand", **dataclasses.asdict(plan.layout)},
         "step_s": round(best, 4),
         "median_s": round(statistics.median(seconds[1:]), 4),
         "compile_s": round(seconds[0] - best, 2),
         "build_s": round(case.build_s, 1),
         "tokens_per_s": round(tokens / best, 1),
-        "tflops": round(case.flop() / best / 1e12, 1),
+        "tflops": round(plan.job.flop / best / 1e12, 1),
+        **speed,
         "peak_device_gib": peak_device_gib(),
+        "predicted_device_gib": round(plan.device_bytes / GIB, 3),
         "process_device_gib": process_gpu_gib(),
         "peak_host_gib": peak_host_gib(),
+        "predicted_host_gib": round(plan.host_bytes / GIB, 3),
+        "distinct": options.distinct,
         "losses": losses,
     }
 
@@ -186,6 +255,11 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mlp-tokens", type=int, default=MLP_TOKENS)
     parser.add_argument("--slots", type=int, default=SLOTS)
+    parser.add_argument(
+        "--auto", choices=("auto", "full", "none"), help="let the planner choose, with this gradient_checkpointing"
+    )
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="play a card with so much memory, e.g. 24GiB")
+    parser.add_argument("--distinct", type=int, default=0, metavar="N", help="make only N different layers on the host")
     for place in ("weights", "activations", "adapters", "optimizer"):
         parser.add_argument(f"--{place}", default="device", choices=("device", "host"))
 

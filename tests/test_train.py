@@ -30,7 +30,7 @@ from convert.merge import merge
 from convert.quantize import quantize
 from convert.shards import write_json
 from qlora_jax import trainer
-from qlora_jax.config import QuantizationSettings, load_config
+from qlora_jax.config import MemorySettings, QuantizationSettings, load_config
 from qlora_jax.engine import Engine
 from qlora_jax.errors import EXIT_BAD_INPUT
 from tests import tiny
@@ -159,7 +159,9 @@ def test_the_resolved_config(finished: tuple[Path, str], place: Path) -> None:
     assert config.to_yaml() == path.read_text()
     assert config.training.output_dir == finished[0]
     assert (config.training.compute_dtype, config.training.gradient_checkpointing) == ("float32", "full")
-    assert config.memory.model_dump() == {"base_weights": "device", "activations": "device", "optimizer": "host"}
+    assert config.memory == MemorySettings(
+        base_weights="device", resident_layers=2, activations="device", adapters="device", optimizer="device"
+    )
     assert config.data.format == "chat"
 
 
