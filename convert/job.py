@@ -9,10 +9,7 @@ So NAME is whole from the moment it exists, whatever moment the power goes.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,12 +19,11 @@ import jax
 import numpy as np
 
 from convert.folder import ModelFolder
-from convert.shards import write_json
 from qlora_jax.errors import InputError
+from qlora_jax.files import FULL, describe_size, publish, try_lock, write_json
 
 FORMAT = 2
 """Raised whenever the same job makes other bytes: what an older version left is then not continued."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Log = Callable[[str], object]
 
@@ -89,7 +85,7 @@ def filling(out: Path, job: dict[str, Any], log: Log) -> Iterator[Path]:
         try:
             _claim(partial, job, log)
             yield folder
-            _publish(folder, out)
+            publish(folder, out)
         except BaseException as error:
             at_fault = isinstance(error, InputError) and not isinstance(error, DestinationError)
             if at_fault or not any(folder.rglob("*.safetensors")):
@@ -125,14 +121,10 @@ def require_space(folder: Path, needed: int, out: Path) -> None:
     if needed > free:
         raise DestinationError(
             out,
-            found=f"{_size(free)} free on this disk",
-            expected=f"{_size(needed)}, which is what remains to be written",
+            found=f"{describe_size(free)} free on this disk",
+            expected=f"{describe_size(needed)}, which is what remains to be written",
             fix="make room, or name a folder on another disk",
         )
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes:,} bytes ({nbytes / 2**30:,.2f} GiB)"
 
 
 def _raise_if_full(error: BaseException, out: Path) -> None:
@@ -142,12 +134,9 @@ def _raise_if_full(error: BaseException, out: Path) -> None:
 
 
 def _lock(descriptor: int, out: Path) -> None:
-    """The kernel lets go of it when the process ends, however it ends."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(descriptor):
         fix = "wait for it, or name another folder"
-        raise DestinationError(out, found="another process is making this folder", fix=fix) from None
+        raise DestinationError(out, found="another process is making this folder", fix=fix)
 
 
 def _claim(partial: Path, job: dict[str, Any], log: Log) -> None:
@@ -165,19 +154,3 @@ def _claim(partial: Path, job: dict[str, Any], log: Log) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         write_json(note, job)
     folder.mkdir(exist_ok=True)
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Rename, with everything on the disk before and the new name after."""
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
-    folder.rename(out)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

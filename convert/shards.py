@@ -6,7 +6,6 @@ itself; here they are written in the order given.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import json
 import math
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.ahead import made_ahead
+from qlora_jax.files import replacing, write_json
 
 ALIGNMENT = 8
 HEADER_LENGTH_BYTES = 8
@@ -196,28 +196,6 @@ def is_whole(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str
 def write_index(folder: str | Path, weight_map: Mapping[str, str], total_size: int) -> None:
     """Write `model.safetensors.index.json`: which shard (a file name) holds which tensor; `total_size` is in bytes."""
     write_json(Path(folder) / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
-
-
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as indented JSON; whole or not at all."""
-    with replacing(path) as file:
-        file.write(json.dumps(obj, indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
-    """A file to write beside `path`, which takes its place at the end of the block, or is removed if that fails."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb", buffering) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: after a power cut the name must not point at missing bytes
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
