@@ -1,43 +1,49 @@
 """Fine-tune a Llama-family model with QLoRA: `python train.py --config FILE [section.key=value ...]`."""
 
 import argparse
-import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
 
 import jax
 from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
 from convert.cache import cached_folder
+from convert.identity import model_identity
 from convert.load import load_weights, total_bytes
 from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
 from qlora_jax.budget import Plan
+from qlora_jax.changes import check_changes, check_identity
+from qlora_jax.checkpoint import Checkpoint
 from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
 from qlora_jax.config import Config, load_config
 from qlora_jax.data import Batch, Batches, Example, Row, detect_format, eval_batches, read_rows, tokenize
 from qlora_jax.data.batches import LENGTH_MULTIPLE
-from qlora_jax.display import byte_bar, make_console, progress_bar
+from qlora_jax.display import Phases, byte_bar, make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.generate import Sampling
+from qlora_jax.output_dir import OutputDir
 from qlora_jax.placement import nbytes, put
-from qlora_jax.trainer import Trainer, make_output_dir, refuse_finished_run
+from qlora_jax.samples import Samples
+from qlora_jax.trackers import check_trackers, open_trackers
+from qlora_jax.trainer import Hooks, Trainer, check_evaluation
 
 EPILOG = """\
 Any setting of the file can be given on the command line, e.g. training.max_steps=20 lora.r=16.
-A run leaves in training.output_dir: adapter/ (PEFT's format), metrics.jsonl, loss.png, config.yaml (all settings, resolved), samples.jsonl
-when training.sample_prompt is set, and merged/ (a Hugging Face folder) when training.export_merged is true."""
+A run leaves in training.output_dir: adapter/ (PEFT's format), metrics.jsonl, loss.png, config.yaml (all settings, resolved), run.json
+(what happened), checkpoints/, samples.jsonl when training.sample_prompt is set, best/ when there is something to evaluate on, and merged/
+(a Hugging Face folder) when training.export_merged is true.
+A run that was stopped, by Ctrl-C, SIGTERM or anything else, is continued by the same command."""
 
 
 @exit_status
@@ -49,53 +55,96 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of settings; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     options = parser.parse_args(arguments)
-    run(load_config(options.config, options.overrides), make_console())
+    command = ["train.py", *(sys.argv[1:] if arguments is None else arguments)]
+    run(load_config(options.config, options.overrides), make_console(), command)
 
 
-def run(config: Config, console: Console) -> None:
-    """One whole run: read, quantize, train, export, show."""
+def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
+    """One whole run, or what is left of it: read, quantize, train, export, show."""
     if config.training.full_determinism:  # XLA reads this once, when the device is first used
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_exclude_nondeterministic_ops=true"
-    refuse_finished_run(config.training)
-    model = open_model(config.model.name_or_path, log=console.print)
-    config, start = settle_adapter(config, model)
-    config = settle_quantization(config, model, console)
-    rows = read_rows(config.data.path)
-    config = settle_format(config, rows)
-    training, held_out = load_batches(config, rows, model, console)
-    plan = plan_run(config, model.config, longest_row(config))
-    show(plan, console, len(training))
-    config = resolved(config, plan)
-    output_dir = make_output_dir(config.training)
-    (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    weights = load(config, model, plan, console)
-    engine = make_engine(config, plan)
-    adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
-    adapters = [put(layer, plan.layout.adapters) for layer in adapters]
-    describe(config, engine, weights, adapters, training, console)
-    samples = Samples(config, engine, weights, model, output_dir / "samples.jsonl")
-    samples.take(0, adapters)
-    trainer = Trainer(
-        config.training,
-        engine,
-        weights,
-        training,
-        held_out,
-        optimizer=plan.layout.optimizer,
-        output_dir=output_dir,
-        console=console,
-    )
-    with memory_explained(plan, output_dir):
-        adapters = trainer.train(adapters)
-    save_adapter(output_dir / "adapter", adapters, config.lora, config.quantization, model.name_or_path)
-    # Another run's merged model would not be this adapter's. It is only there if overwriting was asked for.
-    shutil.rmtree(output_dir / "merged", ignore_errors=True)
-    console.print(f"adapter: {output_dir / 'adapter'}   loss curve: {output_dir / 'loss.png'}")
-    samples.take(len(training), adapters)
-    if config.training.export_merged:
-        del weights
-        export_merged(config, model, output_dir, console)
-    samples.show(console)
+    check_trackers(config.training)
+    phases = Phases()
+    with OutputDir(config.training) as folder:
+        folder.look()
+        with phases.time("checking"):
+            resumed = folder.newest(console.print)
+        with phases.time("model"):
+            model = open_model(config.model.name_or_path, log=console.print)
+            config, start = settle_adapter(config, model)
+            config = settle_quantization(config, model, console)
+        with phases.time("data"):
+            rows = read_rows(config.data.path)
+            config = settle_format(config, rows)
+            training, held_out = load_batches(config, rows, model, console)
+        check_evaluation(config.training, held_out)
+        folder.refuse_nothing_to_do(resumed, len(training))
+        plan = plan_run(config, model.config, longest_row(config))
+        show(plan, console, len(training))
+        config = resolved(config, plan)
+        about = about_run(config, model, training)
+        if resumed:
+            continued(resumed, about, console)
+        checkpoints = folder.claim(resumed)
+        for line in folder.begin(config, command, resumed, plan.as_dict(len(training))):
+            console.print(line)
+        weights = load(config, model, plan, console, phases)
+        engine = make_engine(config, plan)
+        adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
+        adapters = [put(layer, plan.layout.adapters) for layer in adapters]
+        describe(config, engine, weights, adapters, training, console)
+        samples = make_samples(config, engine, weights, model, folder.path / "samples.jsonl", console, resumed)
+        trainer = Trainer(
+            config.training, engine, weights, training, held_out,
+            optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=about,
+            trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
+            hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config)), phases=phases,
+        )  # fmt: skip
+        with memory_explained(plan, folder.path):
+            adapters = trainer.train(adapters, resumed)
+        del engine, weights, trainer
+        export(config, model, adapters, folder, console, phases)
+        samples.show()
+        console.print(str(phases))
+        folder.end("finished", seconds=phases.seconds)
+
+
+def about_run(config: Config, model: BaseModel, training: Batches) -> dict[str, Any]:
+    """What a checkpoint says of its run: the settings, and what tells base and data from others."""
+    identity = {"base model": model_identity(model.folder), "data": training.fingerprint()}
+    return {"config": config.model_dump(mode="json"), "identity": identity}
+
+
+def continued(resumed: Checkpoint, about: Mapping[str, Any], console: Console) -> None:
+    """Check that the run can go on, and say what is not as it was.
+
+    Raises:
+        InputError: it is another run: other settings, another base model, other data.
+    """
+    check_identity(resumed.path, resumed.about["identity"], about["identity"])
+    for line in check_changes(resumed.path, resumed.about["config"], about["config"]):
+        console.print(f"changed: {line}")
+
+
+def save(folder: Path, adapters: Adapters, config: Config) -> None:
+    """An adapter in PEFT's format."""
+    save_adapter(folder, adapters, config.lora, config.quantization, config.model.name_or_path)
+
+
+def export(
+    config: Config, model: BaseModel, adapters: Adapters, folder: OutputDir, console: Console, phases: Phases
+) -> None:
+    """`adapter/`, the last or the best, and `merged/` if it is asked for. What is there of an earlier run is replaced."""
+    out, best = folder.path, folder.path / "best"
+    with phases.time("export"):
+        if config.training.load_best_model_at_end and best.exists():
+            adapters = as_adapters(load_adapter(best, model.config), model.config)[1]
+        save(out / "adapter", adapters, config)
+        # Another run's merged model would not be this adapter's. It is only there if overwriting was asked for.
+        shutil.rmtree(out / "merged", ignore_errors=True)
+        console.print(f"adapter: {out / 'adapter'}   loss curve: {out / 'loss.png'}")
+        if config.training.export_merged:
+            export_merged(config, model, out, console)
 
 
 def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
@@ -197,10 +246,11 @@ def load_examples(config: Config, path: Path, rows: Sequence[Row], model: BaseMo
     return tokenized.examples
 
 
-def load(config: Config, model: BaseModel, plan: Plan, console: Console) -> Weights:
+def load(config: Config, model: BaseModel, plan: Plan, console: Console, phases: Phases) -> Weights:
     """The base model in 4 bits, each layer where the plan wants it."""
-    in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console)
-    with byte_bar(console) as progress:
+    with phases.time("quantizing"):
+        in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console)
+    with phases.time("loading"), byte_bar(console) as progress:
         task = progress.add_task(
             "loading", total=total_bytes(model.config, config.quantization, config.memory.base_weights)
         )
@@ -254,32 +304,23 @@ def describe(
     console.print(f"{len(training)} optimizer steps of {rows} rows, {training.epoch(len(training)):.2f} epochs")
 
 
-class Samples:
-    """The sample prompt, answered at some steps; kept in `samples.jsonl`."""
+def make_samples(
+    config: Config,
+    engine: Engine,
+    weights: Weights,
+    model: BaseModel,
+    path: Path,
+    console: Console,
+    resumed: Checkpoint | None,
+) -> Samples:
+    """The sample prompts, and how they are answered."""
+    sampling = Sampling(config.training.sample_max_new_tokens)
+    before = resumed.file(path.name) if resumed else b""
 
-    def __init__(self, config: Config, engine: Engine, weights: Weights, model: BaseModel, path: Path) -> None:
-        self.prompt, self.path = config.training.sample_prompt, path
-        self.answers: dict[int, str] = {}
-        self._sampling = Sampling(config.training.sample_max_new_tokens)
-        self._answer = lambda adapters: answer(engine, weights, adapters, model.tokenizer, self.prompt, self._sampling)
+    def answer_one(adapters: Adapters, prompt: str) -> str:
+        return answer(engine, weights, adapters, model.tokenizer, prompt, sampling)
 
-    def take(self, step: int, adapters: Adapters) -> None:
-        """Answer the prompt with these adapters."""
-        if self.prompt is None:
-            return
-        self.answers[step] = self._answer(adapters)
-        lines = [
-            json.dumps({"step": step, "prompt": self.prompt, "answer": text}) for step, text in self.answers.items()
-        ]
-        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    def show(self, console: Console) -> None:
-        """The first answer and the last, one above the other."""
-        if self.prompt is not None:
-            before, *_, after = self.answers.values()
-            for when, text in (("before", before), ("after", after)):  # as Text: an answer may look like rich's markup
-                panel = Panel(Text(text), title=Text(f"{when}: {self.prompt}"), title_align="left")
-                console.print(panel, soft_wrap=False)
+    return Samples(path, config.training.sample_prompts, answer_one, console, before)
 
 
 def export_merged(config: Config, model: BaseModel, output_dir: Path, console: Console) -> None:

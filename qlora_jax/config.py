@@ -17,6 +17,7 @@ from qlora_jax.machine import parse_bytes
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Where = Literal["auto", "device", "host"]
+Tracker = Literal["tensorboard", "wandb"]
 
 
 class Section(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -109,18 +110,48 @@ class TrainingSettings(Section):
     full_determinism: bool = False
     """On a GPU, use only kernels whose sums have a fixed order: the same bits in every run, wherever things live, for about 8 % of
     the speed. A CPU's results always have the same bits."""
-    resume: Literal["never"] = "never"
+    save_steps: int = pydantic.Field(default=500, ge=0)
+    """Save a checkpoint every so many steps; 0 means by time only."""
+    save_interval_minutes: float = pydantic.Field(default=15.0, ge=0)
+    """And whenever so long has gone by since the last; 0 means by steps only. With both at 0 only a stopped run saves."""
+    save_total_limit: pydantic.PositiveInt = 2
+    """Checkpoints to keep, the newest; one more exists while it is being written."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues the run in `output_dir` from its newest checkpoint, if there is one."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite changes nothing: the run stops there, or goes on without it."""
+    load_best_model_at_end: bool = False
+    """`adapter/` is then the adapter with the lowest evaluation loss, which `best/` holds, not the last one."""
+    early_stopping_patience: int = pydantic.Field(default=0, ge=0)
+    """Stop when so many evaluations in a row were no better than the best; 0 means never."""
+    early_stopping_threshold: float = pydantic.Field(default=0.0, ge=0)
+    """An evaluation is better if its loss is lower by more than this."""
+    report_to: tuple[Tracker, ...] = ()
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, or both."""
+    run_name: str | None = None
+    """The run's name in Weights & Biases; by default that of `output_dir`."""
     export_merged: bool = False
     merge_base: Literal["original", "dequantized"] = "dequantized"
     """What `export_merged` adds the adapter to; see `python -m convert.merge --help`."""
     gradient_checkpointing: Literal["auto", "full", "none"] = "auto"
     """`full` runs each layer again in the backward walk, `none` keeps its intermediates instead; `auto`: the plan decides how many do."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    sample_prompt: str | None = None
-    """A prompt answered before and after training, so that the change can be read."""
+    sample_prompt: str | tuple[str, ...] | None = None
+    """A prompt, or a list of them, answered before and after training and every `eval_steps`, so that the change can be read."""
     sample_max_new_tokens: pydantic.PositiveInt = 64
     overwrite_output_dir: bool = False
     """Allow a run to replace the finished run in `output_dir`."""
+
+    @property
+    def sample_prompts(self) -> tuple[str, ...]:
+        """`sample_prompt` as a list."""
+        given = self.sample_prompt or ()
+        return (given,) if isinstance(given, str) else given
+
+    @pydantic.field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        return () if value in ("none", None) else (value,) if isinstance(value, str) else value
 
     @pydantic.field_validator("max_steps")
     @classmethod
@@ -172,7 +203,6 @@ class Config(Section):
 NOT_YET = {
     "lora": {"use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"},
     "data": {"split"},
-    "training": {"save_steps", "save_total_limit"},
 }
 """Settings of the design that no code serves yet: refused by name, never ignored."""
 

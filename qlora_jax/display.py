@@ -1,6 +1,7 @@
 """What a run shows: a live line on a terminal, plain lines elsewhere."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -51,20 +52,23 @@ class RunDisplay:
         with self._progress:
             yield
 
-    def advance(self) -> None:
-        """One optimizer step was dispatched."""
-        self._progress.advance(self._task)
+    def done(self, steps: int) -> None:
+        """So many optimizer steps are done."""
+        self._progress.update(self._task, completed=steps)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text)
 
     def show(self, record: Record) -> None:
         """A logged step."""
         if "eval_loss" in record:
-            self.console.print(
-                f"step {record['step']}: held-out loss {record['eval_loss']:.4f}, perplexity {record['eval_perplexity']:.2f}"
-            )
+            loss, perplexity = _number(record["eval_loss"]), _number(record["eval_perplexity"], ".2f")
+            self.console.print(f"step {record['step']}: held-out loss {loss}, perplexity {perplexity}")
             return
         memory = record["peak_device_gib"] or record["peak_host_gib"]
         text = (
-            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.3f}  "
+            f"loss {_number(record['loss'])}  lr {record['learning_rate']:.2e}  grad {_number(record['grad_norm'], '.3f')}  "
             f"{record['tokens_per_s']:.0f} tok/s  {memory:.1f} GiB"
         )
         self._progress.update(self._task, description=text)
@@ -74,3 +78,37 @@ class RunDisplay:
                 f"step {record['step']}/{self._total}  {text}  left {int(left) // 60}:{int(left) % 60:02d}",
                 soft_wrap=True,
             )
+
+
+class Phases:
+    """How long each part of a run took, in the order in which they began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Count the block's time under `name`, in addition to what is there."""
+        started = time.perf_counter()
+        self.seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in self.seconds.items())
+        return f"time: {_duration(sum(self.seconds.values()))} ({parts})"
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "not finite" if value is None else f"{value:{form}}"
+
+
+def _duration(seconds: float) -> str:
+    """`4.2 s`, `3:07`, `12:03:07`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -25,7 +25,7 @@ does not overlap their copies with compute at all (measured on an H200: 0.397 s 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,13 @@ from qlora_jax.placement import LayerInputs, LayerStore, Tree, Where, put, shard
 
 Adapters = list[Tree]
 """One tree a layer: {"q_proj": {"adapter": {"lora_a": [R, in], "lora_b": [out, R]}}, ...}, float32, on the device or on the host."""
+
+Observer = Callable[[str, Tree], None]
+"""Given a place, in words, and the values there: [B, T, D] of each micro-batch, and others."""
+
+
+def ignore(place: str, values: Tree) -> None:
+    """The observer that sees nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,18 +130,20 @@ class Engine:
         ]
 
     def value_and_grad(
-        self, weights: Weights, adapters: Adapters, batch: Batch, key: jax.Array
+        self, weights: Weights, adapters: Adapters, batch: Batch, key: jax.Array, observe: Observer = ignore
     ) -> tuple[jax.Array, Gradients]:
         """The loss of one optimizer step and its gradient with respect to the adapters.
 
         The loss is the sum over supervised tokens of all micro-batches, divided by their number. `key` draws the dropout masks, which
         depend on layer and micro-batch but not on where anything lives, and NEFTune's noise, which depends on the micro-batch.
+        `observe` is shown every value on the way; see faults.py.
 
         Returns:
             (loss, float32 scalar; gradients)
         """
         micro_batches = self._micro_batches(batch)
         hidden = [self._embed(weights, each, key) for each in micro_batches]
+        observe("the embedding", hidden)
         if self.lora is None or self.lora.lora_dropout == 0:
             key = None  # nothing to draw, and the compiled forward then serves evaluation too
         depth = len(weights.layers)
@@ -153,14 +162,11 @@ class Engine:
                 else:
                     hidden[m], token = compiled.forward(self._layer_def, adapter, frozen, hidden[m], *drawn)
             pace.dispatched(token)
+            observe(f"layer {layer}", hidden)
             del frozen, adapter
-        token_weight = put(np.float32(1 / max(batch.num_tokens, 1)), "device")
-        head = [
-            compiled.loss_and_grad(self._head_def, weights.head, h, each.labels, token_weight)
-            for h, each in zip(hidden, micro_batches, strict=True)
-        ]
-        losses, hidden_grads = [loss for loss, _ in head], [dh for _, dh in head]
-        del hidden, head
+        losses, hidden_grads = self._head(weights, micro_batches, hidden, batch.num_tokens)
+        observe("the head and the loss", (losses, hidden_grads))
+        del hidden
         grads = Gradients([None] * depth, [None] * depth)
         for layer, frozen, adapter in walk:
             grad = compiled.zeros_like()(adapter)
@@ -175,6 +181,7 @@ class Engine:
                     grad, hidden_grads[m], token = compiled.backward(self._layer_def, *arguments, *drawn)
                 del h, arguments
             pace.dispatched(token)
+            observe(f"the gradient of layer {layer}", (hidden_grads, grad))
             grads.square_sums[layer] = compiled.square_sum(grad)
             grads.layers[layer] = put(grad, self.adapters)
             del frozen, adapter, grad
@@ -266,6 +273,17 @@ class Engine:
     def _embed(self, weights: Weights, micro_batch: _MicroBatch, key: jax.Array) -> jax.Array:
         noise = None if self._noise_alpha is None else (self._noise_alpha, key, micro_batch.number)
         return compiled.embed(self._embedding_def, weights.embedding, micro_batch.input_ids, self.compute_dtype, noise)
+
+    def _head(
+        self, weights: Weights, micro_batches: Sequence[_MicroBatch], hidden: Sequence[jax.Array], num_tokens: int
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Each micro-batch's share of the loss, and its gradient with respect to the last layer's output."""
+        token_weight = put(np.float32(1 / max(num_tokens, 1)), "device")
+        head = [
+            compiled.loss_and_grad(self._head_def, weights.head, h, each.labels, token_weight)
+            for h, each in zip(hidden, micro_batches, strict=True)
+        ]
+        return [loss for loss, _ in head], [dh for _, dh in head]
 
     def _micro_batches(self, batch: Batch) -> list[_MicroBatch]:
         """Each micro-batch's arrays, on the device."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
+"""A command that a signal ended has this plus the signal's number as its exit status: 130 for Ctrl-C, 143 for SIGTERM."""
 
 
 class InputError(Exception):
@@ -28,6 +30,14 @@ class InputError(Exception):
         super().__init__("\n".join(lines))
 
 
+class InterruptedRunError(Exception):
+    """A signal asked the run to stop, and it has saved what it did; the message says how to continue."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        self.status = EXIT_SIGNAL + signal
+        super().__init__(message)
+
+
 def exit_status(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn a command's `main` into one that returns an exit status: `InputError` becomes one message and status 2."""
 
@@ -38,6 +48,9 @@ def exit_status(main: Callable[..., int | None]) -> Callable[..., int]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_BAD_INPUT
+        except InterruptedRunError as stopped:
+            print(stopped, file=sys.stderr)
+            return stopped.status
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED

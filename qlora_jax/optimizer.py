@@ -66,13 +66,22 @@ class AdamW:
             for layer in visits(params.__getitem__, range(len(params)), pace)
         ]
 
-    def update(self, params: list[Tree], grads: Gradients, learning_rate: float) -> tuple[list[Tree], jax.Array]:
+    def global_norm(self, grads: Gradients) -> jax.Array:
+        """Of all layers' gradients together, a float32 scalar; what `update` clips by. Not finite if anything in them is not."""
+        return _global_norm(grads.square_sums)
+
+    def update(
+        self, params: list[Tree], grads: Gradients, learning_rate: float, norm: jax.Array | None = None
+    ) -> tuple[list[Tree], jax.Array]:
         """One step. `params` and `grads` are spent: the lists are refilled and emptied. Params that live on the host return there.
+
+        Args:
+            norm: the gradients' `global_norm`, if the caller has looked at it already.
 
         Returns:
             (new params; the gradients' global norm before clipping, float32 scalar)
         """
-        norm = _global_norm(grads.square_sums)
+        norm = self.global_norm(grads) if norm is None else norm
         factor = _clip_factor(norm, self.max_norm)
         rate = put(np.float32(learning_rate), "device")
         pace = Pace(SLOTS)

@@ -1,68 +1,63 @@
-"""The run: optimizer steps, evaluation and metrics over an engine, weights and batches that others have made."""
+"""The run: optimizer steps, evaluation, metrics and checkpoints over an engine, weights and batches that others have made.
+
+What a step depends on is adapters, moments, `Progress` and the step's number: batches, dropout masks and the learning rate are functions
+of it. So a run that goes on from a checkpoint makes the steps that it would have made.
+"""
 
 import contextlib
 import dataclasses
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
+from qlora_jax.checkpoint import Checkpoint, Checkpoints, checkpoint_bytes
 from qlora_jax.config import TrainingSettings
 from qlora_jax.data import Batch, Batches
-from qlora_jax.display import RunDisplay
+from qlora_jax.display import Phases, RunDisplay
 from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.errors import InputError
-from qlora_jax.metrics import MetricsLog, Record, peak_device_gib, peak_host_gib, plot_loss
+from qlora_jax.errors import InputError, InterruptedRunError
+from qlora_jax.faults import find_fault
+from qlora_jax.files import describe_size
+from qlora_jax.metrics import MetricsLog, Record, Tracker, peak_device_gib, peak_host_gib, plot_loss
 from qlora_jax.optimizer import AdamW, schedule
-from qlora_jax.placement import Where, put
+from qlora_jax.placement import Where, nbytes, put
+from qlora_jax.progress import Progress
+from qlora_jax.signals import Signals
+
+MAX_SKIPPED = 10
+"""Steps in a row that `on_nonfinite: skip` leaves out before it gives up: nothing changes any more, so nothing will get better."""
 
 
-def refuse_finished_run(settings: TrainingSettings) -> None:
-    """Stop before anything is read or written if `output_dir` holds a finished run.
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a run calls on its way, made by those who know models' names and files."""
+
+    samples: Callable[[int, Adapters], None] = lambda step, adapters: None
+    """(steps done, adapters), with every evaluation."""
+    best: Callable[[Adapters], None] = lambda adapters: None
+    """The best adapters so far, to be kept."""
+
+
+def check_evaluation(settings: TrainingSettings, eval_batches: Sequence[Batch]) -> None:
+    """Whether what the settings ask of evaluations can be had.
 
     Raises:
-        InputError: it does, and `overwrite_output_dir` was not asked for.
+        InputError: it cannot.
     """
-    folder = settings.output_dir
-    if not settings.overwrite_output_dir and ((folder / "adapter").exists() or (folder / "merged").exists()):
-        fix = "name another training.output_dir, or allow it with training.overwrite_output_dir=true"
-        raise InputError(
-            folder, found="a finished run (adapter/ or merged/)", expected="a new or empty folder", fix=fix
-        )
-
-
-def make_output_dir(settings: TrainingSettings) -> Path:
-    """Make `output_dir`; the metrics that an earlier run left there are kept under another name.
-
-    Raises:
-        InputError: the folder cannot be made.
-    """
-    folder = settings.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            folder, found=f"cannot be made: {error.strerror}", fix="name another training.output_dir"
-        ) from None
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists():
-        number = 1 + len(list(folder.glob("metrics.before-*.jsonl")))
-        metrics.rename(folder / f"metrics.before-{number}.jsonl")
-    return folder
-
-
-@dataclasses.dataclass
-class _Window:
-    """What happened since the last logged step; losses and norms are still on the device."""
-
-    losses: list[jax.Array] = dataclasses.field(default_factory=list)
-    norms: list[jax.Array] = dataclasses.field(default_factory=list)
-    tokens: int = 0
-    started: float = dataclasses.field(default_factory=time.perf_counter)
+    names = [name for name in ("load_best_model_at_end", "early_stopping_patience") if getattr(settings, name)]
+    missing = ([] if eval_batches else ["rows to evaluate on"]) + (
+        [] if settings.eval_steps else ["training.eval_steps"]
+    )
+    if names and missing:
+        found = f"{' and '.join(names)} without {' and '.join(missing)}"
+        fix = "give data.eval_path and training.eval_steps, or leave these settings out"
+        raise InputError("training settings", found=found, fix=fix)
 
 
 class Trainer:
@@ -79,87 +74,219 @@ class Trainer:
         optimizer: Where,
         output_dir: Path,
         console: Console,
+        checkpoints: Checkpoints,
+        about: Mapping[str, Any] = {},
+        trackers: Sequence[Tracker] = (),
+        hooks: Hooks = Hooks(),
+        phases: Phases | None = None,
     ) -> None:
+        """`about` is for the checkpoints: settings, and the identity of base and data."""
         self.settings, self.engine, self.weights = settings, engine, weights
         self.batches, self.eval_batches = batches, eval_batches
-        self.optimizer_where = optimizer
-        self.output_dir = output_dir
-        self.metrics = MetricsLog(output_dir / "metrics.jsonl")
+        self.optimizer_where, self.output_dir = optimizer, output_dir
+        self.checkpoints, self.about, self.trackers, self.hooks = checkpoints, about, trackers, hooks
         self.display = RunDisplay(console, len(batches))
-        self.tokens = 0
+        self.phases = phases or Phases()
+        self.progress = Progress()
+        self.learning_rate = schedule(settings, len(batches))
+        self._key = jax.random.key(settings.seed)
 
-    def train(self, adapters: Adapters) -> Adapters:
-        """All steps, with an evaluation before the first and after the last; then `loss.png`.
+    def train(self, adapters: Adapters, resumed: Checkpoint | None = None) -> Adapters:
+        """All steps that are left, with an evaluation before the first and after the last; then `loss.png`.
 
         Raises:
-            InputError: the loss or the gradient is no longer finite.
+            InputError: the loss or the gradient is no longer finite, or the disk is full.
+            InterruptedRunError: a signal asked for it; what was done is saved.
         """
-        with contextlib.closing(self.metrics):
-            adapters = self._train(adapters)
+        optimizer = AdamW(self.settings, adapters, self.optimizer_where)
+        before = b""
+        if resumed:
+            adapters, optimizer.moments = self._restore(resumed, adapters, optimizer)
+            before = resumed.file("metrics.jsonl")
+        self._check_space(adapters, optimizer)
+        self.metrics = MetricsLog(self.output_dir / "metrics.jsonl", before, self.trackers)
+        with contextlib.closing(self.metrics), self.display.live():
+            try:
+                adapters = self._steps(adapters, optimizer)
+            finally:
+                with self.phases.time("saving"):
+                    self.checkpoints.wait()
         plot_loss(self.metrics.records, self.output_dir / "loss.png")
         return adapters
 
-    def _train(self, adapters: Adapters) -> Adapters:
-        optimizer = AdamW(self.settings, adapters, self.optimizer_where)
-        learning_rate = schedule(self.settings, len(self.batches))
-        key = jax.random.key(self.settings.seed)
-        self._evaluate(adapters, 0)
-        window = _Window()
-        with self.display.live():
-            for step in range(len(self.batches)):
-                batch, step_key = self.batches.batch(step), put(jax.random.fold_in(key, step), "device")
-                with jax.transfer_guard("disallow"):  # every byte that crosses the bus in here is one we wrote
-                    loss, grads = self.engine.value_and_grad(self.weights, adapters, batch, step_key)
-                    adapters, norm = optimizer.update(adapters, grads, learning_rate(step))
-                window.losses.append(loss)
-                window.norms.append(norm)
-                window.tokens += batch.num_input_tokens
-                done = step + 1
-                if done % self.settings.logging_steps == 0 or done == len(self.batches):
-                    window = self._log(done, learning_rate(step), window)
-                self.display.advance()
-                if self.settings.eval_steps and done % self.settings.eval_steps == 0 and done < len(self.batches):
-                    jax.block_until_ready(
-                        (window.losses, window.norms)
-                    )  # else the evaluation's time would hold these steps'
-                    paused = time.perf_counter()
-                    self._evaluate(adapters, done)
-                    window.started += time.perf_counter() - paused
-        self._evaluate(adapters, len(self.batches))
+    def _steps(self, adapters: Adapters, optimizer: AdamW) -> Adapters:
+        progress, saved = self.progress, (self.progress.step, time.monotonic())
+        self._started = time.perf_counter() - progress.window_seconds
+        with Signals() as signals:
+            while True:
+                if signals.received is None:
+                    self._evaluate_if_due(adapters)
+                over = progress.step >= len(self.batches) or self._stop_early()
+                if signals.received is not None or self._save_is_due(*saved, over=over):
+                    self._save(adapters, optimizer)
+                    saved = progress.step, time.monotonic()
+                if signals.received is not None:
+                    raise self._interrupted(signals.received)
+                if over:
+                    return adapters
+                with self.phases.time("steps" if "first step" in self.phases.seconds else "first step"):
+                    adapters = self._step(adapters, optimizer)
+
+    def _step(self, adapters: Adapters, optimizer: AdamW) -> Adapters:
+        """One optimizer step, or none where it is not finite."""
+        step = self.progress.step
+        batch, key = self.batches.batch(step), put(jax.random.fold_in(self._key, step), "device")
+        rate = self.learning_rate(step)
+        with jax.transfer_guard("disallow"):  # every byte that crosses the bus in here is one we wrote
+            loss, grads = self.engine.value_and_grad(self.weights, adapters, batch, key)
+            norm = optimizer.global_norm(grads)
+            numbers = [float(value) for value in jax.device_get((loss, norm))]  # before the update: it may not be made
+            if all(map(math.isfinite, numbers)):
+                adapters, _ = optimizer.update(adapters, grads, rate, norm)
+        if all(map(math.isfinite, numbers)):
+            if self.progress.add(*numbers, batch.num_input_tokens):
+                self._note("loss spike", step, loss=numbers[0])
+        else:
+            del grads
+            self._not_finite(adapters, optimizer, batch, key, *numbers)
+        done = step + 1
+        if done % self.settings.logging_steps == 0 or done == len(self.batches):
+            self._log(rate)
+        self.display.done(done)
         return adapters
 
-    def _log(self, step: int, learning_rate: float, window: _Window) -> _Window:
-        """Wait for the window's steps and record them: the mean loss, the last gradient norm. Returns a new window."""
-        losses, norms = jax.device_get((window.losses, window.norms))
-        seconds = time.perf_counter() - window.started
-        self.tokens += window.tokens
+    def _not_finite(
+        self, adapters: Adapters, optimizer: AdamW, batch: Batch, key: jax.Array, loss: float, norm: float
+    ) -> None:
+        """Say where it began; then skip the step, or stop before it."""
+        step = self.progress.step
+        fault = find_fault(self.engine, self.weights, adapters, batch, key, self.batches.rows(step))
+        found = f"loss {loss}, gradient norm {norm}, {fault}"
+        skipping = self.settings.on_nonfinite == "skip"
+        if skipping and self.progress.skipped < MAX_SKIPPED:
+            self._note("step skipped", step, found=found)
+            self.progress.skip(batch.num_input_tokens)
+            return
+        self._save(adapters, optimizer)
+        fix = "lower training.learning_rate, or look for damaged rows in the data; the same command goes on before this step"
+        fix += "" if skipping else ", and without it with training.on_nonfinite=skip"
+        more = f", after {MAX_SKIPPED} steps in a row that were skipped" if skipping else ""
+        raise InputError(f"training step {step + 1}", found=found + more, expected="finite numbers", fix=fix)
+
+    def _note(self, event: str, step: int, **details: Any) -> None:
+        """An event, in `metrics.jsonl` and on the screen."""
+        rows = [name for names in self.batches.rows(step) for name in names]
+        self.metrics.write(
+            {"step": step + 1, "event": event, **{f"event_{k}": v for k, v in details.items()}, "rows": rows}
+        )
+        shown = ", ".join(f"{name} {value}" for name, value in details.items())
+        self.display.note(f"step {step + 1}: {event}: {shown}; rows {', '.join(rows)}")
+
+    def _log(self, rate: float) -> None:
+        """Record the window: the mean loss, the last gradient norm."""
+        progress = self.progress
+        seconds = time.perf_counter() - self._started
+        steps, tokens, losses = progress.window_steps, progress.window_tokens, progress.losses
         record: Record = {
-            "step": step,
-            "epoch": round(self.batches.epoch(step), 4),
-            "loss": float(np.mean(losses)),
-            "learning_rate": learning_rate,
-            "grad_norm": float(norms[-1]),
-            "tokens": self.tokens,
-            "tokens_per_s": round(window.tokens / seconds, 1),
-            "step_s": round(seconds / len(losses), 4),
+            "step": progress.step,
+            "epoch": round(self.batches.epoch(progress.step), 4),
+            "loss": sum(losses) / len(losses) if losses else None,
+            "learning_rate": rate,
+            "grad_norm": progress.norms[-1] if losses else None,
+            "tokens": progress.tokens + tokens,
+            "tokens_per_s": round(tokens / seconds, 1),
+            "step_s": round(seconds / steps, 4),
             "peak_device_gib": peak_device_gib(),
             "peak_host_gib": peak_host_gib(),
         }
-        if not (math.isfinite(record["loss"]) and np.isfinite(norms).all()):
-            found = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-            raise InputError(
-                f"training step {step}",
-                found=found,
-                fix="lower training.learning_rate, or look for damaged rows in the data",
-            )
+        progress.clear_window()
+        self._started = time.perf_counter()
         self.metrics.write(record)
         self.display.show(record)
-        return _Window()
 
-    def _evaluate(self, adapters: Adapters, step: int) -> None:
-        if not self.eval_batches:
+    def _evaluate_if_due(self, adapters: Adapters) -> None:
+        step, every = self.progress.step, self.settings.eval_steps
+        due = step in (0, len(self.batches)) or (every and step % every == 0)
+        if not due or self.progress.evaluated >= step:
             return
+        jax.block_until_ready(adapters)  # else the evaluation's time would hold the last step's
+        with self._pause("evaluation"):
+            if self.eval_batches:
+                self._evaluate(adapters)
+            self.hooks.samples(step, adapters)
+        self.progress.evaluated = step
+
+    def _evaluate(self, adapters: Adapters) -> None:
         loss = self.engine.loss(self.weights, adapters, self.eval_batches)
-        record = {"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+        finite = math.isfinite(loss)
+        perplexity = math.exp(min(loss, 700)) if finite else None
+        record = {"step": self.progress.step, "eval_loss": loss if finite else None, "eval_perplexity": perplexity}
         self.metrics.write(record)
         self.display.show(record)
+        if self.progress.evaluation(loss, self.settings.early_stopping_threshold) and self.settings.eval_steps:
+            self.hooks.best(adapters)
+
+    def _stop_early(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return 0 < patience <= self.progress.evaluations_since_best and self.progress.evaluated == self.progress.step
+
+    def _save_is_due(self, step: int, when: float, *, over: bool) -> bool:
+        """`step` and `when` (monotonic) are those of the last save."""
+        every, minutes = self.settings.save_steps, self.settings.save_interval_minutes
+        if self.progress.step == step or not (every or minutes):
+            return False
+        self.checkpoints.check()
+        on_step = every and self.progress.step % every == 0
+        return bool(over or on_step or (minutes and time.monotonic() - when >= 60 * minutes))
+
+    def _save(self, adapters: Adapters, optimizer: AdamW) -> None:
+        """Start saving; `Checkpoints.save` waits for the save before."""
+        progress = self.progress
+        progress.window_seconds = time.perf_counter() - self._started
+        about = {**self.about, "progress": progress.to_json(), "position": self.batches.state(progress.step)}
+        files = {"metrics.jsonl": self.metrics.lines()}
+        if (samples := self.output_dir / "samples.jsonl").exists():
+            files[samples.name] = samples.read_bytes()
+        with self._pause("saving"):
+            arrays = {"adapters": adapters, "moments": optimizer.moments}
+            self.checkpoints.save(progress.step, arrays, about, files)
+
+    def _restore(self, resumed: Checkpoint, adapters: Adapters, optimizer: AdamW) -> tuple[Adapters, list[Any]]:
+        with self.phases.time("restoring"):
+            restored = resumed.restore({"adapters": adapters, "moments": optimizer.moments})
+            self.progress = Progress.from_json(resumed.about["progress"])
+            self.batches.restore(self.progress.step, resumed.about["position"])
+        self.display.done(self.progress.step)
+        self.display.note(f"continuing after step {self.progress.step}, from {resumed.path}")
+        return restored["adapters"], restored["moments"]
+
+    def _check_space(self, adapters: Adapters, optimizer: AdamW) -> None:
+        """Refuse to begin what cannot be saved."""
+        arrays = {"adapters": adapters, "moments": optimizer.moments}
+        needed = self.checkpoints.space_needed(arrays) + 2 * nbytes(adapters)  # adapter/ and best/
+        free = shutil.disk_usage(self.output_dir).free
+        size, kept = checkpoint_bytes(arrays), self.settings.save_total_limit
+        self.display.note(
+            f"checkpoints: {size / 2**20:,.1f} MiB each, the newest {kept} kept, {free / 2**30:,.1f} GiB free"
+        )
+        if needed > free:
+            raise InputError(
+                self.output_dir,
+                found=f"{describe_size(free)} free on this disk",
+                expected=f"{describe_size(needed)} for {kept + 1} checkpoints and the adapter",
+                fix="make room, lower training.save_total_limit, or name a training.output_dir on another disk",
+            )
+
+    def _interrupted(self, signal: int) -> InterruptedRunError:
+        self.checkpoints.wait()
+        step, total = self.progress.step, len(self.batches)
+        text = f"stopped after step {step} of {total}, saved in {self.checkpoints.folder}: the same command continues from there"
+        return InterruptedRunError(signal, text)
+
+    @contextlib.contextmanager
+    def _pause(self, phase: str) -> Any:
+        """Time that is not the steps'."""
+        paused = time.perf_counter()
+        with self.phases.time(phase):
+            yield
+        self._started += time.perf_counter() - paused

@@ -19,7 +19,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import yaml
 
 import train
 from convert import names
@@ -34,6 +33,7 @@ from qlora_jax.config import MemorySettings, QuantizationSettings, load_config
 from qlora_jax.engine import Engine
 from qlora_jax.errors import EXIT_BAD_INPUT
 from tests import tiny
+from tests.runs import adapter_bytes, records, train_main, write_place
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 12
@@ -54,46 +54,14 @@ def no_terminal() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, rows to train on, rows held out, and `run.yaml`; not to be written to."""
-    place = tmp_path_factory.mktemp("place")
-    tiny.write_model(place / "model")
-    tiny.write_chats(place / "train.jsonl", 64)
-    tiny.write_chats(place / "eval.jsonl", 8, seed=1)
-    settings = {
-        "model": {"name_or_path": str(place / "model")},
-        "lora": {"r": 8, "lora_dropout": 0.0},
-        "data": {"path": str(place / "train.jsonl"), "max_seq_length": 64},
-        "training": {
-            "output_dir": str(place / "never-used"),
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-2,
-            "max_grad_norm": 1.0,
-            "max_steps": STEPS,
-        },
-    }
-    (place / "run.yaml").write_text(yaml.safe_dump(settings))
-    return place
-
-
-def train_main(place: Path, out: Path, *overrides: str) -> int:
-    return train.main(["--config", str(place / "run.yaml"), f"training.output_dir={out}", *overrides])
-
-
-def adapter_bytes(out: Path) -> bytes:
-    return (out / "adapter" / WEIGHTS_FILE).read_bytes()
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    def no_constant(text: str) -> Any:
-        raise ValueError(f"{text} is not JSON")
-
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=no_constant) for line in lines]
+    return write_place(tmp_path_factory.mktemp("place"), max_steps=STEPS)
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
+
+NO_SAVES = ["training.save_steps=0", "training.save_interval_minutes=0"]
 
 # The road
 
@@ -113,8 +81,9 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def test_what_a_run_leaves(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    names = {"adapter", "config.yaml", "loss.png", "merged", "metrics.jsonl", "samples.jsonl"}
-    assert {path.name for path in out.iterdir()} == names
+    names = {"adapter", "config.yaml", "loss.png", "merged", "metrics.jsonl", "samples.jsonl", "run.json", ".lock"}
+    assert {path.name for path in out.iterdir()} == names | {"checkpoints"}
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{STEPS}"]
 
 
 def test_metrics(finished: tuple[Path, str], place: Path) -> None:
@@ -151,9 +120,8 @@ def test_loss_plot(finished: tuple[Path, str]) -> None:
 
 def test_the_resolved_config(finished: tuple[Path, str], place: Path) -> None:
     path = finished[0] / "config.yaml"
-    text = (
-        path.read_text().replace(str(place), "").replace("device_memory: auto", "")
-    )  # of a CPU there is nothing to settle
+    text = path.read_text().replace(str(place), "").replace("resume: auto", "")
+    text = text.replace("device_memory: auto", "")  # of a CPU there is nothing to settle
     assert "auto" not in re.findall(r"\w+", text)
     config = load_config(path)
     assert config.to_yaml() == path.read_text()
@@ -279,9 +247,8 @@ def test_an_evaluation_is_not_training_time(place: Path, tmp_path: Path, monkeyp
 
         return timed
 
-    window = trainer._Window
-    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(trainer, "_Window", lambda: window(started=now))
+    clock = types.SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
+    monkeypatch.setattr(trainer, "time", clock)
     monkeypatch.setattr(Engine, "value_and_grad", takes(10, Engine.value_and_grad))
     monkeypatch.setattr(Engine, "loss", takes(1000, Engine.loss))
     more = ["training.logging_steps=2", "training.eval_steps=1", "training.max_steps=5"]
@@ -313,7 +280,7 @@ def test_another_seed_on_a_terminal(
     assert [record["step"] for record in records(out) if "eval_loss" in record] == [0, 2, 3]
     assert re.search(r"step 3/3 .* loss \d\.\d{4}", shown)
     assert shown.count("held-out loss") == 3
-    assert shown.count("[/b] :fire: [red]") == 2
+    assert shown.count("│ [/b] :fire: [red]") == 2
     assert "after: [/i]?" in shown
     assert str(out / "adapter") in shown.replace("\n", "")
 
@@ -398,7 +365,7 @@ def test_a_missing_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     ("override", "parts"),
     [
         ("training.learning_rat=1", ["run.yaml", "training.learning_rat", "did you mean training.learning_rate?"]),
-        ("training.save_steps=1", ["training.save_steps: not available in this version"]),
+        ("lora.use_dora=true", ["lora.use_dora: not available in this version"]),
         ("training.max_steps=many", ["training.max_steps", "found 'many'"]),
         ("max_steps=3", ["max_steps=3", "section.key=value"]),
         ("data.path=nowhere.jsonl", ["nowhere.jsonl"]),
@@ -581,7 +548,7 @@ def test_an_unfinished_runs_metrics_are_kept(place: Path, tmp_path: Path) -> Non
     for number in (1, 2):
         (out / "metrics.jsonl").write_text(f"of run {number}")
         shutil.rmtree(out / "adapter", ignore_errors=True)
-        assert train_main(place, out, "training.max_steps=1") == 0
+        assert train_main(place, out, "training.max_steps=1", *NO_SAVES) == 0
     kept = {path.name: path.read_text() for path in out.glob("metrics.before-*")}
     assert kept == {"metrics.before-1.jsonl": "of run 1", "metrics.before-2.jsonl": "of run 2"}
 

@@ -3,6 +3,7 @@
 Axes: M micro-batches of an optimizer step, B rows of a micro-batch, T time.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,15 +90,48 @@ class Batches:
         """
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
-        rows_per_step = math.prod(self._shape)
-        first = step * rows_per_step
-        last = min(first + rows_per_step, self._num_rows)
-        chosen = [self._examples[index] for index in self._row_order(first, last)]
+        chosen = [self._examples[index] for index in self._row_order(*self._row_range(step))]
         return _fill(chosen, self._shape, self._pad_token_id, self._max_seq_length)
+
+    def rows(self, step: int) -> list[list[str]]:
+        """For each micro-batch of a step the places of its rows in the data; the padding after the last epoch has none."""
+        micro_batches, rows = self._shape
+        chosen = [self._examples[index].where for index in self._row_order(*self._row_range(step))]
+        return [chosen[m * rows : (m + 1) * rows] for m in range(micro_batches)]
+
+    def state(self, step: int) -> dict[str, int]:
+        """A small value, fit for JSON, from which `restore` goes on after `step` steps: the epoch, and the rows of it that are seen."""
+        epoch, row = divmod(self._row_range(step)[0], len(self._examples))
+        return {"epoch": epoch, "row": row}
+
+    def restore(self, step: int, state: dict[str, int]) -> None:
+        """Go on after `step` steps. There is nothing to do but to see that this is the place.
+
+        Raises:
+            InputError: `state` is another place.
+        """
+        if state != self.state(step):
+            raise InputError(
+                "the data", found=f"step {step} begins at {self.state(step)}", expected=f"at {state}, where it was left"
+            )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows' tokens and masks, in hexadecimal: the same data and tokenization have the same."""
+        digest = hashlib.sha256()
+        for example in self._examples:
+            digest.update(len(example.input_ids).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(example.input_ids, np.int32).data)
+            digest.update(np.packbits(example.loss_mask).data)
+        return digest.hexdigest()
 
     def epoch(self, step: int) -> float:
         """Epochs seen once `step` steps are done: 0.0 before the first, num_epochs after the last."""
         return min(step * math.prod(self._shape), self._num_rows) / len(self._examples)
+
+    def _row_range(self, step: int) -> tuple[int, int]:
+        """A step's first row and the one after its last, counted through all epochs."""
+        first = step * math.prod(self._shape)
+        return first, max(first, min(first + math.prod(self._shape), self._num_rows))
 
     def _row_order(self, first: int, last: int) -> list[int]:
         """Entries first:last of the epochs' permutations, laid end to end."""

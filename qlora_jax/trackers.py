@@ -1,0 +1,80 @@
+"""Metrics for TensorBoard and Weights & Biases, for those who ask (`training.report_to`); neither needs a network."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.config import Config, TrainingSettings
+from qlora_jax.errors import InputError
+from qlora_jax.metrics import Record, Tracker
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+"""What each tracker is imported from; the extra of our own package has the tracker's name."""
+
+
+class TensorBoard:
+    """Event files in `output_dir/tensorboard`, written by tensorboardX."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        """Steps after `start` that are there already are of a run that was stopped, and are made again."""
+        self._writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder), purge_step=start + 1)
+
+    def write(self, record: Record) -> None:
+        """Every number, as a scalar of its step."""
+        for name, value in _numbers(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of W&B's; where it goes, or that it stays here, is wandb's own business (`WANDB_MODE=offline`, `wandb login`)."""
+
+    def __init__(self, folder: Path, name: str, run_id: str, config: dict[str, Any]) -> None:
+        """A continued run has the same `run_id`."""
+        wandb = importlib.import_module("wandb")
+        self._run = wandb.init(dir=str(folder), name=name, id=run_id, resume="allow", config=config)
+
+    def write(self, record: Record) -> None:
+        """Every number, at its step."""
+        self._run.log(_numbers(record), step=record["step"])
+
+    def close(self) -> None:
+        """Let wandb send what it has."""
+        self._run.finish()
+
+
+def check_trackers(settings: TrainingSettings) -> None:
+    """Look for the packages now, not when the model is loaded.
+
+    Raises:
+        InputError: one that `report_to` needs is not installed.
+    """
+    for name in settings.report_to:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            fix = f"pip install {PACKAGES[name]}, or leave {name} out"
+            raise InputError("training.report_to", found=f"{name}, and no package {PACKAGES[name]}", fix=fix)
+
+
+def open_trackers(config: Config, folder: Path, start: int, run_id: str) -> list[Tracker]:
+    """Those that `report_to` names, for a run in `folder` that goes on after step `start`.
+
+    Args:
+        run_id: the same whenever the run is continued.
+    """
+    settings = config.training
+    trackers: list[Tracker] = []
+    if "tensorboard" in settings.report_to:
+        trackers.append(TensorBoard(folder / "tensorboard", start))
+    if "wandb" in settings.report_to:
+        name = settings.run_name or folder.resolve().name
+        trackers.append(WeightsAndBiases(folder, name, run_id, config.model_dump(mode="json")))
+    return trackers
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
