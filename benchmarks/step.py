@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.machine import describe, process_gpu_gib
 from convert.hub import cache_dir
 from qlora_jax import machine
-from qlora_jax.budget import GIB, Limits, Plan
+from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine import Engine, Weights, default_attention
@@ -148,7 +148,7 @@ def settle(options: argparse.Namespace) -> Plan:
             limits,
             published(),
         )
-    machine.prepare(gpu, limits.device, int(1.1 * guess.pinned_bytes) + 2**31, cache_dir() / "compiled")
+    machine.prepare(gpu, limits.device, int(PINNED_SLACK * guess.pinned_bytes), cache_dir() / "compiled")
     if gpu is None:
         return dataclasses.replace(guess, rates=None)
     if options.auto:

@@ -11,6 +11,8 @@ GIB = 2**30
 SPARE_SHARE = 0.04
 """Of the device's memory, left free: what the estimate may be wrong by, and what the allocator loses between blocks."""
 HOST_SPARE_SHARE = 0.05
+PINNED_SLACK = 1.03
+"""The limit of the pinned pool over what is to be in it: blocks are lost between others. The pool takes all of its limit."""
 
 
 @dataclasses.dataclass(frozen=True)

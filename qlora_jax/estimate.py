@@ -23,8 +23,8 @@ from qlora_jax.optimizer import abstract_moments
 from qlora_jax.placement import READ_AHEAD, SLOTS, LayerPlace, Where, nbytes, spread
 from qlora_jax.rates import Rates
 
-PROCESS_BYTES = {True: 4.5 * 2**30, False: 0.7 * 2**30}
-"""Host memory of a run that holds nothing on the host: Python and JAX, and on a GPU CUDA's libraries (H200: 4.6 to 4.8 GiB)."""
+PROCESS_BYTES = {True: 6 * 2**30, False: 0.7 * 2**30}
+"""Host memory of a run that holds nothing on the host: Python and JAX, and on a GPU CUDA's libraries (H200: 4.6 to 5.9 GiB)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +183,12 @@ def items(job: Job, layout: Layout, work: Workspace) -> list[Item]:
     return [*_always(job, layout), *moment, Item("the process", 0, int(PROCESS_BYTES[job.on_gpu]))]
 
 
-def _placed(name: str, where: Where, depth: int, a_layer: int, *, present: bool = True) -> Item:
-    """Something every layer has. On the host all have room, and two visit the device: one at work, one coming or leaving."""
+def _placed(name: str, where: Where, depth: int, a_layer: int, *, present: int) -> Item:
+    """Something every layer has, of which `present` layers' are there. On the host all have room, and up to two visit the device: one at
+    work, one coming or leaving."""
     if where == "host":
-        return Item(name, 2 * a_layer, depth * a_layer)
-    return Item(name, depth * a_layer if present else a_layer, 0)
+        return Item(name, min(present, 2) * a_layer, depth * a_layer)
+    return Item(name, present * a_layer, 0)
 
 
 def _always(job: Job, layout: Layout) -> list[Item]:
@@ -196,44 +197,41 @@ def _always(job: Job, layout: Layout) -> list[Item]:
     streamed = depth - layout.resident
     on_device = (layout.resident + (layout.slots if streamed else 0)) * job.layer_bytes
     on_host = streamed if layout.streamed_from == "host" else min(streamed, READ_AHEAD + 2)
-    moments = _placed("moments", layout.optimizer, depth, job.moments_bytes)
-    if layout.optimizer == "host":
-        moments = dataclasses.replace(moments, device=0)  # they visit in the update only
+    at_rest = 0 if layout.optimizer == "host" else depth  # from the host they visit in the update only
     return [
         Item("embedding and head", job.vocabulary_bytes, 0),
         Item("base weights", on_device, on_host * job.layer_bytes),
-        _placed("adapters", layout.adapters, depth, job.adapter_bytes),
-        moments,
+        _placed("adapters", layout.adapters, depth, job.adapter_bytes, present=depth),
+        _placed("moments", layout.optimizer, depth, job.moments_bytes, present=at_rest),
     ]
 
 
 def _moments(job: Job, layout: Layout, work: Workspace) -> list[list[Item]]:
-    """The turn of the walk, its end, and the update: what is there besides."""
-    depth, adapter = job.config.num_hidden_layers, job.adapter_bytes
+    """What is there besides: at the turn of the walk; when the layers that kept their intermediates are done; at its end; in the update."""
+    depth, keep, adapter = job.config.num_hidden_layers, layout.keep, job.adapter_bytes
     inputs, kept = job.hidden_bytes * job.micro_batches, job.kept_bytes * job.micro_batches
-    backward = max(work.backward if layout.keep < depth else 0, work.kept_backward if layout.keep else 0)
-    forward = max(work.forward, work.kept_forward if layout.keep else 0)
+    turn = (work.kept_forward, work.kept_backward) if keep else (work.forward, work.backward)
+
+    def moment(inputs_of: int, kept_of: int, gradients_of: int, workspace: int) -> list[Item]:
+        return [
+            _placed("layer inputs", layout.activations, depth, inputs, present=inputs_of),
+            Item("kept intermediates", kept_of * kept, 0),
+            _placed("gradients", layout.adapters, depth, adapter, present=gradients_of),
+            Item("hidden states", 2 * inputs, 0),
+            Item("workspace", workspace, 0),
+        ]
+
     visiting = 2 * (2 * adapter * (layout.adapters == "host") + job.moments_bytes * (layout.optimizer == "host"))
     update = 3 * adapter + (8 * adapter if job.optim.endswith("8bit") else 0)
-    layer_inputs = _placed("layer inputs", layout.activations, depth, inputs)
-    gradients = _placed("gradients", layout.adapters, depth, adapter)
-    flowing = Item("hidden states", 2 * inputs, 0)
     return [
+        moment(depth, keep, 1, max(*turn, work.head)),
+        moment(depth - keep, 0, keep + 1, work.backward if keep < depth else 0),
+        moment(1, keep == depth, depth, work.backward if keep < depth else work.kept_backward),
         [
-            layer_inputs,
-            Item("kept intermediates", layout.keep * kept, 0),
-            _placed("gradients", layout.adapters, depth, adapter, present=False),
-            flowing,
-            Item("workspace", max(forward, backward, work.head), 0),
+            _placed("layer inputs", layout.activations, depth, inputs, present=0),
+            _placed("gradients", layout.adapters, depth, adapter, present=depth),
+            Item("workspace", visiting + update, 0),
         ],
-        [
-            _placed("layer inputs", layout.activations, depth, inputs, present=False),
-            Item("kept intermediates", kept if layout.keep == depth else 0, 0),
-            gradients,
-            flowing,
-            Item("workspace", backward, 0),
-        ],
-        [dataclasses.replace(layer_inputs, device=0), gradients, Item("workspace", visiting + update, 0)],
     ]
 
 
@@ -246,8 +244,9 @@ KERNELS = (45, 110)
 ELEMENTWISE = (80, 110)
 """Bytes that norms, activations, residuals and adapters move a layer, forwards and backwards (with recomputation), over those of one
 [N, D] array: fitted to profiles of 7B and 70B layers on an H200."""
-TURN_SECONDS = 2e-4
-"""For which the device waits for Python at each streamed layer if there are only two slots."""
+TURN_SECONDS = 1.7e-3
+"""For which the device waits at each streamed layer if there are only two slots: Python can start the copy of the next but one, some thirty
+arrays, only when a layer is done, and must before it dispatches the next (H200)."""
 FEW_TOKENS = 128
 """Tokens at which a matrix product with a large weight reaches half of its rate."""
 ATTENTION_SHARE = 0.55

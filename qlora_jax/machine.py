@@ -124,5 +124,5 @@ def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache:
     } & os.environ.keys()
     if not chosen and device_bytes is not None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{device_bytes / gpu.total_bytes:.4f}"
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(-(-pinned_bytes // PINNED_UNIT) + 2))
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(-(-pinned_bytes // PINNED_UNIT) + 1))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # out of memory, XLA would print every block it has

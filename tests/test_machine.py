@@ -70,7 +70,7 @@ def test_xla_is_told_its_shares(clean: pytest.MonkeyPatch, tmp_path: Path) -> No
     machine.prepare(CARD, 12 * GIB, 40 * GIB + 1, tmp_path)
     environment = machine.os.environ
     assert environment["XLA_CLIENT_MEM_FRACTION"] == "0.5000"
-    assert environment["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "43"
+    assert environment["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "42"
     assert clean.kept["jax_compilation_cache_dir"] == str(tmp_path)
 
 

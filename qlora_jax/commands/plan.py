@@ -14,7 +14,7 @@ from rich.table import Table
 from convert.hub import cache_dir
 from convert.model import open_shape
 from qlora_jax import machine
-from qlora_jax.budget import GIB, Limits, Plan
+from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.config import Config, load_config
 from qlora_jax.data.batches import LENGTH_MULTIPLE
 from qlora_jax.display import make_console
@@ -112,7 +112,7 @@ def plan_run(config: Config, shape: LlamaConfig, length: int, host_bytes: int | 
     asked = None if memory.device_memory == "auto" else machine.parse_bytes(memory.device_memory)
     limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
     guess = make_plan(job, memory, checkpointing, limits, published(gpu.name))
-    machine.prepare(gpu, limits.device, int(1.1 * guess.pinned_bytes) + 2 * GIB, cache)
+    machine.prepare(gpu, limits.device, int(PINNED_SLACK * guess.pinned_bytes), cache)
     stats = jax.devices()[0].memory_stats()
     limits = dataclasses.replace(limits, device=min(limits.device, stats["bytes_limit"]) if stats else limits.device)
     return make_plan(job, memory, checkpointing, limits, measured(), compiled_workspace)
