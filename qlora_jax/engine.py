@@ -22,6 +22,7 @@ A Python loop rather than one jitted scan: dispatch runs ahead of the device and
 does not overlap their copies with compute at all (measured on an H200: 0.397 s against 0.224 s for 12 layers).
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -258,16 +259,24 @@ class Engine:
         h = self._hidden(weights, adapters, one.input_ids, one.packing)
         return compiled.loss(self._head_def, weights.head, h, one.labels)
 
-    def _hidden(
-        self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: compiled.Packing | None
-    ) -> jax.Array:
-        """input_ids [B, T] → the last layer's output [B, T, D], without dropout or noise."""
+    def hidden_states(
+        self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: compiled.Packing | None = None
+    ) -> Iterator[jax.Array]:
+        """input_ids [B, T] on the device → the embedding's output [B, T, D], then each layer's, without dropout or noise."""
         h = compiled.embed(self._embedding_def, weights.embedding, input_ids, self.compute_dtype)
+        yield h
         for layer, frozen, adapter in _walk(weights, adapters, range(len(weights.layers))):
             drawn = (None, self._numbers[layer], self._number(0), packing)
             h, token = compiled.forward(self._layer_def, adapter, frozen, h, *drawn)
             weights.layers.pace.dispatched(token)
             del frozen, adapter
+            yield h
+
+    def _hidden(
+        self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: compiled.Packing | None
+    ) -> jax.Array:
+        """The last layer's output [B, T, D]."""
+        (h,) = collections.deque(self.hidden_states(weights, adapters, input_ids, packing), maxlen=1)
         return h
 
     def _embed(self, weights: Weights, micro_batch: _MicroBatch, key: jax.Array) -> jax.Array:
