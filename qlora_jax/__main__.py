@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
 
-from qlora_jax.commands import generate, plan
+from qlora_jax.commands import compare, generate, plan
 from qlora_jax.errors import exit_status
 
-COMMANDS = {"plan": plan, "generate": generate}
+COMMANDS = {"plan": plan, "compare": compare, "generate": generate}
 
 
 @exit_status
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run the command."""
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Parse the command line and run the command; its exit status, if it has one."""
     parser = argparse.ArgumentParser(
         prog="python -m qlora_jax", description="QLoRA fine-tuning of Llama-family models in JAX."
     )
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
-    options.run(options)
+    return options.run(options)
 
 
 if __name__ == "__main__":
