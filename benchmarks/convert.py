@@ -142,9 +142,9 @@ def children() -> list[str]:
     return names
 
 
-def make_model(folder: Path, layers: int) -> None:
-    """Random bfloat16 weights in shards of about a gigabyte."""
-    config = {**CONFIG, "num_hidden_layers": layers}
+def make_model(folder: Path, layers: int, **changes: int) -> None:
+    """Random bfloat16 weights in shards of about a gigabyte; `changes` replace keys of the shape."""
+    config = {**CONFIG, **changes, "num_hidden_layers": layers}
     specs = [TensorSpec(name, "BF16", shape) for name, shape in tensor_shapes(LlamaConfig.from_hf(config)).items()]
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:

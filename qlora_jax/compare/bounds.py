@@ -58,9 +58,17 @@ def after_steps(gradient: float) -> float:
     return 2 * math.sqrt(gradient)
 
 
-def loss(logits: float, rms: float) -> float:
-    """Absolute, nats: a token's loss changes by its target logit's error and the mean one; logits of size `rms` are off by `logits`."""
-    return 2 * logits * rms
+def loss(logits: float, rms: float, size: float) -> float:
+    """Absolute, nats: a token's loss changes by its target logit's error and the mean one; logits of size `rms` are off by `logits`.
+
+    And the mean loss, of this `size`, is a float32 itself, as is the sum it comes from.
+    """
+    return 2 * logits * rms + SUMS * UNIT * size
+
+
+def divergence(logits: float, rms: float) -> float:
+    """Kullback-Leibler, nats: half the variance of the logits' errors, to second order."""
+    return (logits * rms) ** 2 / 2
 
 
 def own_bytes(config: LlamaConfig, delta: float) -> float:

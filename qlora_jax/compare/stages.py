@@ -173,24 +173,34 @@ def compare_logits(to: Comparison, ours: Side, theirs: Side, config: LlamaConfig
         limit = bounds.NO_WORSE * own
         to.add("logits", "relative difference from float32, theirs", own)
         to.add("logits", "relative difference from float32, ours", relative(ours.logits, truth.logits), limit)
+    compare_next_tokens(to, ours, theirs, truth, bounds.divergence(limit, rms))
     beside = theirs if truth is None else truth
-    ours_p, theirs_p = log_softmax(ours.logits), log_softmax(theirs.logits)
-    divergence = (np.exp(theirs_p) * (theirs_p - ours_p)).sum(-1)
-    to.add("next token", "Kullback-Leibler divergence, mean, nats", abs(divergence.mean()))
-    top_ours, top_theirs = ours.logits.argmax(-1), theirs.logits.argmax(-1)
-    to.add("next token", "likeliest token is another, share", (top_ours != top_theirs).mean())
-    margins = np.take_along_axis(theirs.logits, top_theirs[..., None], -1) - np.take_along_axis(
-        theirs.logits, top_ours[..., None], -1
-    )
-    to.add("next token", "largest lead that was lost", margins.max(), 2 * difference.max())
     to.add("loss", "ours", ours.loss)
     to.add("loss", "theirs", theirs.loss)
-    to.add(
-        "loss",
-        "difference" + ("" if truth is None else " from float32"),
-        abs(ours.loss - beside.loss),
-        bounds.loss(limit, rms),
-    )
+    of = "" if truth is None else " from float32"
+    to.add("loss", f"difference{of}", abs(ours.loss - beside.loss), bounds.loss(limit, rms, beside.loss))
+
+
+def compare_next_tokens(to: Comparison, ours: Side, theirs: Side, truth: Side | None, limit: float) -> None:
+    """What the logits say comes next; `limit` is of the divergence in float32."""
+    top_ours, top_theirs = ours.logits.argmax(-1), theirs.logits.argmax(-1)
+    of = "Kullback-Leibler divergence, mean, nats"
+    if truth is None:
+        to.add("next token", of, divergence(ours, theirs), limit)
+    else:
+        own = divergence(theirs, truth)
+        to.add("next token", of, divergence(ours, theirs))
+        to.add("next token", f"{of}, theirs from float32", own)
+        to.add("next token", f"{of}, ours from float32", divergence(ours, truth), bounds.NO_WORSE**2 * own)
+    to.add("next token", "likeliest token is another, share", (top_ours != top_theirs).mean())
+    best, chosen = (np.take_along_axis(theirs.logits, top[..., None], -1) for top in (top_theirs, top_ours))
+    to.add("next token", "largest lead that was lost", (best - chosen).max())
+
+
+def divergence(side: Side, beside: Side) -> float:
+    """Mean over the tokens of KL(beside ‖ side)."""
+    q, p = log_softmax(side.logits), log_softmax(beside.logits)
+    return abs(float((np.exp(p) * (p - q)).sum(-1).mean()))
 
 
 def compare_gradients(to: Comparison, ours: Side, theirs: Side, config: LlamaConfig, truth: Side | None) -> None:
