@@ -9,10 +9,10 @@ from convert import bitsandbytes, names, prequantized
 from convert.ahead import in_order
 from convert.folder import ModelFolder, some
 from convert.pieces import quantized, read_bfloat16
-from qlora_jax import nf4
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Weights
 from qlora_jax.errors import InputError
+from qlora_jax.linear import Weight
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, Where, nbytes, put
 from qlora_jax.plan import layer_bytes
@@ -71,7 +71,7 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def load_weights(
     folder: ModelFolder,
     config: LlamaConfig,
-    quantization: QuantizationSettings,
+    quantization: QuantizationSettings | None,
     where: LayerPlace | Sequence[LayerPlace],
     advance: Advance = lambda nbytes: None,
 ) -> Weights:
@@ -81,7 +81,8 @@ def load_weights(
     each thread has its own linears' pages pinned, once; that takes longer than reading them.
 
     Args:
-        quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`).
+        quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`). None leaves
+            the linears of one that is not as they are, in bfloat16: for comparisons.
         where: one place for all layers, or each layer's own.
         advance: called with the bytes of each layer that is in its place, in order, and of embedding and head; all in all `total_bytes`.
 
@@ -122,7 +123,9 @@ def total_bytes(config: LlamaConfig, quantization: QuantizationSettings, where: 
     return 2 * config.hidden_size * vocabulary + layers
 
 
-def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettings, place: Where | None = None) -> Tree:
+def read_layer(
+    folder: ModelFolder, layer: int, quantization: QuantizationSettings | None, place: Where | None = None
+) -> Tree:
     """One decoder layer as the engine's frozen tree, at `place`; by default linears are on the device if they were quantized here, else
     still numpy's.
     """
@@ -136,8 +139,10 @@ def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettin
     return jax.block_until_ready(tree)
 
 
-def read_linear(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> nf4.QuantizedTensor:
-    """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device)."""
+def read_linear(folder: ModelFolder, name: str, quantization: QuantizationSettings | None) -> Weight:
+    """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device). With None: only cast."""
+    if quantization is None and not folder.is_4bit:
+        return put(read_bfloat16(folder, name), "device")
     weight = quantized(folder, name, quantization)
     return weight if folder.is_4bit else put(weight, "device")
 

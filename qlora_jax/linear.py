@@ -2,6 +2,8 @@
 
     y = x·Wᵀ + scaling · (dropout(x)·Aᵀ)·Bᵀ          W frozen in 4 bits, A [R, in] and B [out, R] trained in float32
 
+In the place of a 4-bit weight a plain matrix [out, in] does as well: that is LoRA without the Q, for comparisons.
+
 Frozen weights are `FrozenParam`s and adapters `nnx.LoRAParam`s, so `nnx.split(module, nnx.LoRAParam, ...)` separates what is
 trained from what is not into two trees.
 """
@@ -25,30 +27,37 @@ class FrozenParam(nnx.Variable):
     """A parameter of the base model. It is never trained and no gradient reaches it."""
 
 
+Weight = nf4.QuantizedTensor | jax.Array
+
+
+def dense(weight: Weight) -> jax.Array:
+    """A frozen weight as a matrix [out, in]: dequantized if it is in 4 bits, else as it is."""
+    return kernels.dequantize(weight) if isinstance(weight, nf4.QuantizedTensor) else weight
+
+
+def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    return kernels.matmul(x, weight) if isinstance(weight, nf4.QuantizedTensor) else kernels.dense_matmul(x, weight)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def frozen_matmul(x: jax.Array, weight: nf4.QuantizedTensor, share_dense: bool = False) -> jax.Array:
-    """x [..., in] times the transpose of a 4-bit weight of shape (out, in): [..., out] in x's dtype. No gradient reaches the weight.
+def frozen_matmul(x: jax.Array, weight: Weight, share_dense: bool = False) -> jax.Array:
+    """x [..., in] times the transpose of a frozen weight of shape (out, in): [..., out] in x's dtype. No gradient reaches the weight.
 
     What the backward pass keeps are the codes and scales: it dequantizes again. With `share_dense` it keeps the dequantized matrix
     instead, which is for a forward that is recomputed within the same compiled function: there it lives no longer than that.
     """
-    return kernels.matmul(x, weight)
+    return _matmul(x, weight)
 
 
-def _frozen_matmul_forward(
-    x: jax.Array, weight: nf4.QuantizedTensor, share_dense: bool
-) -> tuple[jax.Array, nf4.QuantizedTensor | jax.Array]:
+def _frozen_matmul_forward(x: jax.Array, weight: Weight, share_dense: bool) -> tuple[jax.Array, Weight]:
     if not share_dense:
-        return kernels.matmul(x, weight), weight
-    dense = kernels.dequantize(weight)
-    return kernels.dense_matmul(x, dense), dense
+        return _matmul(x, weight), weight
+    matrix = dense(weight)
+    return kernels.dense_matmul(x, matrix), matrix
 
 
-def _frozen_matmul_backward(
-    share_dense: bool, kept: nf4.QuantizedTensor | jax.Array, dy: jax.Array
-) -> tuple[jax.Array, None]:
-    dense = kept if share_dense else kernels.dequantize(kept)
-    return jnp.einsum("...o,oi->...i", dy, dense.astype(dy.dtype)), None  # frozen: no cotangent
+def _frozen_matmul_backward(share_dense: bool, kept: Weight, dy: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.einsum("...o,oi->...i", dy, dense(kept).astype(dy.dtype)), None  # frozen: no cotangent
 
 
 frozen_matmul.defvjp(_frozen_matmul_forward, _frozen_matmul_backward)
@@ -122,4 +131,4 @@ class NF4Linear(nnx.Module):
 
     def dense(self) -> jax.Array:
         """The weight [out, in], dequantized; no gradient reaches it."""
-        return jax.lax.stop_gradient(kernels.dequantize(self.weight.get_value()))
+        return jax.lax.stop_gradient(dense(self.weight.get_value()))

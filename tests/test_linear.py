@@ -114,6 +114,16 @@ def test_no_gradient_reaches_the_weight(weight: nf4.QuantizedTensor) -> None:
         assert leaf.dtype == jax.dtypes.float0 or not np.asarray(leaf).any()
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_plain_matrix_does_as_well(weight: nf4.QuantizedTensor, share: bool) -> None:
+    """The dequantized matrix in the weight's place: the same bits, forward and back, and no gradient either."""
+    x, matrix = random(1, TOKENS, IN), nf4.dequantize(weight)
+    (found, pull), (expected, push) = (jax.vjp(lambda x, w: frozen_matmul(x, w, share), x, w) for w in (matrix, weight))
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(pull(found)[0], push(expected)[0])
+    assert not np.asarray(pull(found)[1], np.float32).any()
+
+
 # ------------------------------------------------------------------------------------------------------------------ LoRA
 
 

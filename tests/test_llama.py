@@ -102,6 +102,19 @@ def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any]) -> N
     assert relative_difference(found, expected) < LOGITS_RTOL
 
 
+def test_logits_without_quantization_equal_transformers(tiny_folder: Path) -> None:
+    """The linears' own bfloat16 matrices in the place of 4-bit weights; gradients too reach the adapters only."""
+    torch = pytest.importorskip("torch")
+    folder = ModelFolder(tiny_folder)
+    engine, _ = load_model(tiny_folder)
+    weights = load_weights(folder, engine.config, None, "device")
+    input_ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, (2, 24)).astype(np.int32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(input_ids).long()).logits.numpy()
+    assert relative_difference(engine.logits(weights, no_adapters(engine), input_ids), expected) < LOGITS_RTOL
+
+
 @pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta", "rope_parameters"])
 def test_logits_would_show_an_overlooked_key(tiny_folder: Path, name: str) -> None:
     """The variants above change the logits by far more than the tolerance: an engine that ignored the key would fail there."""
