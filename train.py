@@ -33,7 +33,7 @@ from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.generate import Sampling
 from qlora_jax.output_dir import OutputDir
-from qlora_jax.placement import nbytes, put
+from qlora_jax.placement import Tree, nbytes, put
 from qlora_jax.samples import Samples
 from qlora_jax.trackers import check_trackers, open_trackers
 from qlora_jax.trainer import Hooks, Trainer, check_evaluation
@@ -91,7 +91,7 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         weights = load(config, model, plan, console, phases)
         engine = make_engine(config, plan)
         adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
-        adapters = [put(layer, plan.layout.adapters) for layer in adapters]
+        adapters = [put(in_dtype(layer, config.lora.dtype), plan.layout.adapters) for layer in adapters]
         describe(config, engine, weights, adapters, training, console)
         samples = make_samples(config, engine, weights, model, folder.path / "samples.jsonl", console, resumed)
         trainer = Trainer(
@@ -268,6 +268,11 @@ def load(config: Config, model: BaseModel, plan: Plan, console: Console, phases:
 def longest_row(config: Config) -> int:
     """Tokens of the longest row a step can have, its padding included."""
     return LENGTH_MULTIPLE * -(-config.data.max_seq_length // LENGTH_MULTIPLE)
+
+
+def in_dtype(adapter: Tree, dtype: str) -> Tree:
+    """A layer's adapter in the dtype it is trained in."""
+    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), adapter)
 
 
 def make_engine(config: Config, plan: Plan) -> Engine:

@@ -100,7 +100,7 @@ def save_adapter(
     for layer, tree in enumerate(adapters):
         for name in lora.targets:
             for part in names.ADAPTER_PARTS:
-                tensors[names.adapter(layer, name, part)] = np.asarray(tree[name]["adapter"][part])
+                tensors[names.adapter(layer, name, part)] = np.asarray(tree[name]["adapter"][part], np.float32)
     specs = [TensorSpec(name, "F32", tensor.shape) for name, tensor in tensors.items()]
     write_shard(
         aside / WEIGHTS_FILE, specs, tensors.values(), {**PT_METADATA, QUANTIZATION_KEY: quantization.model_dump_json()}

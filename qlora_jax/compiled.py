@@ -135,6 +135,13 @@ def _signature(layer_def: Definition, h: jax.Array, rest: tuple[Any, ...]) -> An
     return layer_def, h.shape, h.dtype, jax.tree.structure(rest)
 
 
+@functools.partial(jax.jit, static_argnames="dtype", donate_argnames="grads")
+def finish(grads: Tree, dtype: jax.typing.DTypeLike) -> tuple[Tree, jax.Array]:
+    """A layer's summed gradient in the dtype it is kept in, and the square sum of that."""
+    grads = jax.tree.map(lambda grad: grad.astype(dtype), grads)
+    return grads, square_sum(grads)
+
+
 @jax.jit
 def square_sum(tree: Tree) -> jax.Array:
     """Of all values of a tree, float32 scalar."""
@@ -170,9 +177,11 @@ def decode(
 
 @functools.cache
 def zeros_like() -> Callable[[Tree], Tree]:
-    """A function that makes zeros on the device, shaped as the tree it is given."""
+    """A function that makes float32 zeros on the device, shaped as the tree it is given."""
     # Placed by name: zeros depend on no input, and would come without the mesh, which is another type to the functions above.
-    return jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=sharding("device"))
+    return jax.jit(
+        lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree), out_shardings=sharding("device")
+    )
 
 
 @functools.cache

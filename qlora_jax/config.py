@@ -48,6 +48,9 @@ class LoraSettings(Section):
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["all-linear"] | tuple[LinearName, ...] = "all-linear"
     use_rslora: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of adapters and their gradients between steps. bfloat16, peft's `autocast_adapter_dtype=False`, takes half the memory and traffic;
+    the update is computed in float32 and rounded, so that steps under 1/256 of a value are lost. Micro-batches are summed in float32."""
     init_from: Path | None = None
     """An adapter's folder, ours or a plain one of PEFT's, to train further. r, lora_alpha, target_modules, use_rslora and the
     quantization it was trained on then come from it."""

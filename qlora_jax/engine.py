@@ -39,7 +39,7 @@ from qlora_jax.llama import MLP_TOKENS, Attention, Cache, DecoderLayer, Embeddin
 from qlora_jax.placement import LayerInputs, LayerStore, Tree, Where, put, sharding, visits
 
 Adapters = list[Tree]
-"""One tree a layer: {"q_proj": {"adapter": {"lora_a": [R, in], "lora_b": [out, R]}}, ...}, float32, on the device or on the host."""
+"""One tree a layer: {"q_proj": {"adapter": {"lora_a": [R, in], "lora_b": [out, R]}}, ...}, of `lora.dtype`, on the device or the host."""
 
 Observer = Callable[[str, Tree], None]
 """Given a place, in words, and the values there: [B, T, D] of each micro-batch, and others."""
@@ -114,6 +114,7 @@ class Engine:
         self.activations, self.adapters, self.keep = activations, adapters, keep
         self._noise_alpha = put(np.float32(neftune_noise_alpha), "device") if neftune_noise_alpha else None
         self.compute_dtype = jnp.dtype(compute_dtype)
+        self._adapter_dtype = lora.dtype if lora else "float32"
         self._layer_settings = (config, lora, quantization, attention)
         self._layer_def, self.abstract_adapter, self.abstract_layer = compiled.describe(
             DecoderLayer, *self._layer_settings, share_dense=share_dense, mlp_tokens=mlp_tokens
@@ -183,7 +184,7 @@ class Engine:
                 del h, arguments
             pace.dispatched(token)
             observe(f"the gradient of layer {layer}", (hidden_grads, grad))
-            grads.square_sums[layer] = compiled.square_sum(grad)
+            grad, grads.square_sums[layer] = compiled.finish(grad, self._adapter_dtype)
             grads.layers[layer] = put(grad, self.adapters)
             del frozen, adapter, grad
         return compiled.total(losses), grads
@@ -202,17 +203,18 @@ class Engine:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
         adapter, frozen, head = map(describe, (self.abstract_adapter, self.abstract_layer, self.abstract_head))
+        grads = jax.tree.map(lambda x: array(*x.shape, dtype=np.float32), self.abstract_adapter)
         h = array(rows, length, self.config.hidden_size, dtype=self.compute_dtype)
         dropout = self.lora is not None and self.lora.lora_dropout > 0
         key = describe(jax.eval_shape(lambda: jax.random.key(0))) if dropout else None
         drawn = (key, array(), array(), (array(rows, length), array(rows, length)) if packed else None)
         if keep:
             forward = compiled.forward_keeping.lower(self._keeping_def, adapter, frozen, h, *drawn)
-            arguments = (adapter, frozen, adapter, h, h, describe(forward.out_info[2]), *drawn)
+            arguments = (adapter, frozen, grads, h, h, describe(forward.out_info[2]), *drawn)
             backward = compiled.backward_kept.lower(self._keeping_def, *arguments)
         else:
             forward = compiled.forward.lower(self._layer_def, adapter, frozen, h, *drawn)
-            backward = compiled.backward.lower(self._layer_def, adapter, frozen, adapter, h, h, *drawn)
+            backward = compiled.backward.lower(self._layer_def, adapter, frozen, grads, h, h, *drawn)
         last = compiled.loss_and_grad.lower(self._head_def, head, h, array(rows, length), array(dtype=np.float32))
         lowered = {"forward": forward, "backward": backward, "head": last}
         return {name: each.compile().memory_analysis().temp_size_in_bytes for name, each in lowered.items()}

@@ -184,10 +184,10 @@ def items(job: Job, layout: Layout, work: Workspace) -> list[Item]:
 
 
 def _placed(name: str, where: Where, depth: int, a_layer: int, *, present: int) -> Item:
-    """Something every layer has, of which `present` layers' are there. On the host all have room, and up to two visit the device: one at
-    work, one coming or leaving."""
+    """Something every layer has, of which `present` layers' are there. On the host all have room, and up to three visit the device: one at
+    work, one coming, one leaving."""
     if where == "host":
-        return Item(name, min(present, 2) * a_layer, depth * a_layer)
+        return Item(name, min(present, 3) * a_layer, depth * a_layer)
     return Item(name, present * a_layer, 0)
 
 
@@ -221,7 +221,7 @@ def _moments(job: Job, layout: Layout, work: Workspace) -> list[list[Item]]:
             Item("workspace", workspace, 0),
         ]
 
-    visiting = 2 * (2 * adapter * (layout.adapters == "host") + job.moments_bytes * (layout.optimizer == "host"))
+    visiting = 3 * (2 * adapter * (layout.adapters == "host") + job.moments_bytes * (layout.optimizer == "host"))
     update = 3 * adapter + (8 * adapter if job.optim.endswith("8bit") else 0)
     return [
         moment(depth, keep, 1, max(*turn, work.head)),

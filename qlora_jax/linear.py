@@ -1,6 +1,6 @@
 """Flax modules: a frozen 4-bit linear and a LoRA adapter on it.
 
-    y = x·Wᵀ + scaling · (dropout(x)·Aᵀ)·Bᵀ          W frozen in 4 bits, A [R, in] and B [out, R] trained in float32
+    y = x·Wᵀ + scaling · (dropout(x)·Aᵀ)·Bᵀ          W frozen in 4 bits, A [R, in] and B [out, R] trained
 
 In the place of a 4-bit weight a plain matrix [out, in] does as well: that is LoRA without the Q, for comparisons.
 
@@ -67,15 +67,23 @@ class LoRA(nnx.Module):
     """The low-rank term of one linear: scaling · (dropout(x)·Aᵀ)·Bᵀ.
 
     A starts uniform in ±1/√in (kaiming uniform with a = √5, as peft) and B at zero, so that a fresh adapter changes nothing. Both are
-    float32 and are multiplied in x's dtype. Dropout acts on the adapter's input only.
+    of `dtype` and are multiplied in x's. Dropout acts on the adapter's input only.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, scaling: float, dropout: float, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scaling: float,
+        dropout: float,
+        rngs: nnx.Rngs,
+        dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> None:
         bound = in_features**-0.5
-        self.lora_a = nnx.LoRAParam(jax.random.uniform(rngs.params(), (rank, in_features), jnp.float32, -bound, bound))
-        self.lora_b = nnx.LoRAParam(jnp.zeros((out_features, rank), jnp.float32))
+        lora_a = jax.random.uniform(rngs.params(), (rank, in_features), jnp.float32, -bound, bound)
+        self.lora_a = nnx.LoRAParam(lora_a.astype(dtype))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((out_features, rank), dtype))
         self.scaling, self.dropout = scaling, dropout
 
     def __call__(self, x: jax.Array, key: jax.Array | None, first: jax.Array | int = 0) -> jax.Array:

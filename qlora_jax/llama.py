@@ -170,8 +170,9 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         for name, (rows, columns) in config.linear_shapes().items():
-            targeted = lora is not None and name in lora.targets
-            adapter = LoRA(columns, rows, lora.r, lora.scaling, lora.lora_dropout, rngs) if targeted else None
+            adapter = None
+            if lora is not None and name in lora.targets:
+                adapter = LoRA(columns, rows, lora.r, lora.scaling, lora.lora_dropout, rngs, lora.dtype)
             linear = NF4Linear(columns, rows, adapter, quantization, rngs, share_dense=share_dense)
             setattr(self, name, linear)
 

@@ -59,7 +59,7 @@ class AdamW:
         """Moments start at zero; `params` is only described, not kept."""
         self.where, self.max_norm = where, settings.max_grad_norm
         self._rule, self._pack = _rule(settings), _packing(settings)
-        init = jax.jit(lambda layer: self._pack(self._rule.init(layer)))
+        init = jax.jit(lambda layer: self._pack(self._rule.init(_float32(layer))))
         pace = Pace(SLOTS)
         self.moments = [
             jax.block_until_ready(put(init(layer), where))
@@ -101,9 +101,9 @@ class AdamW:
         def update(
             params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array
         ) -> tuple[Tree, Any, jax.Array]:
-            grads = jax.tree.map(lambda g: g * factor, grads)
-            steps, moments = self._rule.update(grads, _unpack(moments), params)
-            new = jax.tree.map(lambda p, step: p - rate * step, params, steps)
+            grads = jax.tree.map(lambda g: g * factor, _float32(grads))
+            steps, moments = self._rule.update(grads, _unpack(moments), _float32(params))
+            new = jax.tree.map(lambda p, step: (p - rate * step).astype(p.dtype), params, steps)
             return new, self._pack(moments), jnp.ravel(jax.tree.leaves(new)[0])[0]
 
         return jax.jit(update, donate_argnames=("params", "moments"))
@@ -111,7 +111,11 @@ class AdamW:
 
 def abstract_moments(settings: TrainingSettings, abstract_layer: Tree) -> Any:
     """What the moments of a layer of parameters look like, without allocating them."""
-    return jax.eval_shape(lambda layer: _packing(settings)(_rule(settings).init(layer)), abstract_layer)
+    return jax.eval_shape(lambda layer: _packing(settings)(_rule(settings).init(_float32(layer))), abstract_layer)
+
+
+def _float32(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def _rule(settings: TrainingSettings) -> optax.GradientTransformation:

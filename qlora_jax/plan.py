@@ -1,8 +1,8 @@
 """Decides where everything lives, from shapes alone, before any weight is read.
 
 Every combination of places and working modes that the settings leave open is a `Layout`. Those that fit the device and the host are
-compared by the seconds they are predicted to take; the fastest wins, and of equals the one that moves least. How many layers are
-resident, or keep their intermediates, follows from what the rest leaves over. `estimate.py` has the bytes and seconds.
+compared by the seconds they are predicted to take; the fastest wins, and of equals the one that works in the usual way and moves least.
+How many layers are resident, or keep their intermediates, follows from what the rest leaves over. `estimate.py` has the bytes and seconds.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ def _choose(
         if fitting:
             fastest = min(plan.seconds.total for plan in fitting)
             equal = [plan for plan in fitting if plan.seconds.total <= fastest * (1 + SAME_SPEED)]
-            plan = min(equal, key=lambda plan: (plan.seconds.bus_bytes, -plan.layout.keep, _oddity(plan.layout)))
+            plan = min(equal, key=lambda plan: (_oddity(plan.layout), plan.seconds.bus_bytes, -plan.layout.keep))
         else:
             plan = min(plans, key=_excess)
         if workspace_of is workspace or _mode(plan.layout) in known:
@@ -135,7 +135,7 @@ def _mode(layout: Layout) -> Any:
 
 def _oddity(layout: Layout) -> tuple[Any, ...]:
     """How far a layout is from the usual, to choose among equals."""
-    return not layout.share_dense, -layout.mlp_tokens, -layout.slots
+    return not layout.share_dense, -min(layout.mlp_tokens, MLP_TOKENS), -layout.slots
 
 
 def _candidates(

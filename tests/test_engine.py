@@ -149,6 +149,20 @@ def test_the_same_bits_wherever_things_live(deep_folder: Path) -> None:
         assert all(jax.tree.leaves(same)), other
 
 
+def test_adapters_in_16_bits(deep_folder: Path) -> None:
+    """The same bits wherever they live, and within bfloat16's rounding of the float32 run: after one step of Adam, whose update is lr."""
+    half = LoraSettings(r=4, lora_dropout=0.0, dtype="bfloat16")
+    batches = [make_batch(2, 2, seed=step) for step in range(3)]
+    losses, adapters = train(deep_folder, batches, lora=half)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(adapters)} == {"bfloat16"}
+    again, elsewhere = train(deep_folder, batches, lora=half, weights="host", adapters="host", optimizer="host")
+    assert again == losses
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), adapters, elsewhere))
+    full_losses, _ = train(deep_folder, batches, lora=NO_DROPOUT)
+    assert losses == pytest.approx(full_losses, rel=2**-7)
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("slots", [2, 3])
 def test_no_more_streamed_layers_on_the_device_than_slots(deep_folder: Path, slots: int) -> None:
     engine, weights = make(deep_folder, "host", adapters="host", lora=NO_DROPOUT)

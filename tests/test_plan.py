@@ -10,6 +10,7 @@ import pytest
 
 from qlora_jax.__main__ import main
 from qlora_jax.budget import GIB, Limits, Plan
+from qlora_jax.commands.plan import memory_explained
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings
 from qlora_jax.errors import InputError
 from qlora_jax.estimate import Job, Layout, items, seconds, total, workspace
@@ -190,6 +191,19 @@ def test_a_processor_keeps_everything_unless_asked() -> None:
     assert make_plan(job(LLAMA2_7B, 1, 128), asked, "none", limits, None).layout == Layout(3, optimizer="host", keep=32)
     with pytest.raises(InputError, match=r"GiB of the 16\.0 that are free"):
         make_plan(job(LLAMA2_70B, 1, 128), MemorySettings(), "auto", limits, None)
+
+
+def test_out_of_memory_is_explained(tmp_path: Path) -> None:
+    found = plan(job(LLAMA2_7B, 4, 2048))
+    with pytest.raises(InputError) as caught, memory_explained(found, tmp_path):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nBFC dump\n..."
+        )
+    assert "while trying to allocate 123 bytes" in caught.value.found
+    assert "BFC" not in str(caught.value)
+    assert "memory.device_memory=19GiB" in caught.value.fix
+    with pytest.raises(jax.errors.JaxRuntimeError), memory_explained(found, tmp_path):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
 def write_config(folder: Path, **model: Any) -> Path:
