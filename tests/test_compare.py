@@ -18,6 +18,7 @@ from qlora_jax.__main__ import main
 from qlora_jax.commands import compare as command
 from qlora_jax.compare import bounds, process, stages
 from qlora_jax.compare.both import Ours, Reference, Steps, Subject, differences, run_theirs
+from qlora_jax.compare.report import as_json
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.engine import Weights
 from qlora_jax.errors import EXIT_BAD_INPUT, InputError
@@ -167,6 +168,8 @@ def test_a_number_that_is_none_is_exceeded() -> None:
     found.add("logits", "difference", 1.0, 1.0)
     found.add("logits", "difference", float("nan"))
     assert len(found.exceeded) == 1
+    text = json.dumps(as_json(found), allow_nan=False)
+    assert [check["value"] for check in json.loads(text)["checks"]] == [None, 1.0, None]
 
 
 def test_bounds_grow_with_depth_and_stay_far_below_what_matters() -> None:

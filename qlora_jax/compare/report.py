@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qlora_jax.compare.stages import Check, Comparison
 
 def as_json(found: Comparison) -> dict[str, Any]:
     """Everything of a comparison, fit for JSON."""
-    return {
+    report = {
         "holds": not found.exceeded,
         **found.about,
         "checks": [dataclasses.asdict(check) | {"holds": check.holds} for check in found.checks],
@@ -22,6 +23,16 @@ def as_json(found: Comparison) -> dict[str, Any]:
         "gradients_by_tensor": found.by_tensor,
         "losses": found.losses,
     }
+    return _finite(report)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for each number that JSON has no name for."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(found: Comparison, console: Console) -> None:

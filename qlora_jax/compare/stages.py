@@ -1,5 +1,6 @@
 """The differences between two sides, stage by stage, each beside its bound."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -81,38 +82,35 @@ def compare_weights(
     to: Comparison, linears: Iterable[tuple[str, nf4.QuantizedTensor]], folder: Path, device: str
 ) -> float:
     """Codes, scales and dequantized values of every linear; the weights' relative difference, as ours dequantize."""
-    differing, sizes = {"codes": 0, "absmax": 0, "values": 0}, {"codes": 0, "absmax": 0, "values": 0}
-    furthest, squares, size, dequantized = 0, 0.0, 0.0, 0
+    counts: collections.Counter[str] = collections.Counter()
+    furthest, apart, size = 0, 0.0, 0.0
     for key, ours in linears:
         theirs = read_tensors(folder / f"weights-{key}.safetensors")
-        values = np.asarray(nf4_values(ours))
+        values, same_bytes = (np.asarray(nf4_values(w)) for w in (ours, read_quantized(folder, key, ours, "bfloat16")))
         expected = theirs["values"].view(values.dtype)
-        same_bytes = nf4_values(read_quantized(folder, key, ours, "bfloat16"))
-        dequantized += int((np.asarray(same_bytes).view(np.uint16) != expected.view(np.uint16)).sum())
-        pairs = {"codes": (nibbles(ours.codes), nibbles(theirs["codes"])), "absmax": (ours.absmax, theirs["absmax"])}
-        pairs["values"] = (values.view(np.uint16), expected.view(np.uint16))
-        for name, (a, b) in pairs.items():
-            differing[name] += int((np.asarray(a) != b).sum())
-            sizes[name] += b.size
+        counts["codes"] += differing_codes(ours.codes, theirs["codes"])
+        counts["weights"] += expected.size
+        counts["dequantized"] += int((same_bytes.view(np.int16) != theirs["values"]).sum())
+        others = values.view(np.int16) != theirs["values"]
+        counts["values"] += int(others.sum())
+        apart += norm(values[others].astype(np.float32) - expected[others].astype(np.float32)) ** 2
+        size += float(np.linalg.norm(expected.astype(np.float32))) ** 2
+        scales = np.asarray(ours.absmax)
+        counts["absmax"] += int((scales != theirs["absmax"]).sum())
+        counts["blocks"] += scales.size
         if ours.nested_absmax is not None:
-            apart = np.asarray(ours.absmax).astype(int) - theirs["absmax"]
-            furthest = max(furthest, int(np.abs(apart).max()))
-        squares += norm(values.astype(np.float32) - expected.astype(np.float32)) ** 2
-        size += norm(expected.astype(np.float32)) ** 2
-    delta = math.sqrt(squares / size)
-    to.add(
-        "quantization",
-        "4-bit codes that differ, share",
-        differing["codes"] / sizes["codes"],
-        bounds.FLIPPED_CODES[device],
+            furthest = max(furthest, int(np.abs(scales.astype(int) - theirs["absmax"]).max()))
+    codes, scales, values = (
+        counts[part] / counts[whole]
+        for part, whole in (("codes", "weights"), ("absmax", "blocks"), ("values", "weights"))
     )
-    scales = differing["absmax"] / sizes["absmax"]
+    to.add("quantization", "4-bit codes that differ, share", codes, bounds.FLIPPED_CODES[device])
     to.add("quantization", "scales that differ, share", scales, bounds.FLIPPED_SCALES[device])
     to.add("quantization", "furthest 8-bit scale, codes apart", furthest, bounds.BYTES_ONE_APART)
-    to.add("dequantization", "weights that differ, same bytes", dequantized, 0)
-    to.add("dequantization", "weights that differ, own bytes, share", differing["values"] / sizes["values"])
-    to.add("dequantization", "relative difference, own bytes", delta)
-    return delta
+    to.add("dequantization", "weights that differ, same bytes", counts["dequantized"], 0)
+    to.add("dequantization", "weights that differ, own bytes, share", values)
+    to.add("dequantization", "relative difference, own bytes", math.sqrt(apart / size))
+    return math.sqrt(apart / size)
 
 
 @jax.jit
@@ -127,10 +125,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def nibbles(codes: Any) -> np.ndarray:
-    """Packed codes → one a byte."""
-    packed = np.asarray(codes)
-    return np.stack([packed >> 4, packed & 15])
+def differing_codes(ours: Any, theirs: np.ndarray) -> int:
+    """How many 4-bit codes differ, of two packed arrays."""
+    changed = np.asarray(ours) ^ theirs
+    changed = changed[changed != 0]
+    return int((changed >> 4 != 0).sum() + (changed & 15 != 0).sum())
 
 
 def compare_forward(to: Comparison, ours: Side, theirs: Side, config: LlamaConfig, truth: Side | None) -> None:
