@@ -1,0 +1,108 @@
+"""`kill -9` at random moments, 50 times in a row: while files are read, checkpoints written and renamed, results exported. Every run that
+comes to its end has the result of the run that nobody killed."""
+
+import collections
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import assert_same, outcome, write_place
+
+REPOSITORY = Path(__file__).parent.parent
+SETTINGS = ["training.max_steps=6", "training.save_steps=1", "lora.lora_dropout=0.1", "lora.target_modules=[q_proj]",
+    "training.logging_steps=2", "training.export_merged=true"]  # fmt: skip
+
+DIES = """
+import itertools, os, random, signal, sys, threading, time
+
+out, wanted, gradients, *arguments = sys.argv[1:]
+import train
+import matplotlib.figure, matplotlib.backends.backend_agg
+import transformers.models.auto.tokenization_auto, transformers.models.llama.configuration_llama
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from orbax.checkpoint import v1
+from convert import merge
+from qlora_jax.engine import Engine, Gradients
+
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+random.seed(0)
+
+def watch(event, args):
+    if limit is not None and event in EVENTS and (path := str(args[0])).startswith(out) and next(count) >= limit:
+        if delay:
+            threading.Thread(target=lambda: (time.sleep(delay), die(event, path)), daemon=True).start()
+            time.sleep(0.0001)
+        else:
+            die(event, path)
+
+def die(event, path):
+    os.write(1, f"killed: {event} {path}\\n".encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def made_up(self, weights, adapters, batch, key):
+    import jax, jax.numpy as jnp
+    from qlora_jax import compiled
+    from qlora_jax.placement import put
+    number = put(batch.input_ids.astype("float32").mean(), "device")
+    layers = [jax.jit(lambda tree, number: jax.tree.map(lambda x: jnp.sin(x + number), tree))(layer, number) for layer in adapters]
+    sums = [compiled.square_sum(layer) for layer in layers]
+    return sums[0], Gradients(layers, sums)
+
+def start(number):
+    if (pid := os.fork()) == 0:
+        os.dup2(os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stdout = open(os.devnull, "w")
+        os._exit(train.main([*arguments, f"training.output_dir={out}/{number}"]))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+if gradients == "made up":
+    Engine.value_and_grad, merge.check_merge = made_up, lambda *args: ()
+sys.addaudithook(watch)
+kills, number, limit = 0, 0, None
+while True:
+    count, delay = itertools.count(), random.choice((0, 0, random.uniform(0, 0.1)))
+    status = start(number)
+    if status == -signal.SIGKILL:
+        kills += 1
+    else:
+        print("ended:", number, status, flush=True)
+        if kills >= int(wanted) or status != 0:
+            break
+        number += 1
+    limit = random.randrange(220) if kills < int(wanted) else None
+"""
+"""Run after run in children, each killed after so many file operations in its folder, at once or up to 0.1 s later; the first one is not.
+JAX is only used once they are forked. Their compilations are cached, or they would do nothing else; and as it takes seconds to trace them
+all, the gradients may be made up: what a checkpoint has to hold is the same."""
+
+
+@pytest.mark.parametrize(("kills", "gradients"), [(50, "made up"), pytest.param(200, "real", marks=pytest.mark.slow)])
+def test_killed_many_times(tmp_path: Path, kills: int, gradients: str) -> None:
+    place = write_place(tmp_path / "place", max_steps=6, num_hidden_layers=1)
+    out = tmp_path / "out"
+    arguments = ["--config", str(place / "run.yaml"), *SETTINGS]
+    environment = {
+        **os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", DIES, str(out), str(kills), gradients, *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    log = (tmp_path / "out.log").read_text()
+    ended = re.findall(r"ended: (\d+) (-?\d+)", done.stdout)
+    assert {status for _, status in ended} == {"0"}, log[-3000:]
+    killed = re.findall(r"killed: (\S+) (.*)", done.stdout)
+    assert len({path for _, path in killed}) > kills / 3, "moments of all kinds"
+    assert len(killed) >= kills  # a thread may say so beside another that is quicker
+    for number, _ in ended:
+        assert_same(outcome(out / number), outcome(out / "0"))
+        assert not list((out / number).rglob("*.partial")), "nothing half-made is left"
+    where = collections.Counter(
+        re.sub(r"\d+", "N", path.removeprefix(f"{out}/").split("/", 1)[-1]) for _, path in killed
+    )
+    print(where)  # shown when what follows fails: too few kinds of moments
+    assert any(".step-N.partial" in path for path in where), "while a checkpoint was written"
+    assert any("adapter" in path or "merged" in path for path in where), "while results were exported"
