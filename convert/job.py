@@ -130,7 +130,7 @@ def require_space(folder: Path, needed: int, out: Path) -> None:
 def _raise_if_full(error: BaseException, out: Path) -> None:
     if isinstance(error, OSError) and error.errno in FULL:
         fix = "make room and run the same command again: it continues with the files that are written"
-        raise DestinationError(out, found=f"the disk became full: {error.strerror}", fix=fix) from None
+        raise DestinationError(out, found=f"{FULL[error.errno]}: {error.strerror}", fix=fix) from None
 
 
 def _lock(descriptor: int, out: Path) -> None:
