@@ -1,22 +1,32 @@
-"""Models that a run quantized, kept so that the next run with the same model and quantization need not: `CACHE/quantized/NAME-KEY`."""
+"""Models that a run quantized, kept so that the next run with the same model and quantization need not: `CACHE/quantized/NAME-KEY`.
 
+    python -m convert.cache                       what is kept, and how large it is
+    python -m convert.cache --remove NAME ...     removes entries; --all: every one
+
+Nothing is removed unasked. CACHE is $QLORA_JAX_CACHE, or else ~/.cache/qlora_jax.
+"""
+
+import argparse
+import datetime
 import hashlib
 import json
 import re
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from convert.folder import ModelFolder
 from convert.hub import cache_dir
-from convert.job import DestinationError
+from convert.job import DestinationError, in_use
 from convert.load import read_config
 from convert.prequantized import settle
 from convert.quantize import job_of, quantize
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.display import byte_bar
-from qlora_jax.errors import InputError
+from qlora_jax.display import byte_bar, make_console
+from qlora_jax.errors import InputError, exit_status
 
 KEY_DIGITS = 16
 
@@ -47,7 +57,8 @@ def cached_folder(
         reason = error.found if isinstance(error, DestinationError) else error
         console.print(f"quantizing in memory, for this run only: {entry}: {reason}")
         return folder
-    console.print(f"{kind}: quantized once, kept in {entry}")
+    size = f"{_bytes(entry) / 2**30:.2f} GiB, {sum(map(_bytes, entries())) / 2**30:.2f} with all others"
+    console.print(f"{kind}: quantized once, kept in {entry} ({size}; see python -m convert.cache)")
     return ModelFolder(entry)
 
 
@@ -55,7 +66,37 @@ def entry_of(folder: ModelFolder, name_or_path: str, quantization: QuantizationS
     """Where a model's quantized form is kept: known by what it was made of (revision, or files, sizes and times) and how."""
     name = re.sub(r"[^\w.-]+", "-", name_or_path if not Path(name_or_path).exists() else Path(name_or_path).name)
     key = hashlib.sha256(json.dumps(job_of(folder, quantization), sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
-    return cache_dir() / "quantized" / f"{name.strip('.-')}-{key}"
+    return _place() / f"{name.strip('.-')}-{key}"
+
+
+def entries() -> list[Path]:
+    """Everything in the cache, unfinished entries too, by name."""
+    place = _place()
+    return sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+
+
+def remove(names: Sequence[str]) -> None:
+    """Delete entries by name.
+
+    Raises:
+        InputError: one of them is not there, or is being written; nothing is deleted then.
+    """
+    there = {path.name: path for path in entries()}
+    problems = [f"{name}: not there" for name in names if name not in there]
+    problems += [f"{name}: being written by another process" for name in names if name in there and in_use(there[name])]
+    if problems:
+        fix = "give names that `python -m convert.cache` lists"
+        raise InputError(_place(), found="; ".join(problems), expected="entries of the cache", fix=fix)
+    for name in names:
+        shutil.rmtree(there[name])
+
+
+def _place() -> Path:
+    return cache_dir() / "quantized"
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _opened(
@@ -78,3 +119,28 @@ def _opened(
     except OSError:
         return None  # quantizing will say that something is there already
     return None
+
+
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see `--help`."""
+    parser = argparse.ArgumentParser(prog="python -m convert.cache", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--remove", nargs="+", default=[], metavar="NAME", help="entries to delete, as they are listed")
+    parser.add_argument("--all", action="store_true", help="delete every entry")
+    options = parser.parse_args(arguments)
+    console = make_console()
+    if doomed := [path.name for path in entries()] if options.all else options.remove:
+        freed = sum(_bytes(_place() / name) for name in doomed)
+        remove(doomed)
+        console.print(f"{len(doomed)} removed, {freed / 2**30:.2f} GiB")
+        return
+    for path in entries():
+        day = datetime.datetime.fromtimestamp(path.stat().st_mtime).date()
+        unfinished = "  (unfinished: the next run on that model continues it)" if path.name.startswith(".") else ""
+        console.print(f"{_bytes(path) / 2**30:9.2f} GiB  {day}  {path.name}{unfinished}")
+    console.print(f"{sum(map(_bytes, entries())) / 2**30:9.2f} GiB  in all, in {_place()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

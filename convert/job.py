@@ -133,6 +133,18 @@ def _raise_if_full(error: BaseException, out: Path) -> None:
         raise DestinationError(out, found=f"{FULL[error.errno]}: {error.strerror}", fix=fix) from None
 
 
+def in_use(partial: Path) -> bool:
+    """Whether a process is filling this folder's `out` (it is the `.NAME.partial` of a conversion at work)."""
+    try:
+        with (partial / "lock").open("rb") as lock:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _lock(descriptor: int, out: Path) -> None:
     if not try_lock(descriptor):
         fix = "wait for it, or name another folder"

@@ -1,6 +1,7 @@
 """A run quantizes a model once: the next one reads what the first one kept, if it is sound and of the same model and settings."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -16,12 +17,12 @@ import yaml
 import train
 from convert import cache as cache_module
 from convert.adapter import WEIGHTS_FILE
-from convert.cache import cached_folder, entry_of
+from convert.cache import cached_folder, entry_of, main
 from convert.folder import ModelFolder
 from convert.quantize import quantize
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import make_console
-from qlora_jax.errors import InputError
+from qlora_jax.errors import EXIT_BAD_INPUT, InputError
 from tests import tiny
 
 NF4 = QuantizationSettings()
@@ -51,7 +52,8 @@ def test_once(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     first = cached(place)
     assert first.path.parent == place / "cache" / "quantized"
     assert first.path.name.startswith("model-")
-    assert capsys.readouterr().out == f"nf4, double quantization: quantized once, kept in {first.path}\n"
+    said = f"nf4, double quantization: quantized once, kept in {first.path} (0.00 GiB, 0.00 with all others; see python -m convert.cache)"
+    assert capsys.readouterr().out == f"{said}\n"
     quantize(ModelFolder(place / "model"), place / "by-hand", NF4)
     assert contents(first.path) == contents(place / "by-hand")
     monkeypatch.setattr(cache_module, "quantize", never)
@@ -176,3 +178,35 @@ def test_a_weight_that_is_not_finite_is_not_kept(place: Path, monkeypatch: pytes
     with pytest.raises(InputError, match="NaN"):
         cached(place)
     assert list((place / "cache" / "quantized").iterdir()) == []
+
+
+# The command
+
+
+def test_what_is_kept_is_listed_and_removed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().out.split() == ["0.00", "GiB", "in", "all,", "in", str(place / "cache" / "quantized")]
+    first, second = cached(place).path, cached(place, QuantizationSettings(double_quant=False)).path
+    half = first.with_name(".other-0123.partial")
+    half.mkdir()
+    with (half / "shard").open("wb") as file:
+        file.truncate(3 * 2**29)
+    capsys.readouterr()
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines[:-1]] == sorted([first.name, second.name, half.name])
+    assert lines[0].split()[:2] == lines[-1].split()[:2] == ["1.50", "GiB"] and "unfinished" in lines[0]
+    assert main(["--remove", first.name, "nothing"]) == EXIT_BAD_INPUT
+    assert "nothing: not there" in capsys.readouterr().err
+    with (half / "lock").open("wb") as lock:
+        fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+        assert main(["--all"]) == EXIT_BAD_INPUT
+        assert f"{half.name}: being written by another process" in capsys.readouterr().err
+    assert sorted(first.parent.iterdir()) == sorted([first, second, half]), "nothing was removed"
+    assert main(["--remove", first.name]) == 0
+    assert sorted(first.parent.iterdir()) == sorted([second, half])
+    assert main(["--all"]) == 0
+    assert "2 removed, 1.50 GiB" in capsys.readouterr().out
+    assert list(first.parent.iterdir()) == []
