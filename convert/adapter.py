@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,27 @@ QUANTIZATION_KEY = "quantization"
 """Our own entry in the file's metadata: what the adapter was trained on, which a merge into that needs to know. PEFT ignores it."""
 
 
-class Pairs(Mapping[tuple[int, str], Pair]):
-    """The adapted linears, (layer, our name) → Pair. Each look-up reads the file, so that one pair at a time is in memory."""
+class Pairs(Mapping[names.Target, Pair]):
+    """The adapted weights, (layer, our name) → Pair. Each look-up reads the file, so that one pair at a time is in memory.
 
-    def __init__(self, path: Path, targets: Mapping[tuple[int, str], Target], use_dora: bool) -> None:
+    An embedding [vocabulary, hidden] changes by (B·A)ᵀ: its pair is Aᵀ for `lora_b` and Bᵀ for `lora_a`.
+    """
+
+    def __init__(self, path: Path, targets: Mapping[names.Target, Target], use_dora: bool) -> None:
         self._path, self._targets, self._use_dora = path, targets, use_dora
 
-    def __getitem__(self, key: tuple[int, str]) -> Pair:
+    def __getitem__(self, key: names.Target) -> Pair:
         scaling = self._targets[key].scaling
         lora_a, lora_b = (_read32(self._path, names.adapter(*key, part)) for part in names.ADAPTER_PARTS)
+        if key[1] == "embed_tokens":
+            lora_a, lora_b = np.ascontiguousarray(lora_b.T), np.ascontiguousarray(lora_a.T)
         magnitude = _read32(self._path, names.magnitude(*key)) if self._use_dora else None
         return Pair(lora_a, lora_b, scaling, magnitude)
 
-    def __iter__(self) -> Iterator[tuple[int, str]]:
+    def __contains__(self, key: object) -> bool:
+        return key in self._targets  # the inherited one would read the file
+
+    def __iter__(self) -> Iterator[names.Target]:
         return iter(self._targets)
 
     def __len__(self) -> int:
@@ -47,15 +55,20 @@ class Pairs(Mapping[tuple[int, str], Pair]):
 
 
 class Saved(Mapping[str, np.ndarray]):
-    """Tensors that take the place of the base's: Hugging Face's name → values in the stored dtype, read when looked up."""
+    """Tensors that take the place of the base's: Hugging Face's name → values in the stored dtype, read when looked up.
 
-    def __init__(self, path: Path, tensors: Sequence[str]) -> None:
-        self._path, self._tensors = path, dict.fromkeys(tensors)
+    With an adapter on it too, it is what the adapter is added to.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, str]) -> None:
+        """`tensors`: Hugging Face's names → the file's."""
+        self._path, self._tensors = path, tensors
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._tensors:
-            raise KeyError(name)
-        return read_tensor(self._path, names.saved(name))
+        return read_tensor(self._path, self._tensors[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -75,7 +88,7 @@ class Adapter:
     path: Path
     config: AdapterConfig
     quantization: QuantizationSettings
-    targets: Mapping[tuple[int, str], Target]
+    targets: Mapping[names.Target, Target]
     pairs: Pairs
     saved: Saved
 
@@ -151,7 +164,7 @@ def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             note = (file.metadata() or {}).get(QUANTIZATION_KEY, "{}")
-            held = {names.parse_saved(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+            held = set(file.keys())
         problems = tensor_problems(path, settings, targets, config)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(path, found=f"a damaged safetensors file: {error}", fix="save the adapter again") from None
@@ -162,7 +175,8 @@ def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
             found="\n    ".join(["tensors that do not fit the model or adapter_config.json", *shown]),
             fix=f"give the model this adapter was trained on ({settings.base_model or 'it does not say which'})",
         )
-    saved = Saved(path, [name for name in saveable(config) if name in held])
+    stored = ((name, key) for name in saveable(config) for key in (names.saved(name), names.stored_base(name)))
+    saved = Saved(path, {name: key for name, key in stored if key in held})
     return Adapter(
         folder, settings, _quantization(folder, note), targets, Pairs(path, targets, settings.use_dora), saved
     )
@@ -186,12 +200,15 @@ def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
     Raises:
         InputError: it is of a kind that can only be merged; everything that makes it so is named.
     """
-    names_of = sorted({name for _, name in adapter.targets}, key=LINEAR_NAMES.index)
+    names_of = sorted({name for layer, name in adapter.targets if layer is not None}, key=LINEAR_NAMES.index)
+    beyond = [name for layer, name in adapter.targets if layer is None]
     kinds = set(adapter.targets.values())
     reasons = ["DoRA (use_dora)"] if adapter.config.use_dora else []
-    reasons += [f"modules_to_save ({some(list(adapter.saved))})"] if adapter.saved else []
+    reasons += [f"LoRA on {' and '.join(beyond)}"] if beyond else []
+    saved = [name for name in adapter.saved if names.parse_target(name) not in adapter.targets]
+    reasons += [f"modules_to_save ({some(saved)})"] if saved else []
     reasons += ["rank_pattern or alpha_pattern"] if len(kinds) > 1 else []
-    if len(adapter.targets) != len(names_of) * config.num_hidden_layers or not kinds:
+    if len(adapter.targets) - len(beyond) != len(names_of) * config.num_hidden_layers or not kinds:
         reasons.append("linears adapted in some layers only")
     if reasons:
         raise InputError(

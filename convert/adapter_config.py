@@ -4,7 +4,7 @@ A name in PEFT's rules is a module's path in the base model, such as `model.laye
 
     targeted    its path is, or ends in a dot and, an entry of the list target_modules; or the whole path matches the regular
                 expression target_modules; less exclude_modules (same rules) and whatever lies inside modules_to_save
-    layers      with layers_to_transform, only the layers of those numbers
+    layers      with layers_to_transform, only the layers of those numbers, and modules whose whole path is in target_modules
     rank, alpha the first key of rank_pattern (alpha_pattern), as the file has them, that matches the path's end, at a dot; else
                 r (lora_alpha)
     scaling     alpha / rank, or alpha / sqrt(rank) with use_rslora
@@ -64,14 +64,20 @@ class AdapterConfig:
         """Whether each target has a magnitude vector."""
         return bool(self.settings.get("use_dora"))
 
-    def targets(self, config: LlamaConfig) -> dict[tuple[int, str], Target]:
-        """Every linear of a model of this shape that the adapter changes, by (layer, our name), in the model's order."""
-        found = {}
+    def targets(self, config: LlamaConfig) -> dict[names.Target, Target]:
+        """Every weight of a model of this shape that the adapter changes, by (layer, our name): linears in the model's order, then
+        what is outside the layers.
+        """
+        found: dict[names.Target, Target] = {}
         for layer in range(config.num_hidden_layers):
             for name in LINEAR_NAMES:
                 path = names.linear(layer, name).removesuffix(".weight")
                 if self._is_target(path, layer):
                     found[layer, name] = self._target(path)
+        for name, tensor in names.VOCABULARY.items():
+            path = tensor.removesuffix(".weight")
+            if not self._all_linear and self._is_target(path, None):
+                found[None, name] = self._target(path)
         return found
 
     def saved(self, tensor: str) -> bool:
@@ -80,15 +86,23 @@ class AdapterConfig:
         paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
         return any(path.endswith(key) for path in paths for key in self.settings.get("modules_to_save") or ())
 
-    def _is_target(self, path: str, layer: int) -> bool:
+    @property
+    def _all_linear(self) -> bool:
+        """PEFT's short form for every linear but the head."""
+        targets = self.settings["target_modules"]
+        return isinstance(targets, str) and targets.lower() == "all-linear"
+
+    def _is_target(self, path: str, layer: int | None) -> bool:
         settings = self.settings
         excluded, targets = settings.get("exclude_modules"), settings["target_modules"]
         if excluded and _matches(excluded, path):
             return False
         if any(re.match(rf"(^|.*\.){key}($|\..*)", path) for key in settings.get("modules_to_save") or ()):
             return False
-        if isinstance(targets, str) and targets.lower() == "all-linear":
+        if self._all_linear:
             return True
+        if isinstance(targets, list) and path in targets:
+            return True  # in whichever layer
         wanted = settings.get("layers_to_transform")
         if wanted is None or wanted == []:
             return _matches(targets, path)
@@ -188,18 +202,7 @@ def _malformed(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"layers_to_transform is {layers!r}, expected layer numbers")
     elif layers is not None and isinstance(settings.get("target_modules"), str):
         problems.append("layers_to_transform with a pattern as target_modules, which PEFT refuses")
-    return problems or _beyond_the_layers(settings) + _bad_patterns(settings)
-
-
-def _beyond_the_layers(settings: Mapping[str, Any]) -> list[str]:
-    """Targets outside the decoder layers, which PEFT adapts and we do not."""
-    targets = settings["target_modules"]
-    others = [names.EMBEDDING.removesuffix(".weight"), names.LM_HEAD.removesuffix(".weight")]
-    if isinstance(targets, str):
-        return []  # a pattern that matches one of these has its tensors in the file, where they are refused
-    return [
-        f"target_modules names {path}: only linears of decoder layers" for path in others if _matches(targets, path)
-    ]
+    return problems or _bad_patterns(settings)
 
 
 def _bad_patterns(settings: Mapping[str, Any]) -> list[str]:

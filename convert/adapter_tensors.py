@@ -26,12 +26,12 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
 
 
 def tensor_problems(
-    path: Path, settings: AdapterConfig, targets: Mapping[tuple[int, str], Target], config: LlamaConfig
+    path: Path, settings: AdapterConfig, targets: Mapping[names.Target, Target], config: LlamaConfig
 ) -> list[str]:
     """What is wrong with a safetensors file's tensors, one line each; one tensor at a time is read.
 
     Args:
-        targets: every linear that the adapter must have a pair for.
+        targets: every weight that the adapter must have a pair for.
 
     Raises:
         SafetensorError, OSError: the file cannot be read.
@@ -43,25 +43,31 @@ def tensor_problems(
     if not found:
         return ["no adapter tensors"]
     wanted = _wanted(settings, targets, config)
-    # PEFT stores these unasked too, when it believes that the vocabulary was resized.
-    optional = {names.saved(name): saveable(config)[name] for name in (names.EMBEDDING, names.LM_HEAD)}
+    # PEFT stores these unasked too: when it believes that the vocabulary was resized, and beside their own adapters.
+    optional = {names.saved(name): saveable(config)[name] for name in names.VOCABULARY.values()}
+    of_targets = [names.target(*target) for target in targets if target[0] is None]
+    optional |= {names.stored_base(name): saveable(config)[name] for name in of_targets}
     problems = [] if targets else ["target_modules match no linear of this model"]
     problems += [f"{name} is missing, expected {shape}" for name, shape in wanted.items() if name not in found]
     shapes = {**optional, **wanted}
     problems += [_unknown(name, config) for name in sorted(found.keys() - shapes.keys())]
     for name in sorted(found.keys() & shapes.keys()):
         problems += _tensor_problems(path, name, *found[name], shapes[name])
-    return problems or list(_untied(path, found.keys(), settings, config))
+    return (
+        problems
+        or list(_beyond_the_layers(targets, settings, config))
+        or list(_untied(path, found.keys(), settings, config))
+    )
 
 
 def _wanted(
-    settings: AdapterConfig, targets: Mapping[tuple[int, str], Target], config: LlamaConfig
+    settings: AdapterConfig, targets: Mapping[names.Target, Target], config: LlamaConfig
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors that must be there, by PEFT's names."""
-    linears = config.linear_shapes()
+    shapes = config.linear_shapes() | dict.fromkeys(names.VOCABULARY, (config.vocab_size, config.hidden_size))
     wanted: dict[str, tuple[int, ...]] = {}
     for (layer, name), target in targets.items():
-        out_features, in_features = linears[name]
+        out_features, in_features = shapes[name] if name != "embed_tokens" else shapes[name][::-1]
         wanted[names.adapter(layer, name, "lora_a")] = (target.rank, in_features)
         wanted[names.adapter(layer, name, "lora_b")] = (out_features, target.rank)
         if settings.use_dora:
@@ -85,6 +91,17 @@ def _tensor_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str, 
     if dtype not in ("F32", "F16", "BF16", "F64"):
         return [f"{name} is of dtype {dtype}, expected a float"]
     return [] if np.isfinite(read_tensor(path, name)).all() else [f"{name} holds values that are not finite"]
+
+
+def _beyond_the_layers(
+    targets: Mapping[names.Target, Target], settings: AdapterConfig, config: LlamaConfig
+) -> Iterator[str]:
+    """What PEFT can do to an embedding or a head, and we cannot."""
+    for name in [name for layer, name in targets if layer is None]:
+        if config.tie_word_embeddings:
+            yield f"{name} is adapted, but the model's head is its embedding (tie_word_embeddings), which would change with it"
+        elif name == "embed_tokens" and settings.use_dora:
+            yield "embed_tokens is adapted with DoRA, which is supported for linears"
 
 
 def _untied(path: Path, found: Set[str], settings: AdapterConfig, config: LlamaConfig) -> Iterator[str]:

@@ -28,7 +28,7 @@ from flax import nnx
 from convert import names, pieces
 from convert.adapter import Adapter
 from convert.ahead import in_order
-from convert.delta import Base, adapted, base_rows, dora_factor, merged_weight
+from convert.delta import Base, Pair, adapted, base_rows, dora_factor, merged_weight
 from convert.folder import ModelFolder
 from convert.load import read_config
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
@@ -126,11 +126,16 @@ class _Models:
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """token_ids [T] → [3, T, D] float32."""
-        out = np.empty((3, token_ids.size, self.config.hidden_size), np.float32)
+        out, pair = np.empty((3, token_ids.size, self.config.hidden_size), np.float32), self._pair(names.EMBEDDING)
         for rows, ours, theirs in self._plain_rows(names.EMBEDDING):
             inside = (token_ids >= rows.start) & (token_ids < rows.stop)
-            out[:MERGED, inside] = ours[token_ids[inside] - rows.start]
-            out[MERGED, inside] = theirs[token_ids[inside] - rows.start]
+            chosen = token_ids[inside] - rows.start
+            out[:MERGED, inside], out[MERGED, inside] = ours[chosen], theirs[chosen]
+            if pair is not None:
+                part = dataclasses.replace(pair, lora_b=pair.lora_b[token_ids[inside]])
+                weight = ours[chosen].astype(ml_dtypes.bfloat16)
+                out[ADAPTED, inside] = adapted(weight, part)
+                out[ROUNDED, inside] = merged_weight(weight, part).astype(np.float32)
         return out
 
     def layer(self, layer: int) -> DecoderLayer:
@@ -145,21 +150,25 @@ class _Models:
     def head(self, h: jax.Array) -> np.ndarray:
         """h [3, T, D] → logits [3, T, V] float32."""
         x = np.asarray(self._norm(names.FINAL_NORM)(h))
-        return self._plain(names.EMBEDDING if self.config.tie_word_embeddings else names.LM_HEAD, x)
+        return np.asarray(self._product(names.EMBEDDING if self.config.tie_word_embeddings else names.LM_HEAD, x))
 
     def _linear(self, layer: int, name: str, x: jax.Array, *unused: Any) -> jax.Array:
         """x [3, T, in], or the same as [3 · T, in] → float32, each row by its own model. A layer's keys and sharing are not for us."""
-        return _apart(functools.partial(self._rows_apart, layer, name), x)
+        return _apart(functools.partial(self._product, names.linear(layer, name)), x)
 
-    def _rows_apart(self, layer: int, name: str, x: jax.Array) -> jax.Array:
-        """x [3, T, in] → [3, T, out]."""
-        tensor, pair = names.linear(layer, name), self.adapter.pairs.get((layer, name))
-        if tensor in self.adapter.saved or (pair is None and self.base == "original"):
+    def _pair(self, tensor: str) -> Pair | None:
+        return self.adapter.pairs.get(names.parse_target(tensor))
+
+    def _product(self, tensor: str, x: jax.Array | np.ndarray) -> jax.Array:
+        """x [3, T, in] → [3, T, out] float32 by a weight, with its adapter if it has one."""
+        pair, stored = self._pair(tensor), self.adapter.saved.get(tensor)
+        through_4_bits = self.base == "dequantized" and names.parse_linear(tensor) is not None and stored is None
+        if pair is None and not through_4_bits:
             return jnp.asarray(self._plain(tensor, np.asarray(x)))
-        shape, columns = self.config.linear_shapes()[name], _columns(np.asarray(x))
-        y = np.empty((3, shape[0], NUM_TOKENS), np.float32)
+        columns = _columns(np.asarray(x))
+        y = np.empty((3, self.merged.spec(tensor).shape[0], NUM_TOKENS), np.float32)
         down = None if pair is None else np.float32(pair.scaling) * (pair.lora_a @ columns[ADAPTED])
-        rows_of = base_rows(self.folder, tensor, self.adapter.quantization, self.base)
+        rows_of = base_rows(self.folder, tensor, self.adapter.quantization, self.base, stored)
         bases = in_order(functools.partial(_made, *some) for some in rows_of)
         for rows, weight, theirs in _beside(bases, self.merged, tensor):
             y[ADAPTED, rows] = weight @ columns[ADAPTED]

@@ -5,6 +5,7 @@ DoRA    m / ‖W + s·B·A‖ · (W + s·B·A)         norms of rows; m is the s
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from convert import pieces
+from convert import names, pieces
 from convert.folder import ModelFolder
 from qlora_jax.config import QuantizationSettings
 
@@ -66,8 +67,17 @@ def _rounded_sum(weight: jax.Array, lora_b: jax.Array, lora_a: jax.Array, scalin
     return (weight.astype(jnp.float32) + delta).astype(jnp.bfloat16)
 
 
-def base_rows(folder: ModelFolder, name: str, quantization: QuantizationSettings, base: Base) -> pieces.Rows:
-    """A linear [out, in] before the adapter, some rows at a time: bfloat16; `dequantized`: in what 4 bits round to."""
-    if base == "dequantized":
+def base_rows(
+    folder: ModelFolder, name: str, quantization: QuantizationSettings, base: Base, stored: np.ndarray | None = None
+) -> pieces.Rows:
+    """A weight [out, in] before the adapter, some rows at a time: bfloat16; `dequantized`, a layer's linear: in what 4 bits round to.
+
+    Args:
+        stored: the values that take the base's place, if there are any.
+    """
+    if stored is not None:
+        some = pieces.row_slices(*stored.shape)
+        return ((rows, functools.partial(np.ndarray.astype, stored[rows], ml_dtypes.bfloat16)) for rows in some)
+    if base == "dequantized" and names.parse_linear(name) is not None:
         return pieces.through_4_bits(folder, name, quantization)
     return pieces.bfloat16_rows(folder, name)

@@ -2,6 +2,8 @@
 
     W' = round_bf16(float32(W) + scaling · B·A)          one rounding, as peft's `merge_and_unload`; DoRA: see `convert.delta`
 
+(peft rounds an embedding's delta before it adds it; here it is one rounding too.)
+
 Piece by piece, in the base's shards and order (`convert.pieces`); stopped and started again it continues (`convert.job`). Tensors without
 an adapter are copied byte for byte, and those that the adapter stores whole (modules_to_save) take the base's place. Then the merged
 model proves itself (`convert.check`).
@@ -67,9 +69,9 @@ def merge(
     if folder.is_4bit:
         fix = "give the model that the adapter was trained on"
         prequantized.settle(folder, adapter.quantization, where=adapter.path, fix=fix)
-    unmet = adapter.pairs.keys() - {names.parse_linear(name) for name in folder.names}
+    unmet = adapter.pairs.keys() - {names.parse_target(name) for name in folder.names}
     if unmet:
-        raise RuntimeError(f"no weights for {len(unmet)} of {len(adapter.pairs)} adapted linears")
+        raise RuntimeError(f"no weights for {len(unmet)} of {len(adapter.pairs)} adapted weights")
 
     def change(shard: str) -> Shard:
         specs = _merged_specs(folder, shard, adapter, base)
@@ -97,8 +99,9 @@ def check_base(folder: ModelFolder, base: Base) -> None:
 
 def _changes(name: str, adapter: Adapter, base: Base) -> bool:
     """Whether a tensor of the base is another one in the merged model."""
-    linear = names.parse_linear(name)
-    return name in adapter.saved or (linear is not None and (base == "dequantized" or linear in adapter.pairs))
+    target = names.parse_target(name)
+    through_4_bits = base == "dequantized" and names.parse_linear(name) is not None
+    return name in adapter.saved or target in adapter.pairs or through_4_bits
 
 
 def _merged_specs(folder: ModelFolder, shard: str, adapter: Adapter, base: Base) -> list[TensorSpec]:
@@ -121,15 +124,14 @@ def _merged_tensors(
             size = pieces.PIECE
             for first in range(0, math.prod(spec.shape), size):
                 yield functools.partial(folder.elements, spec.name, first, size)
-        elif spec.name in adapter.saved:
-            stored = adapter.saved[spec.name].reshape(-1)
-            for first in range(0, stored.size, pieces.PIECE):
-                yield functools.partial(_bfloat16, stored[first : first + pieces.PIECE])
+        elif len(spec.shape) == 1:
+            yield functools.partial(_bfloat16, adapter.saved[spec.name])
         else:
-            pair = adapter.pairs.get(names.parse_linear(spec.name))
+            pair = adapter.pairs.get(names.parse_target(spec.name))
             if pair is not None:
                 pair = dataclasses.replace(pair, lora_a=put(pair.lora_a, "device"))
-            for rows, values in base_rows(folder, spec.name, adapter.quantization, base):
+            stored = adapter.saved.get(spec.name)
+            for rows, values in base_rows(folder, spec.name, adapter.quantization, base, stored):
                 yield functools.partial(_merged_rows, values, None if pair is None else pair.rows(rows))
         advance(spec.nbytes)
 
@@ -196,8 +198,11 @@ def merge_with_progress(
     with byte_bar(console) as progress:
         task = progress.add_task("merging", total=total)
         merge(folder, adapter, out, base, lambda nbytes: progress.advance(task, nbytes), console.print)
-    whole = f" and {len(adapter.saved)} whole tensors" if adapter.saved else ""
-    console.print(f"merged {len(adapter.pairs)} adapted linears{whole} into the {base} base: {out}")
+    stored = [name for name in adapter.saved if names.parse_target(name) not in adapter.pairs]
+    whole = f" and {len(stored)} whole tensors" if stored else ""
+    beyond = [name for layer, name in adapter.pairs if layer is None]
+    linears = f"{len(adapter.pairs) - len(beyond)} adapted linears{''.join(f', {name}' for name in beyond)}"
+    console.print(f"merged {linears}{whole} into the {base} base: {out}")
     if check:
         with progress_bar(console) as progress:
             task = progress.add_task("checking layers", total=len({layer for layer, _ in _linears(folder)}))

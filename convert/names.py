@@ -14,8 +14,14 @@ MODULES = {
 }
 """A linear's name in our decoder layer → its path in Hugging Face's."""
 
+VOCABULARY = {"embed_tokens": EMBEDDING, "lm_head": LM_HEAD}
+"""What else an adapter may change, outside the layers: PEFT's name for it → the tensor."""
+
+Target = tuple[int | None, str]
+"""A weight that an adapter may change: layer and our name, or None and one of `VOCABULARY`."""
+
 ADAPTER_PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}
-"""Ours → PEFT's; shapes agree: A [r, in], B [out, r]."""
+"""Ours → PEFT's; shapes agree: A [r, in], B [out, r]. The embedding's are A [r, vocabulary] and B [hidden, r]."""
 
 _OURS_BY_MODULE = {module: name for name, module in MODULES.items()}
 _OURS_BY_PART = {part: name for name, part in ADAPTER_PARTS.items()}
@@ -41,9 +47,23 @@ def parse_linear(tensor: str) -> tuple[int, str] | None:
     return (int(match[1]), _OURS_BY_MODULE[match[2]]) if match and match[2] in _OURS_BY_MODULE else None
 
 
-def adapter(layer: int, name: str, part: str) -> str:
+def target(layer: int | None, name: str) -> str:
+    """Hugging Face's tensor name of a weight that an adapter may change."""
+    return VOCABULARY[name] if layer is None else linear(layer, name)
+
+
+def parse_target(tensor: str) -> Target | None:
+    """The inverse of `target`, or None for a tensor that no adapter changes."""
+    found = [name for name, of_vocabulary in VOCABULARY.items() if of_vocabulary == tensor]
+    return (None, found[0]) if found else parse_linear(tensor)
+
+
+def adapter(layer: int | None, name: str, part: str) -> str:
     """PEFT's tensor name; `part` is `lora_a` or `lora_b`."""
-    return f"base_model.model.model.layers.{layer}.{MODULES[name]}.{ADAPTER_PARTS[part]}.weight"
+    module = _SAVED + target(layer, name).removesuffix(".weight")
+    if name == "embed_tokens":
+        return f"{module}.{ADAPTER_PARTS[part].replace('_', '_embedding_')}"
+    return f"{module}.{ADAPTER_PARTS[part]}.weight"
 
 
 def parse_adapter(tensor: str) -> tuple[int, str, str] | None:
@@ -56,9 +76,14 @@ def parse_adapter(tensor: str) -> tuple[int, str, str] | None:
     )
 
 
-def magnitude(layer: int, name: str) -> str:
+def magnitude(layer: int | None, name: str) -> str:
     """PEFT's name of a linear's DoRA magnitudes."""
-    return f"{_SAVED}model.layers.{layer}.{MODULES[name]}.lora_magnitude_vector"
+    return f"{_SAVED}{target(layer, name).removesuffix('.weight')}.lora_magnitude_vector"
+
+
+def stored_base(tensor: str) -> str:
+    """PEFT's name of a copy of the base's tensor, beside whose adapter it is stored: of an adapted embedding or head."""
+    return f"{_SAVED}{tensor.removesuffix('weight')}base_layer.weight"
 
 
 def saved(tensor: str) -> str:

@@ -1,6 +1,7 @@
 """Adapters that PEFT itself makes, of every kind that merges: PEFT's targets, PEFT's bits; and what is not such a kind."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "whole mlp": {"target_modules": "all-linear", "modules_to_save": ["mlp"]},
     "dora": {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"q_proj": 2}},
     "dora, rslora": {"target_modules": QV, "use_dora": True, "use_rslora": True},
+    "head": {"target_modules": [*QV, "lm_head"], "rank_pattern": {"lm_head": 2}},
+    "embedding": {"target_modules": ["embed_tokens", "o_proj"], "alpha_pattern": {"embed_tokens": 8}},
+    "head and embedding": {"target_modules": r"lm_head|.*(embed_tokens|k_proj)"},
+    "head, dora": {"target_modules": ["lm_head", "k_proj"], "use_dora": True},
+    "layers, and whole paths": {
+        "target_modules": [*QV, "lm_head", "embed_tokens", "model.layers.0.mlp.up_proj"],
+        "layers_to_transform": [1],
+    },
 }
 
 
@@ -55,12 +64,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("base") / "model", shards=2, tie_word_embeddings=False)
 
 
-def reference(model: Path) -> Any:
-    """transformers' model in bfloat16."""
+def reference(model: Path, dtype: str = "bfloat16") -> Any:
+    """transformers' model."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
 
 
 def peft_adapter(folder: Path, model: Path, dtype: str = "float32", **settings: Any) -> Path:
@@ -72,7 +81,7 @@ def peft_adapter(folder: Path, model: Path, dtype: str = "float32", **settings: 
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_A" in name or "lora_B" in name:
+            if "lora_" in name and "magnitude" not in name:
                 parameter.copy_((torch.randn_like(parameter) * 0.1 / GRID).round() * GRID)
             elif parameter.requires_grad:
                 parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
@@ -90,10 +99,13 @@ def merged(model: Path, adapter: Path, out: Path) -> dict[str, np.ndarray]:
 
 
 def pefts_merge(model: Path, adapter: Path) -> dict[str, np.ndarray]:
+    """An embedding: what it merges into the float32 model, rounded: in bfloat16 it rounds the delta before it is added, and then again."""
     import peft
     import torch
 
     state = peft.PeftModel.from_pretrained(reference(model), adapter).merge_and_unload().state_dict()
+    in_float32 = peft.PeftModel.from_pretrained(reference(model, "float32"), adapter).merge_and_unload().state_dict()
+    state[names.EMBEDDING] = in_float32[names.EMBEDDING].to(torch.bfloat16)
     return {name: tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) for name, tensor in state.items()}
 
 
@@ -114,7 +126,7 @@ def test_pefts_bits(tmp_path: Path, model: Path, kind: str) -> None:
         differing += int((apart > 0).sum())
     loaded = load_adapter(adapter, read_config(ModelFolder(model)))
     changed = {name for name in ours if not np.array_equal(ours[name], ModelFolder(model).read(name))}
-    assert changed == {names.linear(*key) for key in loaded.targets} | set(loaded.saved)
+    assert changed == {names.target(*key) for key in loaded.targets} | set(loaded.saved)
     assert differing <= FLIPPED * sum(ours[name].size for name in changed)
 
 
@@ -153,6 +165,56 @@ def test_a_head_that_would_come_untied_is_refused(tmp_path: Path, tiny_folder: P
     assert "tie_word_embeddings" in message
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]], ids=" ".join)
+def test_an_adapted_head_that_is_the_embedding_is_refused(
+    tmp_path: Path, tiny_folder: Path, targets: list[str]
+) -> None:
+    adapter = peft_adapter(tmp_path, tiny_folder, target_modules=[*QV, *targets])
+    assert f"{targets[0]} is adapted, but the model's head is its embedding" in refusal(adapter, tiny_folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dora_on_an_embedding_is_refused(tmp_path: Path, model: Path) -> None:
+    adapter = peft_adapter(tmp_path, model, target_modules=["embed_tokens"], use_dora=True)
+    assert "embed_tokens is adapted with DoRA" in refusal(adapter, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_stored_copy_of_a_base_is_what_is_merged_into(tmp_path: Path, model: Path) -> None:
+    """PEFT loads it into the base's place; here it is another head than the base has."""
+    adapter = peft_adapter(tmp_path / "adapter", model, target_modules=["q_proj", "lm_head"])
+    tensors = safetensors.numpy.load_file(adapter / WEIGHTS_FILE)
+    key = names.stored_base(names.LM_HEAD)
+    tensors[key] = np.ascontiguousarray(tensors[key][::-1])
+    safetensors.numpy.save_file(tensors, adapter / WEIGHTS_FILE, {"format": "pt"})
+    ours, theirs = merged(model, adapter, tmp_path / "out"), pefts_merge(model, adapter)
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name].view(np.uint16), tensor.view(np.uint16), err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_is_never_in_4_bits(tmp_path: Path, model: Path) -> None:
+    """Merged into the dequantized base, the head's adapter adds to the head as it is; the check sees it all."""
+    adapter = peft_adapter(tmp_path / "adapter", model, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    folder = ModelFolder(model)
+    loaded = load_adapter(adapter, read_config(folder))
+    merge(folder, loaded, tmp_path / "out", "dequantized")
+    check_merge(folder, loaded, tmp_path / "out", "dequantized")
+    ours, theirs = ModelFolder(tmp_path / "out"), pefts_merge(model, adapter)
+    for name in (names.LM_HEAD, names.EMBEDDING):
+        np.testing.assert_array_equal(ours.read(name).view(np.uint16), theirs[name].view(np.uint16))
+    for name in (names.LM_HEAD, names.EMBEDDING):  # another one is noticed
+        damaged = tmp_path / name
+        shutil.copytree(tmp_path / "out", damaged)
+        where, header = ours._where[name], ours._headers[ours._where[name]]
+        with (damaged / where).open("r+b") as file:
+            file.seek(header.data_start + header.entries[name].begin)
+            file.write(folder.read_bytes(name))
+        with pytest.raises(InputError, match="differs from base"):
+            check_merge(folder, loaded, damaged, "dequantized")
+
+
 def without(*names_: str) -> Callable[[dict[str, np.ndarray]], object]:
     return lambda tensors: [tensors.pop(name) for name in names_]
 
@@ -183,7 +245,6 @@ def test_everything_that_is_missing_or_too_much_is_said_at_once(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules names lm_head"),
         ({"target_modules": "(", "rank_pattern": {"[": 1}}, "'(' is not a regular expression"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "which PEFT refuses"),
         (
@@ -207,6 +268,7 @@ def test_settings_that_cannot_be_applied(tmp_path: Path, model: Path, changes: d
         ("dora", "DoRA (use_dora); rank_pattern or alpha_pattern"),
         ("whole head", "modules_to_save (model.embed_tokens.weight, lm_head.weight)"),
         ("layers", "linears adapted in some layers only"),
+        ("head and embedding", "LoRA on embed_tokens and lm_head"),
     ],
 )
 def test_kinds_that_only_merge(tmp_path: Path, model: Path, kind: str, reason: str) -> None:
