@@ -137,12 +137,9 @@ def in_use(partial: Path) -> bool:
     """Whether a process is filling this folder's `out` (it is the `.NAME.partial` of a conversion at work)."""
     try:
         with (partial / "lock").open("rb") as lock:
-            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return not try_lock(lock.fileno())
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _lock(descriptor: int, out: Path) -> None:
