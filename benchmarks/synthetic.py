@@ -15,11 +15,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from benchmarks.step import SHAPES
+from benchmarks.tokenizer import byte_tokenizer
 from convert import bitsandbytes, names
 from convert.shards import TensorSpec, write_index, write_json, write_shard
 from qlora_jax import nf4
@@ -31,10 +29,6 @@ from qlora_jax.llama import LlamaConfig
 QUANTIZATION = QuantizationSettings()
 DEVIATION = 0.02
 """Of the weights; embedding and head exactly, the linears about."""
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def hf_config(shape: str, layers: int | None, vocab_size: int = 32000) -> dict[str, Any]:
@@ -93,18 +87,6 @@ def vocabulary_tensors(config: LlamaConfig) -> Iterator[tuple[list[TensorSpec], 
     yield [TensorSpec(names.FINAL_NORM, "BF16", ones.shape)], [ones]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes, then the tokens that start and end a turn."""
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    made.chat_template = CHAT
-    return made
-
-
 def write(out: Path, settings: dict[str, Any], advance: Any = lambda nbytes: None) -> None:
     """Write the folder; `advance` is called with the bytes of each file.
 
@@ -127,7 +109,7 @@ def write(out: Path, settings: dict[str, Any], advance: Any = lambda nbytes: Non
         size = sum(spec.nbytes for spec in specs)
         total += size
         advance(size)
-    tokenizer().save_pretrained(out)
+    byte_tokenizer().save_pretrained(out)
     write_json(out / "generation_config.json", {"eos_token_id": settings["eos_token_id"]})
     write_json(
         out / "config.json",

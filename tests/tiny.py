@@ -6,18 +6,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+from benchmarks.tokenizer import byte_tokenizer as make_tokenizer
 from convert.load import tensor_shapes
 from convert.shards import TensorSpec, write_index, write_json, write_shard
 from qlora_jax.llama import LlamaConfig
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:
@@ -44,18 +37,6 @@ def hf_config(**changes: Any) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         **changes,
     }
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes, then `<|im_start|>` (256) and `<|im_end|>` (257), which ends and pads."""
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    tokenizer.chat_template = CHATML
-    return tokenizer
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
