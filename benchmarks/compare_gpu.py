@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.convert import make_model
 from benchmarks.machine import RESULTS, write_result
-from benchmarks.synthetic import tokenizer
+from benchmarks.tokenizer import byte_tokenizer
 from convert.model import open_model
 from qlora_jax.commands.compare import make_adapter, ours_of, subject_of
 from qlora_jax.compare.both import Steps, differences, run_theirs
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     console = make_console()
     console.print("writing a random model")
     make_model(work / "model", options.layers, **(TINY if options.tiny else {}))
-    tokenizer().save_pretrained(work / "model")
+    byte_tokenizer().save_pretrained(work / "model")
     model = open_model(str(work / "model"), log=console.print)
     lora, quantization = LoraSettings(r=options.rank, lora_dropout=0.0), QuantizationSettings()
     adapter = make_adapter(work / "adapter", model, lora, quantization)
