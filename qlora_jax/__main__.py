@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
 
-from qlora_jax.commands import compare, generate, plan
+from qlora_jax.commands import compare, data, generate, plan
 from qlora_jax.errors import exit_status
 
-COMMANDS = {"plan": plan, "compare": compare, "generate": generate}
+COMMANDS = {"plan": plan, "data": data, "compare": compare, "generate": generate}
 
 
 @exit_status

@@ -10,7 +10,7 @@ FREE = {
     "memory": None,
     "model": {"name_or_path"},
     "lora": {"init_from"},
-    "data": {"path"},
+    "data": {"path", "name", "split", "streaming", "num_proc", "preview_rows"},
     "training": {
         "output_dir", "logging_steps", "save_steps", "save_interval_minutes", "save_total_limit", "resume", "on_nonfinite",
         "load_best_model_at_end", "report_to", "run_name", "export_merged", "merge_base", "gradient_checkpointing", "sample_prompt",
@@ -21,7 +21,7 @@ FREE = {
 name is compared itself."""
 
 FROM_HERE_ON = {
-    "data": {"eval_path"},
+    "data": {"eval_path", "eval_split"},
     "training": {
         "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "weight_decay",
         "eval_steps", "per_device_eval_batch_size", "early_stopping_patience", "early_stopping_threshold", "full_determinism",

@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("qlora_jax", "convert")
 ORDER = (
     "errors", "files", "machine", "config", "changes", "nf4", "blockwise", "kernels", "linear", "llama", "data", "loss", "placement",
-    "rates", "compiled", "engine", "optimizer", "estimate", "budget", "plan", "checkpoint", "metrics", "trackers", "display",
-    "samples", "output_dir", "signals", "progress", "faults", "trainer", "generate", "compare", "commands", "__main__",
+    "rates", "compiled", "engine", "optimizer", "estimate", "budget", "plan", "checkpoint", "metrics", "trackers", "display", "corpus",
+    "preview", "samples", "output_dir", "signals", "progress", "faults", "trainer", "generate", "compare", "commands", "__main__",
 )  # fmt: skip
 """The modules of qlora_jax, lowest first: each imports only from those before it."""
 LEVEL = {name: level for level, name in enumerate(ORDER)}

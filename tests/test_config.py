@@ -190,7 +190,9 @@ def test_not_yet_does_not_hide_what_is_there() -> None:
         ("training", "lr_scheduler_type", "cosin", "'cosin'"),
         ("training", "export_merged", "perhaps", "'perhaps'"),
         ("training", "output_dir", None, "None"),
-        ("data", "packing", True, "True"),
+        ("data", "packing", "perhaps", "'perhaps'"),
+        ("data", "eval_fraction", 1, "1"),
+        ("data", "loss_on", "user", "'user'"),
         ("quantization", "quant_type", "int8", "'int8'"),
         ("memory", "base_weights", "tape", "'tape'"),
         ("model", "name_or_path", 7, "7"),
@@ -230,12 +232,12 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
         tmp_path,
         lora={"r": 0, "use_dora": True, "lora_alhpa": 1},
         training={"seed": -1},
-        data={"split": "x"},
+        data={"splt": "x"},
         moddel={},
     )
     problems = [line for line in message.splitlines() if line.startswith("    ")]
     names = sorted(line.split(":")[0].strip() for line in problems)
-    assert names == ["data.split", "lora.lora_alhpa", "lora.r", "lora.use_dora", "moddel", "training.seed"]
+    assert names == ["data.splt", "lora.lora_alhpa", "lora.r", "lora.use_dora", "moddel", "training.seed"]
 
 
 @pytest.mark.parametrize("override", ["max_steps=3", "training.max_steps", "training.=3", "=", ""])
@@ -281,5 +283,36 @@ def test_there_are_configs() -> None:
 def test_the_repositorys_configs_load(path: Path) -> None:
     config = load_config(path)
     for data in (config.data.path, config.data.eval_path):
-        if data is not None and data.parts[0] == "configs":
+        if data is not None and data.startswith("configs/"):
             assert (REPOSITORY / data).is_file()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": None}, "name one source with data.path, or list several in data.sources"),
+        ({"sources": [{"path": "b.jsonl"}]}, "name one source with data.path, or list several"),
+        ({"path": None, "sources": [{"path": "a", "weight": 1}, {"path": "b"}]}, "every source a weight, or none"),
+        ({"path": None, "sources": [{"path": "a"}], "split": "x"}, "give each its own split"),
+        ({"eval_path": "e.jsonl", "eval_fraction": 0.1}, "give one"),
+        ({"path": None, "sources": [{"path": "a"}], "eval_split": "test"}, "a split of data.eval_path or data.path"),
+        ({"path": None, "sources": [{"path": "a", "wieght": 1}]}, "data.sources.0.wieght: unknown setting"),
+        ({"path": None, "sources": [{"path": "a", "weight": 0}]}, "data.sources.0.weight: input should be greater than 0"),
+    ],
+)  # fmt: skip
+def test_sources_are_named_in_one_way(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    assert message in refused(tmp_path, data=data)
+
+
+def test_sources_and_what_is_held_out(tmp_path: Path) -> None:
+    one = load_config(write(tmp_path / "one.yaml", {"data": {"eval_split": "test", "fields": {"text": "body"}}})).data
+    assert [(source.path, source.split) for source in one.all_sources] == [("rows.jsonl", "train")]
+    assert (one.eval_source.path, one.eval_source.split, one.eval_source.fields) == (
+        "rows.jsonl",
+        "test",
+        {"text": "body"},
+    )
+    changes = {"data": {"path": None, "sources": [{"path": "a", "weight": 2}, {"path": "b", "weight": 1}]}}
+    several = load_config(write(tmp_path / "two.yaml", changes)).data
+    assert [source.path for source in several.all_sources] == ["a", "b"]
+    assert several.eval_source is None

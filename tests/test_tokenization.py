@@ -1,8 +1,10 @@
 """Which tokens count in the loss, read back as text, for several kinds of chat template, and against transformers."""
 
+import json
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,21 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora_jax.data import Example, Row, render_chat, tokenize
+from qlora_jax.config import DataSettings
+from qlora_jax.data import (
+    Chat,
+    ChatTemplate,
+    Example,
+    Layout,
+    RawRow,
+    Recipe,
+    Renderer,
+    RowError,
+    detect_format,
+    make_recipe,
+    tokenize,
+)
+from qlora_jax.data.tokenization import RowTokenizer
 from qlora_jax.errors import InputError
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>")
@@ -79,8 +95,22 @@ def chat(*contents: str, system: str | None = None) -> dict:
     return {"messages": [{"role": "system", "content": system}] * (system is not None) + messages}
 
 
-def one(fields: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000) -> Example:
-    return tokenize([Row("f:1", fields)], "auto", tokenizer, max_seq_length).examples[0]
+def recipe(fields: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000, **settings: Any) -> Recipe:
+    data = DataSettings(path="f", max_seq_length=max_seq_length, **settings)
+    template = ChatTemplate(tokenizer.chat_template, "test", is_own=True) if tokenizer.chat_template else None
+    layout = Layout(detect_format([RawRow("f:1", fields).parse()]))
+    return make_recipe(tokenizer, layout, data, template)
+
+
+def all_of(
+    fields: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000, **settings: Any
+) -> list[Example]:
+    return tokenize([RawRow("f:1", fields)], recipe(fields, tokenizer, max_seq_length, **settings))
+
+
+def one(fields: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000, **settings: Any) -> Example:
+    (example,) = all_of(fields, tokenizer, max_seq_length, **settings)
+    return example
 
 
 def supervised(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -183,13 +213,44 @@ def test_the_tokenizer_itself_is_left_alone() -> None:
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
-def test_a_template_that_rewrites_earlier_turns() -> None:
+def test_a_turn_that_the_template_rewrites_is_a_row_of_its_own() -> None:
     tokenizer = make_tokenizer(THINKING)
     thought = "<think>so</think>hi"
     assert supervised(one(chat("hi", thought), tokenizer), tokenizer) == [f"{thought}<|im_end|>"]
     assert len(supervised(one(chat("hi", "hi", "hi", thought), tokenizer), tokenizer)) == 2
-    with pytest.raises(InputError, match=r"f:1\n.*rewrites earlier turns: messages\[1\](?s:.*)\{% generation %\}"):
-        one(chat("hi", thought, "hi", "hi"), tokenizer)
+    rows = all_of(chat("a", thought, "b", "plain", "c", thought, "d", "end"), tokenizer)
+    assert [supervised(row, tokenizer) for row in rows] == [
+        [f"{thought}<|im_end|>"],
+        [f"{thought}<|im_end|>"],
+        ["plain<|im_end|>", "end<|im_end|>"],
+    ]
+    # Each as the model sees it when it is to write that turn: nothing after it, earlier thoughts gone.
+    texts = [tokenizer.decode(row.input_ids) for row in rows]
+    assert [text.count("</think>") for text in texts] == [1, 1, 0]
+    assert texts[1].endswith(f"c<|im_end|>\n<|im_start|>assistant\n{thought}<|im_end|>\n")
+    assert supervised(one(chat("a", thought, "b", "end"), tokenizer, loss_on="last_assistant"), tokenizer) == [
+        "end<|im_end|>"
+    ]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
+def test_what_is_learned_can_be_chosen(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    for loss_on, expected in (
+        ("auto", ["b<|im_end|>", "d<|im_end|>"]),
+        ("assistant", ["b<|im_end|>", "d<|im_end|>"]),
+        ("last_assistant", ["d<|im_end|>"]),
+        ("completion", ["d<|im_end|>"]),
+    ):
+        assert supervised(one(chat("a", "b", "c", "d"), tokenizer, loss_on=loss_on), tokenizer) == expected
+    everything = one(chat("a", "b"), tokenizer, loss_on="all")
+    assert everything.loss_mask.tolist() == [False] + [True] * (len(everything.input_ids) - 1)
+    messages = chat("a", "b", "c", "d", "e", "f")["messages"]
+    split = {"prompt": messages[:3], "completion": messages[3:]}
+    assert supervised(one(split, tokenizer), tokenizer) == ["d<|im_end|>", "f<|im_end|>"]
+    assert supervised(one({"prompt": "a", "completion": "b"}, tokenizer, loss_on="all"), tokenizer) == ["b</s>"]
+    with pytest.raises(InputError, match=r"data.loss_on\n.*assistant for rows of format text"):
+        one({"text": "a"}, tokenizer, loss_on="assistant")
 
 
 def test_templates_and_rows_that_do_not_go_together() -> None:
@@ -206,18 +267,11 @@ def test_templates_and_rows_that_do_not_go_together() -> None:
     assert supervised(one(first, tokenizer), tokenizer) == ["hi<|im_end|>"]
 
 
-@pytest.mark.parametrize("templates", [None, {"rag": CHATML}])
-def test_no_chat_template(templates: dict | None) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = templates
-    with pytest.raises(InputError, match=r"f:1\n.*no usable chat template(?s:.*)prompt and completion"):
-        one(chat("hi", "hi"), tokenizer)
-
-
 def test_fields_of_a_message_reach_the_template_unless_null() -> None:
     tokenizer = make_tokenizer(CHATML.replace("{{ m.role }}", "{{ m.name if m.name is defined else m.role }}"))
     messages = [{"role": "user", "content": "hi", "name": "Ann"}, {"role": "assistant", "content": "hi", "name": None}]
-    assert "<|im_start|>Ann\n" in render_chat(messages, tokenizer, "f:1").text
+    (rendered,) = Renderer(tokenizer.chat_template, {}, SPECIAL).render(Chat(messages), "assistant", "f:1")
+    assert "<|im_start|>Ann\n" in rendered.text
     assert supervised(one({"messages": messages}, tokenizer), tokenizer) == ["hi<|im_end|>"]
 
 
@@ -250,15 +304,33 @@ def test_no_eos() -> None:
 
 def test_truncation_is_counted_and_must_leave_something() -> None:
     tokenizer = make_tokenizer(bos=True)
-    rows = [Row(f"f:{i}", {"prompt": "a" * 3, "completion": "b" * n}) for i, n in enumerate((1, 4, 5, 9))]
-    result = tokenize(rows, "prompt_completion", tokenizer, max_seq_length=9)
-    assert result.num_truncated == 2  # of 6, 9, 10 and 14 tokens: BOS, 3, n, EOS
-    assert [len(example.input_ids) for example in result.examples] == [6, 9, 9, 9]
-    assert supervised(result.examples[3], tokenizer) == ["bbbbb"]
-    assert [example.where for example in result.examples] == ["f:0", "f:1", "f:2", "f:3"]
-    with pytest.raises(InputError, match=r"f:0\n.*6 tokens, and none of the first 4 (?s:.*)above 4,"):
-        tokenize(rows, "prompt_completion", tokenizer, max_seq_length=4)
-    assert supervised(tokenize(rows, "auto", tokenizer, 5).examples[0], tokenizer) == ["b"]
+    rows = [RawRow(f"f:{i}", {"prompt": "a" * 3, "completion": "b" * n}) for i, n in enumerate((1, 4, 5, 9))]
+
+    def of_length(length: int, **settings: Any) -> Recipe:
+        return recipe(rows[0].content, tokenizer, length, **settings)
+
+    assert RowTokenizer(of_length(9))(rows).num_truncated == 2  # of 6, 9, 10 and 14 tokens: BOS, 3, n, EOS
+    examples = tokenize(rows, of_length(9))
+    assert [len(example.input_ids) for example in examples] == [6, 9, 9, 9]
+    assert supervised(examples[3], tokenizer) == ["bbbbb"]
+    assert [example.where for example in examples] == ["f:0", "f:1", "f:2", "f:3"]
+    with pytest.raises(RowError, match=r"f:0\n.*6 tokens, and none of the first 4 (?s:.*)above 4,"):
+        tokenize(rows, of_length(4))
+    assert supervised(tokenize(rows, of_length(5))[0], tokenizer) == ["b"]
+    with pytest.raises(RowError, match=r"f:2\n.*10 tokens\n.*at most 9") as error:
+        tokenize(rows, of_length(9, too_long="skip"))
+    assert error.value.kind == "too long"
+
+
+def test_rows_together_are_as_alone() -> None:
+    """Masks are found for many rows at once; no row's spans reach into another's."""
+    tokenizer = make_tokenizer(CHATML)
+    rows = [RawRow(f"f:{i}", chat(*HARD[i % 5 :], "x")) for i in range(12)] + [RawRow("f:12", chat("a", "b"))]
+    together = tokenize(rows, recipe(rows[0].content, tokenizer))
+    for row, example in zip(rows, together, strict=True):
+        (alone,) = tokenize([row], recipe(row.content, tokenizer))
+        assert np.array_equal(alone.input_ids, example.input_ids)
+        assert np.array_equal(alone.loss_mask, example.loss_mask)
 
 
 def test_nothing_to_learn() -> None:
@@ -268,14 +340,67 @@ def test_nothing_to_learn() -> None:
         one(chat("hi", "hi"), make_tokenizer("hi{% generation %}{% endgeneration %}"))
 
 
-def test_a_bad_row_anywhere_is_found_before_any_is_tokenized() -> None:
-    calls: list[tuple[int, int]] = []
-    rows = [Row(f"f:{i + 1}", {"text": "hi"}) for i in range(600)]
-    tokenizer = make_tokenizer()
-    assert len(tokenize(rows, "auto", tokenizer, 9, lambda *call: calls.append(call)).examples) == 600
-    assert calls == [(256, 600), (512, 600), (600, 600)]
-    with pytest.raises(InputError, match="f:601"):
-        tokenize([*rows, Row("f:601", {"texts": "hi"})], "auto", tokenizer, 9, lambda *_: pytest.fail("too early"))
+def test_bad_rows_are_gathered_in_order_and_the_others_are_there() -> None:
+    rows = [
+        RawRow("f:1", {"text": "hi"}),
+        RawRow("f:2", {"texts": "hi"}),
+        RawRow("f:3", b"{"),
+        RawRow("f:4", {"text": "yo"}),
+    ]
+    tokens = RowTokenizer(recipe(rows[0].content, make_tokenizer()))(rows)
+    assert [(error.where, error.kind) for error in tokens.problems] == [("f:2", "fields"), ("f:3", "unreadable")]
+    assert (tokens.wheres, tokens.num_read) == (["f:1", "f:4"], 4)
+    assert len(tokens.input_ids) == tokens.lengths.sum() == len(tokens.loss_mask)
+
+
+def test_a_role_that_the_template_leaves_out() -> None:
+    silent = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}" + CHATML.removeprefix(
+        "{% for m in messages %}"
+    ).replace("{% endfor %}", "{% endif %}{% endfor %}")
+    with pytest.raises(
+        RowError, match=r"f:1\n.*messages\[0\] has the role 'system', which the chat template leaves out"
+    ) as error:
+        one(chat("hi", "hi", system="Be kind."), make_tokenizer(silent))
+    assert error.value.kind == "template"
+    tokenizer = make_tokenizer(silent)
+    assert supervised(one(chat("hi", "hi", system=""), tokenizer), tokenizer) == ["hi<|im_end|>"]  # nothing is lost
+    used = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "tool", "content": "42"},
+            {"role": "assistant", "content": "b"},
+        ]
+    }
+    with pytest.raises(RowError, match=r"messages\[1\] has the role 'tool'"):
+        one(used, tokenizer)
+    assert supervised(one(used, make_tokenizer(CHATML)), tokenizer) == ["b<|im_end|>"]
+
+
+def test_tools_reach_the_template() -> None:
+    template = "{{ tools | tojson if tools else '' }}" + CHATML.replace(
+        "{{ m.content }}", "{{ (m.tool_calls | tojson) if m.tool_calls else m.content }}"
+    )
+    tokenizer = make_tokenizer(template)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "2"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    for form in (tools, json.dumps(tools)):
+        example = one({"messages": messages, "tools": form}, tokenizer)
+        assert tokenizer.decode(example.input_ids).startswith(json.dumps(tools))
+        assert supervised(example, tokenizer) == [json.dumps([call]) + "<|im_end|>", "2<|im_end|>"]
+
+
+def test_a_row_of_a_million_characters() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    for text in ("a" * 10**6, "hi " * 333_333):
+        example = one(chat("hi", text), tokenizer, max_seq_length=64)
+        assert len(example.input_ids) == 64
+        assert example.loss_mask.sum() > 32
 
 
 def test_slow_tokenizers_are_refused() -> None:

@@ -11,6 +11,7 @@ from convert.load import load_weights, total_bytes
 from convert.model import open_model
 from convert.prequantized import settle
 from qlora_jax.config import QuantizationSettings
+from qlora_jax.data.templates import TEMPLATE_FILE
 from qlora_jax.display import byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
 from qlora_jax.generate import Sampling, generate
@@ -42,6 +43,10 @@ def run(options: argparse.Namespace) -> None:
     console = make_console(stderr=True)
     model = open_model(options.model, log=console.print)
     adapter = load_adapter(options.adapter, model.config) if options.adapter else None
+    if (
+        options.adapter and (options.adapter / TEMPLATE_FILE).is_file()
+    ):  # the one it was trained with, where the model has none
+        model.tokenizer.chat_template = (options.adapter / TEMPLATE_FILE).read_text(encoding="utf-8")
     asked = adapter.quantization if adapter else QuantizationSettings()
     fix = "give the model that the adapter was trained on"
     quantization = settle(model.folder, asked, where=options.adapter, fix=fix)

@@ -1,25 +1,54 @@
-"""From JSONL rows to batches of token ids and labels; everything here is numpy on the host."""
+"""From rows as people have them to batches of token ids and labels; everything here is numpy on the host.
 
-from qlora_jax.data.batches import IGNORED_LABEL, Batch, Batches, eval_batches, length_bucket
-from qlora_jax.data.chat import Rendered, render_chat
-from qlora_jax.data.formats import Format, check_rows, detect_format
-from qlora_jax.data.rows import Row, read_rows
-from qlora_jax.data.tokenization import Example, Tokenized, tokenize
+sources    where rows come from: files, folders, the hub
+formats    what a row may look like, and the three things every row becomes
+templates  which chat template writes a chat;  chat  what the assistant wrote in it
+tokenization, workers   rows → token ids and masks, on all cores;  store  kept on the disk
+packing, order, batches   which rows make a step, as a function of its number
+"""
+
+from qlora_jax.data.batches import IGNORED_LABEL, Batch, Batches, Mix, eval_batches, length_bucket
+from qlora_jax.data.chat import Rendered, Renderer
+from qlora_jax.data.formats import Chat, Completion, Layout, Text, detect_format
+from qlora_jax.data.rows import RawRow, Row, RowError
+from qlora_jax.data.selection import Selection
+from qlora_jax.data.sources import Source, open_source
+from qlora_jax.data.store import Kept, Report, TokenStore
+from qlora_jax.data.template_check import check_template
+from qlora_jax.data.templates import ChatTemplate, choose_template, save_template
+from qlora_jax.data.tokenization import Example, Recipe, make_recipe, tokenize
+from qlora_jax.data.workers import tokenize_all
 
 __all__ = [
     "IGNORED_LABEL",
     "Batch",
     "Batches",
+    "Chat",
+    "ChatTemplate",
+    "Completion",
     "Example",
-    "Format",
+    "Kept",
+    "Layout",
+    "Mix",
+    "RawRow",
+    "Recipe",
     "Rendered",
+    "Renderer",
+    "Report",
     "Row",
-    "Tokenized",
-    "check_rows",
+    "RowError",
+    "Selection",
+    "Source",
+    "Text",
+    "TokenStore",
+    "check_template",
+    "choose_template",
     "detect_format",
     "eval_batches",
     "length_bucket",
-    "read_rows",
-    "render_chat",
+    "make_recipe",
+    "open_source",
+    "save_template",
     "tokenize",
+    "tokenize_all",
 ]

@@ -1,23 +1,31 @@
-"""A conversation as the model's chat template writes it, and which of its characters the model has to learn to write.
+"""A conversation as a chat template writes it, and which of its characters the model has to learn to write.
 
 Searching the rendered text for "<|im_start|>assistant" or for the answer breaks as soon as a message contains either.
 The template itself knows: it either marks the assistant's part with `{% generation %}`, or it is asked twice, for the
 text up to where the assistant is to speak and for the text after it has spoken; the difference is what it said.
+
+Some templates write a turn differently once others follow it: they strip its thoughts, say. Such a turn cannot be learned
+from the whole conversation, where it is not what the model wrote. It becomes a row of its own: the conversation up to it,
+as the model will see it, with that turn alone supervised.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_jax.errors import InputError
-
-Message = dict[str, Any]
+from qlora_jax.config import LossOn
+from qlora_jax.data.formats import Chat
+from qlora_jax.data.messages import Message
+from qlora_jax.data.rows import RowError
 
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKS_FIX = "put {% generation %} ... {% endgeneration %} around the assistant's text in the chat template"
+PROBE = "zqxprobezqx"
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -25,108 +33,121 @@ class Rendered:
     """A text and its supervised characters: half-open ranges (start, end) into it, in order and disjoint."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
 
 
-def render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
-    """Render a conversation with the tokenizer's chat template and find the assistant's turns in it.
+class Renderer:
+    """Writes conversations with one chat template.
 
-    A template with `{% generation %}` marks decides itself what is supervised. For any other, turn i is what lies
-    between render(messages[:i], add_generation_prompt=True) and render(messages[:i + 1]), including the turn's end
-    token but not the whitespace the template writes after that token. A template that ignores add_generation_prompt
-    leaves the turn's header to the model, so there the header is supervised too.
-
-    Raises:
-        InputError: the tokenizer has no chat template; the template cannot render the row; or the turns cannot be told
-            apart, because the template renders a turn differently once others follow it.
+    Args:
+        template: a Jinja template as transformers reads it.
+        special_tokens: `bos_token` and others that templates use, by name.
+        end_tokens: the texts of all tokens that are never plain text; one of them ends a turn.
     """
-    template = _template(tokenizer, where)
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    if GENERATION_MARK.search(template):
-        return _render_marked(messages, tokenizer, template, where)
-    text = _render(messages, tokenizer, where)
-    end_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start, end = _turn(messages, turn, text, tokenizer, where)
-            stripped = text[start:end].rstrip()
-            # Without an end token before it, the whitespace is itself how the model ends its turn, and is learned.
-            spans.append((start, start + len(stripped)) if stripped.endswith(end_tokens) else (start, end))
-    return Rendered(text, tuple(spans))
 
+    def __init__(self, template: str, special_tokens: dict[str, str], end_tokens: Sequence[str]) -> None:
+        self.template = template
+        self._special_tokens, self._end_tokens = special_tokens, tuple(end_tokens)
+        self._marked = bool(GENERATION_MARK.search(template))
+        self._leaves_out: dict[str, bool] = {}
 
-def _turn(
-    messages: list[Message], turn: int, text: str, tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[int, int]:
-    """Where messages[turn], the assistant's, starts and ends in `text`, the rendering of all messages."""
-    if turn == 0:
-        found = "the assistant speaks first, and the chat template does not mark where its text starts"
-        raise InputError(where, found=found, expected="a user's turn first", fix=f"add one, or {MARKS_FIX}")
-    before = _render(messages[:turn], tokenizer, where, add_generation_prompt=True)
-    after = _render(messages[: turn + 1], tokenizer, where) if turn + 1 < len(messages) else text
-    if not text.startswith(after):
-        raise InputError(
-            where,
-            found=f"this chat template rewrites earlier turns: messages[{turn}] changes once others follow it",
-            expected="a template that only appends, or one with {% generation %} marks",
-            fix=f"{MARKS_FIX}, or train on rows with a single assistant turn at the end",
-        )
-    if not after.startswith(before):
-        raise InputError(
-            where,
-            found=f"this chat template rewrites its own prompt: messages[{turn}] does not begin where that ends",
-            expected="a template whose add_generation_prompt writes the start of an assistant's turn",
-            fix=MARKS_FIX,
-        )
-    return len(before), len(after)
+    def render(self, chat: Chat, loss_on: LossOn, where: str) -> list[Rendered]:
+        """One text with its supervised spans; several where the template rewrites turns.
 
+        A template with `{% generation %}` marks decides itself what is supervised. For any other, turn i is what lies
+        between render(messages[:i], add_generation_prompt=True) and render(messages[:i + 1]), including the turn's end
+        token but not the whitespace the template writes after that token. A template that ignores add_generation_prompt
+        leaves the turn's header to the model, so there the header is supervised too.
 
-def _render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str, add_generation_prompt: bool = False
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return cast(str, text)
-    except ImportError:  # jinja2 is missing: the installation's fault, not the row's
-        raise
-    except Exception as error:  # a template is a program: it can raise what it likes
-        raise _unrenderable(error, where) from error
+        Raises:
+            RowError: the template cannot render the row or leaves one of its roles out, or the turns cannot be told apart.
+        """
+        messages = [{key: value for key, value in message.items() if value is not None} for message in chat.messages]
+        self._check_roles(messages, where)
+        if loss_on == "all":
+            (text,) = self._render([messages], chat, where)
+            return [Rendered(text, ((0, len(text)),))]
+        if self._marked:
+            return [self._render_marked(messages, chat, loss_on, where)]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.num_prompt]
+        if loss_on == "last_assistant" or (loss_on == "completion" and not chat.num_prompt):
+            turns = turns[-1:]
+        return self._by_turns(messages, turns, chat, where)
 
+    def _by_turns(self, messages: list[Message], turns: list[int], chat: Chat, where: str) -> list[Rendered]:
+        if turns[0] == 0:
+            found = "the assistant speaks first, and the chat template does not mark where its text starts"
+            fix = f"drop the row, add a user's turn, or {MARKS_FIX}"
+            raise RowError(where, "template", found=found, expected="a user's turn first", fix=fix)
+        befores = self._render([messages[:i] for i in turns], chat, where, add_generation_prompt=True)
+        *afters, text = self._render([*(messages[: i + 1] for i in turns), messages], chat, where)
+        spans, alone = [], []
+        for turn, before, after in zip(turns, befores, afters, strict=True):
+            if not after.startswith(before):
+                found = f"this chat template rewrites its own prompt: messages[{turn}] does not begin where that ends"
+                expected = "a template whose add_generation_prompt writes the start of an assistant's turn"
+                raise RowError(where, "template", found=found, expected=expected, fix=MARKS_FIX)
+            span = self._without_white_space(after, len(before))
+            if text.startswith(after):
+                spans.append(span)
+            else:
+                alone.append(Rendered(after, (span,)))
+        return [*alone, Rendered(text, tuple(spans))] if spans else alone
 
-def _render_marked(messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str, where: str) -> Rendered:
-    """Render a template that has marks; the spans are what transformers' `return_assistant_tokens_mask` starts from.
+    def _without_white_space(self, after: str, start: int) -> Span:
+        """The turn that ends `after`. Without an end token, the white space is itself how the model ends it, and is learned."""
+        stripped = after[start:].rstrip()
+        return (start, start + len(stripped)) if stripped.endswith(self._end_tokens) else (start, len(after))
 
-    Its token mask is not used: it looks up the tokens of a span's first and last character, which leaves out part of an
-    emoji at the end, and all later turns when a tokenizer's offsets leave out the space a turn starts with.
-    """
-    special_tokens: dict[str, Any] = tokenizer.special_tokens_map
-    try:
-        rendered: Any = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, **special_tokens
-        )
-    except ImportError:
-        raise
-    except Exception as error:
-        raise _unrenderable(error, where) from error
-    (text,), (spans,) = rendered
-    return Rendered(text, tuple(spans))
+    def _render_marked(self, messages: list[Message], chat: Chat, loss_on: LossOn, where: str) -> Rendered:
+        """Render a template that has marks; the spans are what transformers' `return_assistant_tokens_mask` starts from.
 
+        Its token mask is not used: it looks up the tokens of a span's first and last character, which leaves out part of
+        an emoji at the end, and all later turns when a tokenizer's offsets leave out the space a turn starts with.
+        """
+        (text,), (spans,) = self._call([messages], chat, where, return_assistant_tokens_mask=True)
+        if chat.num_prompt:
+            _, (prompt,) = self._call([messages[: chat.num_prompt]], chat, where, return_assistant_tokens_mask=True)
+            spans = spans[len(prompt) :]
+        elif loss_on in ("last_assistant", "completion"):
+            spans = spans[-1:]
+        return Rendered(text, tuple(spans))
 
-def _template(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:  # none, or several by name without a default
-        raise InputError(
-            where,
-            found=f"chat messages, but the tokenizer has no usable chat template: {str(error).partition('!')[0]}",
-            expected="a chat_template in the model's tokenizer files",
-            fix="use an instruct model, add chat_template.jinja to its folder, or write rows of prompt and completion",
-        ) from None
+    def _check_roles(self, messages: list[Message], where: str) -> None:
+        """Stop at a role that the template leaves out without a word: what was said would be missing."""
+        for number, message in enumerate(messages):
+            role = message["role"]
+            if role in ("user", "assistant") or not message.get("content"):
+                continue
+            if role not in self._leaves_out:
+                self._leaves_out[role] = self._probe(role)
+            if self._leaves_out[role]:
+                found = f"messages[{number}] has the role {role!r}, which the chat template leaves out"
+                fix = "say what it is with data.roles, drop the row, or choose another data.chat_template"
+                raise RowError(where, "template", found=found, expected="a role that the template knows", fix=fix)
 
+    def _probe(self, role: str) -> bool:
+        asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        probe = {"role": role, "content": PROBE}
+        chat = [probe, asked, answered] if role in ("system", "developer") else [asked, answered, probe, answered]
+        try:
+            (text,) = self._render([chat], Chat(chat), "")
+        except RowError:
+            return False  # it is not silent about it: the row itself will tell
+        return PROBE not in text
 
-def _unrenderable(error: Exception, where: str) -> InputError:
-    found = f"messages the chat template cannot render: {type(error).__name__}: {error}"
-    return InputError(
-        where, found=found, fix="mend the row: templates may ask for alternating roles, or refuse `system`"
-    )
+    def _render(self, chats: list[list[Message]], chat: Chat, where: str, **options: Any) -> list[str]:
+        texts, _ = self._call(chats, chat, where, **options)
+        return texts
+
+    def _call(self, chats: list[list[Message]], chat: Chat, where: str, **options: Any) -> Any:
+        try:
+            return render_jinja_template(
+                chats, tools=chat.tools, chat_template=self.template, **self._special_tokens, **options
+            )
+        except ImportError:  # jinja2 is missing: the installation's fault, not the row's
+            raise
+        except Exception as error:  # a template is a program: it can raise what it likes
+            found = f"messages the chat template cannot render: {type(error).__name__}: {error}"
+            fix = "mend the row: templates may ask for alternating roles, or refuse `system`"
+            raise RowError(where, "template", found=found, fix=fix) from error

@@ -1,67 +1,96 @@
-"""Rows of a JSONL file, each with the line it came from, so that every later complaint can name it."""
+"""A row of a dataset and where it came from, so that every later complaint can name it; and the complaint itself."""
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_jax.errors import InputError
+
+Kind = Literal["unreadable", "fields", "empty", "roles", "template", "too long", "nothing to learn", "duplicate"]
+"""What can be wrong with a row, as counted in reports."""
 
 EXPECTED_LINE = "one JSON object on each line"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One JSON object of a dataset. `where` is "file:line", counted from 1."""
+    """One object of a dataset. `where` is "file:line", counted from 1, or names file and row."""
 
     where: str
     fields: dict[str, Any]
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read a JSONL file; blank lines are skipped, a byte order mark at the start is accepted.
+class RowError(InputError):
+    """A row that cannot be used: stops a run, or is skipped and counted (`data.bad_rows`)."""
+
+    def __init__(self, where: str, kind: Kind, *, found: str, expected: str = "", fix: str = "") -> None:
+        super().__init__(where, found=found, expected=expected, fix=fix)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles: worker processes hand them over."""
+        return _row_error, (self.where, self.kind, self.found, self.expected, self.fix)
+
+
+def _row_error(where: str, kind: Kind, found: str, expected: str, fix: str) -> RowError:
+    return RowError(where, kind, found=found, expected=expected, fix=fix)
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as its file has it. Lines of JSON are parsed by whoever tokenizes them, so that all cores share the work."""
+
+    where: str
+    content: bytes | dict[str, Any] | RowError
+    """A line of JSON, a row read already, or what is wrong with it."""
+
+    def parse(self) -> Row:
+        """The row.
+
+        Raises:
+            RowError: the line is not UTF-8, not JSON or not an object.
+        """
+        if isinstance(self.content, RowError):
+            raise self.content
+        fields = parse_json(self.content, self.where) if isinstance(self.content, bytes) else self.content
+        return Row(self.where, fields)
+
+
+def parse_json(line: bytes, where: str) -> dict[str, Any]:
+    """One line of JSON as an object.
 
     Raises:
-        InputError: the file is missing or has no rows, or a line is not UTF-8, not JSON or not an object.
+        RowError: it is not UTF-8, not JSON or not an object.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise InputError(path, found=found, expected=f"a JSONL file: {EXPECTED_LINE}", fix="check data.path")
-    rows = []
-    with path.open(
-        "rb"
-    ) as lines:  # bytes: only \n ends a line (JSON strings may hold U+2028), and bad UTF-8 has a line
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, where)
-            if text.strip():
-                rows.append(Row(where, _parse(text, where)))
-    if not rows:
-        raise InputError(
-            path, found="no rows", expected=EXPECTED_LINE, fix="check that the file was written completely"
-        )
-    return rows
+    text = decode(line, where)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or an integer of too many digits
+        fix = "write each row on one line, without commas or brackets around the rows"
+        raise RowError(where, "unreadable", found=f"not JSON: {error}", expected=EXPECTED_LINE, fix=fix) from None
+    return as_object(value, where)
 
 
-def _decode(line: bytes, where: str) -> str:
+def as_object(value: Any, where: str) -> dict[str, Any]:
+    """`value`, if it is an object.
+
+    Raises:
+        RowError: it is not.
+    """
+    if not isinstance(value, dict):
+        found = f"a JSON {type(value).__name__}"
+        raise RowError(where, "unreadable", found=found, expected="a JSON object with the row's fields")
+    return value
+
+
+def decode(line: bytes, where: str) -> str:
+    """Bytes as UTF-8 text.
+
+    Raises:
+        RowError: they are not.
+    """
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}, which is not UTF-8"
-        raise InputError(where, found=found, expected="UTF-8 text", fix="save the file as UTF-8") from None
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or an integer of too many digits
-        raise InputError(
-            where,
-            found=f"not JSON: {error}",
-            expected=EXPECTED_LINE,
-            fix="write each row on one line, without commas or brackets around the rows",
-        ) from None
-    if not isinstance(value, dict):
-        raise InputError(where, found=f"a JSON {type(value).__name__}", expected=EXPECTED_LINE)
-    return value
+        raise RowError(where, "unreadable", found=found, expected="UTF-8 text", fix="save the file as UTF-8") from None

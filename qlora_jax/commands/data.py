@@ -1,0 +1,25 @@
+"""`python -m qlora_jax data`: show what a run would learn from: rows as tokens, what counts in the loss, lengths, what is left out."""
+
+import argparse
+
+from convert.hub import cache_dir
+from convert.model import open_tokenizer
+from qlora_jax.config import load_config
+from qlora_jax.corpus import load_corpus
+from qlora_jax.display import make_console
+from qlora_jax.preview import preview
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file of settings")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show in full; default: 3")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the preview to standard output."""
+    console = make_console()
+    config = load_config(options.config, options.overrides)
+    tokenizer = open_tokenizer(config.model.name_or_path, log=console.print)
+    preview(load_corpus(config, tokenizer, cache_dir() / "tokenized", console), console, max(options.rows, 1))

@@ -1,0 +1,247 @@
+"""Reading rows from files: JSON lines, JSON arrays, CSV, Parquet and plain text. One row at a time, whatever the file's size.
+
+Bytes are split into lines before they are decoded: only \\n ends a line (JSON strings may hold U+2028), and bad UTF-8 has a line.
+"""
+
+import codecs
+import csv
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_jax.data.rows import RawRow, RowError, as_object, decode
+from qlora_jax.errors import InputError
+
+SampleBy = Literal["line", "paragraph", "document"]
+BOM = b"\xef\xbb\xbf"
+READ_AT_ONCE = 2**22
+"""Bytes of a JSON array held at a time, unless a single row is longer."""
+PARQUET_ROWS_AT_ONCE = 1024
+SPACE = re.compile(r"[ \t\r\n]*")
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether the name says that it holds rows; all but Parquet may be gzipped."""
+    return _suffix(path) in SUFFIXES
+
+
+def read_file(path: Path, sample_by: SampleBy = "line") -> Iterator[RawRow]:
+    """The rows of one file, by its suffix. A row that cannot be read is handed on as a `RowError`, and reading goes on where it can.
+
+    Args:
+        path: .jsonl or .ndjson: one object a line, blank lines skipped. .json: an array of objects, or lines of them. .csv, .tsv: a
+            header, then rows of text. .parquet. .txt: rows with the field `text`. All but Parquet may end in .gz as well.
+        sample_by: what makes a row of a text file, as in `datasets`: a line, a paragraph (blank lines between) or all of it.
+
+    Raises:
+        InputError: the file cannot be read at all.
+    """
+    readers: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+        ".json": _json,
+        ".csv": lambda path: _csv(path, ","),
+        ".tsv": lambda path: _csv(path, "\t"),
+        ".parquet": _parquet,
+        ".txt": lambda path: _text(path, sample_by),
+    }
+    try:
+        yield from readers[_suffix(path)](path)
+    except (OSError, EOFError) as error:  # gzip raises both for a damaged file
+        raise InputError(path, found=f"cannot be read: {error}", fix="check the file and its permissions") from None
+
+
+def _suffix(path: Path) -> str:
+    name = path.with_suffix("") if path.suffix == ".gz" else path
+    return "" if path.suffix == ".gz" and name.suffix == ".parquet" else name.suffix.lower()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line with its end), without a byte order mark at the start."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def _json_lines(path: Path) -> Iterator[RawRow]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield RawRow(f"{path}:{number}", line)
+
+
+def _json(path: Path) -> Iterator[RawRow]:
+    """An array of objects; a file that begins with anything else is taken for lines of JSON, as it often is."""
+    first = next((line.strip() for _, line in _lines(path) if line.strip()), b"")
+    yield from (_json_array(path) if first.startswith(b"[") else _json_lines(path))
+
+
+def _json_array(path: Path) -> Iterator[RawRow]:
+    """The elements of an array, decoded one at a time from a buffer that is filled as they are used up."""
+    decoder = json.JSONDecoder()
+    buffer = _Buffer(path)
+    buffer.skip("[")
+    row = 0
+    while not buffer.skip("]"):
+        row += 1
+        where = f"{path}:{buffer.line} (row {row})"
+        value = buffer.decode(decoder, where)
+        try:
+            yield RawRow(where, as_object(value, where))
+        except RowError as error:
+            yield RawRow(where, error)
+        if not buffer.skip(",") and buffer.peek() != "]":
+            found = f"{buffer.peek()!r} after row {row}" if buffer.peek() else f"the end of the file after row {row}"
+            fix = "check that the file was written completely"
+            raise InputError(f"{path}:{buffer.line}", found=f"not JSON: {found}", expected="`,` or `]`", fix=fix)
+
+
+class _Buffer:
+    """The text of a file from some place on, and the line that place is in."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.line = path, 1
+        self._chunks = _chunks(path)
+        self._text, self._at = "", 0
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            self._advance(SPACE.match(self._text, self._at).end())
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._fill():
+                return ""
+
+    def skip(self, character: str) -> bool:
+        """Go past the next character if it is this one."""
+        if self.peek() != character:
+            return False
+        self._advance(self._at + 1)
+        return True
+
+    def decode(self, decoder: json.JSONDecoder, where: str) -> Any:
+        """The JSON value that starts here. More is read until it ends, each time twice as much, so that long rows stay linear."""
+        self.peek()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                if self._fill(len(self._text) - self._at):
+                    continue
+                raise InputError(where, found=f"not JSON: {error}", expected="an array of JSON objects") from None
+            # A number may go on in what is not read yet; no row is one, so its type alone matters.
+            self._advance(end)
+            return value
+
+    def _advance(self, to: int) -> None:
+        self.line += self._text.count("\n", self._at, to)
+        self._at = to
+
+    def _fill(self, at_least: int = 1) -> bool:
+        """Read on; False at the end of the file."""
+        more, size = [], 0
+        for chunk in self._chunks:
+            more.append(chunk)
+            size += len(chunk)
+            if size >= at_least:
+                break
+        self._text, self._at = self._text[self._at :] + "".join(more), 0
+        return bool(more)
+
+
+def _chunks(path: Path) -> Iterator[str]:
+    """The file's text in pieces."""
+    decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        while True:
+            data = file.read(READ_AT_ONCE)
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                found = f"byte 0x{error.object[error.start]:02x}, which is not UTF-8"
+                raise InputError(f"{path}:{line}", found=found, fix="save the file as UTF-8") from None
+            line += text.count("\n")
+            if text:
+                yield text
+            if not data:
+                return
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
+    csv.field_size_limit(2**31 - 1)  # a row of a million characters is a row
+    rows = csv.reader(_decoded(path), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        where = f"{path}:{rows.line_num + 1}"
+        try:
+            values = next(rows, None)
+        except csv.Error as error:
+            raise InputError(where, found=f"not CSV: {error}", fix="check the quotes from this line on") from None
+        if values is None:
+            return
+        if not header:
+            header = values
+            _check_header(header, where)
+        elif len(values) == len(header):
+            yield RawRow(where, dict(zip(header, values, strict=True)))
+        elif values:
+            found = f"{len(values)} values where the header has {len(header)} ({', '.join(header)})"
+            fix = "quote values that hold the delimiter"
+            yield RawRow(where, RowError(where, "unreadable", found=found, fix=fix))
+
+
+def _decoded(path: Path) -> Iterable[str]:
+    return (decode(line, f"{path}:{number}") for number, line in _lines(path))
+
+
+def _check_header(header: list[str], where: str) -> None:
+    if len(set(header)) < len(header):
+        raise InputError(where, found=f"a header that names a column twice: {', '.join(header)}")
+
+
+def _parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow  # slow to import, and not needed for most
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(PARQUET_ROWS_AT_ONCE):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield RawRow(f"{path}, row {number}", fields)
+    except pyarrow.ArrowException as error:
+        raise InputError(path, found=f"not a Parquet file, or a damaged one: {error}", fix="fetch it again") from None
+
+
+def _text(path: Path, sample_by: SampleBy) -> Iterator[RawRow]:
+    if sample_by == "line":
+        for number, line in _lines(path):
+            if line.strip():
+                yield _text_row(f"{path}:{number}", line.rstrip(b"\r\n"))
+        return
+    start, lines = 1, []
+    for number, line in _lines(path):
+        if sample_by == "paragraph" and not line.strip():
+            if lines:
+                yield _text_row(f"{path}:{start}", b"".join(lines).rstrip(b"\r\n"))
+            lines = []
+            continue
+        if not lines:
+            start = number
+        lines.append(line)
+    if lines:
+        yield _text_row(f"{path}:{start}", b"".join(lines).rstrip(b"\r\n"))
+
+
+def _text_row(where: str, text: bytes) -> RawRow:
+    try:
+        return RawRow(where, {"text": decode(text, where)})
+    except RowError as error:
+        return RawRow(where, error)
