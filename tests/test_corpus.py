@@ -154,7 +154,7 @@ def test_bad_rows_are_named_together(tmp_path: Path) -> None:
         (6, "no assistant turn"),
         (9, "none of the first 512"),
     ):
-        assert f"{path}:{line}\n" in message
+        assert f"{path}:{line}: " in message
         assert found in message
     assert "data.bad_rows=skip" in message
     assert not list((tmp_path / "cache").iterdir())
@@ -194,6 +194,16 @@ def test_nothing_is_left(tmp_path: Path) -> None:
         load(path, tmp_path / "cache", bad_rows="skip")
     with pytest.raises(InputError, match="not JSON"):
         load(write(tmp_path / "b.jsonl", ["{", "}"]), tmp_path / "cache", bad_rows="skip")
+
+
+def test_a_file_that_ends_too_early_is_used_up_to_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([chat("a", "b"), chat("c", "d"), chat("e", "f")], indent=1)[:-40])
+    corpus, said = load(path, tmp_path / "cache", bad_rows="skip")
+    assert len(corpus.rows) == 2
+    assert f"skipped 1: unreadable, first {path}:26 (row 3): not JSON" in said
+    with pytest.raises(InputError, match=r"a.json:26 \(row 3\)\n.*not JSON(?s:.*)written completely"):
+        load(path, tmp_path / "cache")
 
 
 def test_max_rows(tmp_path: Path) -> None:

@@ -129,25 +129,30 @@ def test_a_json_array_in_pieces_is_the_array(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "where", "found"),
+    ("name", "content", "before", "where", "found"),
     [
-        ("a.json", b'[{"a": 1},\n{"a": ]', ":2 (row 2)", "not JSON"),
-        ("a.json", b'[{"a": 1}\n{"a": 2}]', ":2", "'{' after row 1"),
-        ("a.json", b'[{"a": 1},\n{"a": 2}', ":2", "the end of the file after row 2"),
-        ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', ":2", "byte 0xff, which is not UTF-8"),
-        ("a.csv", b'a,b\n1,"2\n', ":2", "not CSV"),
-        ("a.csv", b"a,b\n1,\xff\n", ":2", "byte 0xff at column 3"),
-        ("a.csv", b"a,a\n1,2\n", ":1", "a header that names a column twice: a, a"),
-        ("a.parquet", b"PAR1 not", "", "not a Parquet file"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08\x00damaged", "", "cannot be read"),
+        ("a.json", b'[{"a": 1},\n{"a": ]', 1, ":2 (row 2)", "not JSON"),
+        ("a.json", b'[{"a": 1}\n{"a": 2}]', 1, ":2", "'{' after row 1"),
+        ("a.json", b'[{"a": 1},\n{"a": 2}', 2, ":2", "the end of the file after row 2"),
+        ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', 0, ":2", "byte 0xff, which is not UTF-8"),
+        ("a.csv", b'a,b\n1,2\n1,"2\n', 1, ":3", "not CSV"),
+        ("a.csv", b"a,b\n1,2\n1,\xff\n", 1, ":3", "byte 0xff at column 3"),
+        ("a.csv", b"a,a\n1,2\n", 0, ":1", "a header that names a column twice: a, a"),
+        ("a.parquet", b"PAR1 not", 0, "", "not a Parquet file"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00damaged", 0, "", "cannot be read"),
     ],
 )
-def test_damaged_files(tmp_path: Path, name: str, content: bytes, where: str, found: str) -> None:
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, before: int, where: str, found: str) -> None:
+    """The rows before the damage are there; then comes the complaint, and nothing more."""
     path = write(tmp_path, content, name)
     with pytest.raises(InputError) as error:
         rows_of(path)
     assert error.value.where == f"{path}{where}"
     assert found in error.value.found
+    if isinstance(error.value, RowError):
+        *good, last = read_file(path)
+        assert isinstance(last.content, RowError)
+        assert [isinstance(raw.content, dict) for raw in good] == [True] * before
 
 
 def test_single_rows_of_arrays_and_tables_that_do_not_fit(tmp_path: Path) -> None:

@@ -261,10 +261,14 @@ def test_templates_and_rows_that_do_not_go_together() -> None:
     with pytest.raises(InputError, match=r"f:1\n.*cannot render: TemplateError: none"):
         one(chat("hi", "hi"), make_tokenizer("{% generation %}{{ raise_exception('none') }}{% endgeneration %}"))
     first = {"messages": [{"role": "assistant", "content": "hi"}]}
-    with pytest.raises(InputError, match=r"f:1\n.*assistant speaks first"):
+    with pytest.raises(InputError, match=r"f:1\n.*the assistant alone speaks"):
         one(first, make_tokenizer(CHATML))
     tokenizer = make_tokenizer(CHATML_MARKED)
     assert supervised(one(first, tokenizer), tokenizer) == ["hi<|im_end|>"]
+    more = {"messages": first["messages"] + chat("a", "b")["messages"]}
+    assert supervised(one(more, tokenizer), tokenizer) == ["hi<|im_end|>", "b<|im_end|>"]
+    tokenizer = make_tokenizer(CHATML)  # where the first turn starts nobody can say, so it is read but not learned
+    assert supervised(one(more, tokenizer), tokenizer) == ["b<|im_end|>"]
 
 
 def test_fields_of_a_message_reach_the_template_unless_null() -> None:

@@ -75,10 +75,11 @@ class Renderer:
         return self._by_turns(messages, turns, chat, where)
 
     def _by_turns(self, messages: list[Message], turns: list[int], chat: Chat, where: str) -> list[Rendered]:
-        if turns[0] == 0:
-            found = "the assistant speaks first, and the chat template does not mark where its text starts"
+        if turns == [0]:
+            found = "the assistant alone speaks, and the chat template does not mark where its text starts"
             fix = f"drop the row, add a user's turn, or {MARKS_FIX}"
             raise RowError(where, "template", found=found, expected="a user's turn first", fix=fix)
+        turns = [turn for turn in turns if turn]  # what is said before anyone asked is read, not learned
         befores = self._render([messages[:i] for i in turns], chat, where, add_generation_prompt=True)
         *afters, text = self._render([*(messages[: i + 1] for i in turns), messages], chat, where)
         spans, alone = [], []

@@ -83,21 +83,28 @@ def _json(path: Path) -> Iterator[RawRow]:
 def _json_array(path: Path) -> Iterator[RawRow]:
     """The elements of an array, decoded one at a time from a buffer that is filled as they are used up."""
     decoder = json.JSONDecoder()
-    buffer = _Buffer(path)
-    buffer.skip("[")
-    row = 0
-    while not buffer.skip("]"):
-        row += 1
-        where = f"{path}:{buffer.line} (row {row})"
-        value = buffer.decode(decoder, where)
-        try:
-            yield RawRow(where, as_object(value, where))
-        except RowError as error:
-            yield RawRow(where, error)
-        if not buffer.skip(",") and buffer.peek() != "]":
-            found = f"{buffer.peek()!r} after row {row}" if buffer.peek() else f"the end of the file after row {row}"
-            fix = "check that the file was written completely"
-            raise InputError(f"{path}:{buffer.line}", found=f"not JSON: {found}", expected="`,` or `]`", fix=fix)
+    buffer, row = _Buffer(path), 0
+    try:
+        buffer.skip("[")
+        while not buffer.skip("]"):
+            row += 1
+            where = f"{path}:{buffer.line} (row {row})"
+            value = buffer.decode(decoder, where)
+            try:
+                yield RawRow(where, as_object(value, where))
+            except RowError as error:
+                yield RawRow(where, error)
+            if not buffer.skip(",") and (following := buffer.peek()) != "]":
+                found = f"{following!r} after row {row}" if following else f"the end of the file after row {row}"
+                raise _broken(f"{path}:{buffer.line}", f"not JSON: {found}")
+    except RowError as error:
+        yield RawRow(error.where, error)
+
+
+def _broken(where: str, found: str) -> RowError:
+    """What is wrong with a file from here on; the rows before it are rows all the same."""
+    fix = "check that the file was written completely; nothing after this can be read"
+    return RowError(where, "unreadable", found=found, fix=fix)
 
 
 class _Buffer:
@@ -133,7 +140,8 @@ class _Buffer:
             except (ValueError, RecursionError) as error:
                 if self._fill(len(self._text) - self._at):
                     continue
-                raise InputError(where, found=f"not JSON: {error}", expected="an array of JSON objects") from None
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise _broken(where, f"not JSON: {reason}") from None
             # A number may go on in what is not read yet; no row is one, so its type alone matters.
             self._advance(end)
             return value
@@ -165,7 +173,7 @@ def _chunks(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
                 found = f"byte 0x{error.object[error.start]:02x}, which is not UTF-8"
-                raise InputError(f"{path}:{line}", found=found, fix="save the file as UTF-8") from None
+                raise _broken(f"{path}:{line}", found) from None
             line += text.count("\n")
             if text:
                 yield text
@@ -182,7 +190,11 @@ def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
         try:
             values = next(rows, None)
         except csv.Error as error:
-            raise InputError(where, found=f"not CSV: {error}", fix="check the quotes from this line on") from None
+            yield RawRow(where, _broken(where, f"not CSV: {error}"))
+            return
+        except RowError as error:
+            yield RawRow(error.where, error)
+            return
         if values is None:
             return
         if not header:

@@ -126,10 +126,7 @@ class Gate:
             raise self._stopping[0]
         if self._stopping:
             shown = self._stopping[:PROBLEMS_AT_ONCE]
-            lines = "".join(
-                "\n" + str(problem).replace("\n", "\n    ").replace(problem.where, f"    {problem.where}", 1)
-                for problem in shown
-            )
+            lines = "".join(f"\n    {problem.where}: {problem.found}" for problem in shown)
             found = f"rows that cannot be used (of the first {self.report.num_read:,} read):{lines}"
             fix = "mend these rows, or leave them and their like out with data.bad_rows=skip"
             raise InputError(self.name, found=found, fix=fix)
