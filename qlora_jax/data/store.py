@@ -128,7 +128,7 @@ class Gate:
             shown = self._stopping[:PROBLEMS_AT_ONCE]
             lines = "".join(f"\n    {problem.where}: {problem.found}" for problem in shown)
             found = f"rows that cannot be used (of the first {self.report.num_read:,} read):{lines}"
-            fix = "mend these rows, or leave them and their like out with data.bad_rows=skip"
+            fix = f"as for the first: {shown[0].fix}; or leave such rows out with data.bad_rows=skip"
             raise InputError(self.name, found=found, fix=fix)
 
     def _refuse(self, problem: RowError) -> None:
