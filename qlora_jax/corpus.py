@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from qlora_jax.config import Config, DataSettings, Format, SourceSettings
+from qlora_jax.config import Config
 from qlora_jax.data import (
     Batch,
     Batches,
@@ -32,6 +32,7 @@ from qlora_jax.data import (
 )
 from qlora_jax.data.formats import SEEN_FOR_DETECTION
 from qlora_jax.data.rows import RowError
+from qlora_jax.data_settings import DataSettings, Format, SourceSettings
 from qlora_jax.display import progress_bar
 from qlora_jax.errors import InputError
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.config import DataSettings, SourceSettings
 from qlora_jax.data import RawRow, Row, RowError, files, open_source
 from qlora_jax.data.files import read_file
+from qlora_jax.data_settings import DataSettings, SourceSettings
 from qlora_jax.errors import InputError
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora_jax.config import DataSettings
 from qlora_jax.data import (
     Chat,
     ChatTemplate,
@@ -29,6 +28,7 @@ from qlora_jax.data import (
     tokenize,
 )
 from qlora_jax.data.tokenization import RowTokenizer
+from qlora_jax.data_settings import DataSettings
 from qlora_jax.errors import InputError
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.config import DataSettings
 from qlora_jax.data import ChatTemplate, Example, Layout, RawRow, detect_format, make_recipe, tokenize
 from qlora_jax.data.templates import CHATML, LLAMA_2
+from qlora_jax.data_settings import DataSettings
 
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

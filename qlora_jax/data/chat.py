@@ -16,10 +16,10 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_jax.config import LossOn
 from qlora_jax.data.formats import Chat
 from qlora_jax.data.messages import Message
 from qlora_jax.data.rows import RowError
+from qlora_jax.data_settings import LossOn
 
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKS_FIX = "put {% generation %} ... {% endgeneration %} around the assistant's text in the chat template"

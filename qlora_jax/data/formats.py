@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_jax.config import Format
 from qlora_jax.data.messages import KNOWN_ROLES, Message, check_text, kind_of, read_json, read_messages
 from qlora_jax.data.rows import Row, RowError
+from qlora_jax.data_settings import Format
 from qlora_jax.errors import InputError
 
 REQUIRED: dict[Format, tuple[str, ...]] = {

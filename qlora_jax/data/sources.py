@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.config import DataSettings, SourceSettings
 from qlora_jax.data.files import SUFFIXES, is_data_file, read_file
 from qlora_jax.data.rows import RawRow
+from qlora_jax.data_settings import DataSettings, SourceSettings
 from qlora_jax.errors import InputError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -14,10 +14,10 @@ from typing import overload
 
 import numpy as np
 
-from qlora_jax.config import DataSettings
 from qlora_jax.data.rows import RowError
 from qlora_jax.data.sources import Source
 from qlora_jax.data.tokenization import Example, Recipe, Tokens
+from qlora_jax.data_settings import DataSettings
 from qlora_jax.errors import InputError
 
 PROBLEMS_AT_ONCE = 10

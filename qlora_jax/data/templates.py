@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_jax.config import Format
+from qlora_jax.data_settings import Format
 from qlora_jax.errors import InputError
 
 # transformers drops a newline that follows a block's end, hence the line breaks as expressions.

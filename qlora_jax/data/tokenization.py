@@ -13,11 +13,11 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from qlora_jax.config import DataSettings, LossOn
 from qlora_jax.data.chat import Rendered, Renderer
 from qlora_jax.data.formats import Chat, Completion, Layout, Sample, Text
 from qlora_jax.data.rows import RawRow, RowError
 from qlora_jax.data.templates import ChatTemplate
+from qlora_jax.data_settings import DataSettings, LossOn
 from qlora_jax.errors import InputError
 
 REVISION = 1
