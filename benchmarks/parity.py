@@ -32,7 +32,8 @@ from qlora_jax.compare.process import Run, require_libraries, run_reference, sav
 from qlora_jax.compare.report import plot_losses
 from qlora_jax.compare.side import read_reference
 from qlora_jax.config import Config, LoraSettings, load_config
-from qlora_jax.data import Batch, Batches, eval_batches, read_rows, tokenize
+from qlora_jax.corpus import read_examples
+from qlora_jax.data import Batch, Batches, eval_batches
 from qlora_jax.display import make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import exit_status
@@ -90,7 +91,7 @@ class Parity:
         """Training steps, and the held-out rows."""
         data, padding = self.config.data, pad_token_id(self.model)
         found = [
-            tokenize(read_rows(ROOT / path), "auto", self.model.tokenizer, data.max_seq_length).examples
+            read_examples(ROOT / path, self.model.tokenizer, data.max_seq_length)
             for path in (data.path, data.eval_path)
         ]
         batches = Batches(

@@ -1,6 +1,6 @@
 """From settings to batches: finds sources, settles formats and template, tokenizes, holds rows out; for `train.py` and the preview."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,11 @@ from qlora_jax.data import (
     Batch,
     Batches,
     ChatTemplate,
+    Example,
     Kept,
     Layout,
     Mix,
+    RawRow,
     Recipe,
     Row,
     Selection,
@@ -28,6 +30,7 @@ from qlora_jax.data import (
     eval_batches,
     make_recipe,
     open_source,
+    tokenize,
     tokenize_all,
 )
 from qlora_jax.data.formats import SEEN_FOR_DETECTION
@@ -105,7 +108,8 @@ def load_corpus(config: Config, tokenizer: PreTrainedTokenizerBase, cache: Path,
     opened = [*sources, *([held_out_source] if held_out_source else [])]
     asked = [*data.all_sources, *([data.eval_source] if data.eval_source else [])]
     layouts, chats = zip(
-        *(_settle(source, settings) for source, settings in zip(opened, asked, strict=True)), strict=True
+        *(_settle(source.name, source.rows(), settings) for source, settings in zip(opened, asked, strict=True)),
+        strict=True,
     )
     template = None
     if any(chats):
@@ -128,18 +132,40 @@ def load_corpus(config: Config, tokenizer: PreTrainedTokenizerBase, cache: Path,
     return Corpus(settled, rows, held_out, template, tokenizer)
 
 
-def _settle(source: Source, settings: SourceSettings) -> tuple[Layout, bool]:
+def read_examples(path: Path | str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> list[Example]:
+    """All rows of one source as a run with default settings has them, in memory: for comparisons, which need no cache.
+
+    Raises:
+        InputError: the source or one of its rows cannot be used.
+    """
+    data = DataSettings(path=str(path), max_seq_length=max_seq_length)
+    (settings,) = data.all_sources
+    return tokenize_rows(list(open_source(settings, data).rows()), tokenizer, max_seq_length, name=str(path))
+
+
+def tokenize_rows(
+    rows: Sequence[RawRow], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, name: str = "rows"
+) -> list[Example]:
+    """The same of rows that are here already."""
+    data = DataSettings(path=name, max_seq_length=max_seq_length)
+    (settings,) = data.all_sources
+    layout, is_chat = _settle(name, rows, settings)
+    template = choose_template(data.chat_template, tokenizer, [layout.format], print) if is_chat else None
+    return tokenize(rows, make_recipe(tokenizer, layout, data, template))
+
+
+def _settle(name: str, first: Iterable[RawRow], settings: SourceSettings) -> tuple[Layout, bool]:
     """How a source's rows are to be read, as its first ones say, and whether they become chats."""
     rows: list[Row] = []
     problem: RowError | None = None
-    for raw in islice(source.rows(), SEEN_FOR_DETECTION):
+    for raw in islice(first, SEEN_FOR_DETECTION):
         try:
             rows.append(raw.parse())
         except RowError as error:
             problem = problem or error
     if not rows:
         raise problem or InputError(
-            source.name, found="no rows", expected="at least one", fix="check that the file was written completely"
+            name, found="no rows", expected="at least one", fix="check that the file was written completely"
         )
     format = detect_format(rows, settings.fields) if settings.format == "auto" else settings.format
     prompt = rows[0].fields.get(settings.fields.get("prompt", "prompt"))

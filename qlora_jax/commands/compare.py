@@ -23,7 +23,8 @@ from qlora_jax.compare.process import require_libraries
 from qlora_jax.compare.report import as_json, show, write
 from qlora_jax.compare.stages import Comparison
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings, TrainingSettings
-from qlora_jax.data import Batch, Batches, Row, read_rows, tokenize
+from qlora_jax.corpus import read_examples, tokenize_rows
+from qlora_jax.data import Batch, Batches, RawRow
 from qlora_jax.display import make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine, default_attention
 from qlora_jax.errors import InputError
@@ -144,10 +145,10 @@ def make_batches(options: argparse.Namespace, model: BaseModel) -> list[Batch]:
         InputError: the data cannot be used, or has no token to learn from.
     """
     if options.data is None:
-        rows = [Row(f"passage {number}", {"text": text}) for number, text in enumerate(PASSAGES, 1)]
+        rows = [RawRow(f"passage {number}", {"text": text}) for number, text in enumerate(PASSAGES, 1)]
+        examples = tokenize_rows(rows, model.tokenizer, options.max_seq_length)
     else:
-        rows = read_rows(options.data)
-    examples = tokenize(rows, "auto", model.tokenizer, options.max_seq_length).examples
+        examples = read_examples(options.data, model.tokenizer, options.max_seq_length)
     batches = Batches(
         examples,
         micro_batch_size=options.rows,
