@@ -38,8 +38,7 @@ def test_the_command(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["data", "--config", str(run_file), "--rows", "2"]) == 0
     said = capsys.readouterr().out
     rows = run_file.parent / "a.jsonl"
-    first, second = tiny.CHATML, "⟦hello<|im_end|>⟧"
-    assert first not in said
+    second = "⟦hello<|im_end|>⟧"
     assert f"{rows}: 3 rows (chat)" in said
     assert "1 cut to 64 tokens, 1 duplicates" in said
     assert f"skipped 1: nothing to learn, first {rows}:2" in said
