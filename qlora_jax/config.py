@@ -265,7 +265,8 @@ def _explain(error: Any) -> str:
 def _nearest(location: list[str]) -> str:
     """`; did you mean ...?` for an unknown key, looking in its own section first, then everywhere."""
     known = {key: section for section, field in Config.model_fields.items() for key in _keys(field.annotation)}
-    own = [key for key, section in known.items() if len(location) > 1 and section == location[0]]
+    own = _keys(Config.model_fields[location[0]].annotation) if len(location) > 1 else []
+    known |= dict.fromkeys(own, location[0])  # some keys are in several sections
     candidates = own if len(location) > 1 else list(Config.model_fields)
     close = difflib.get_close_matches(location[-1], candidates, n=1) or difflib.get_close_matches(
         location[-1], known, n=1
