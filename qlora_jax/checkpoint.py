@@ -45,6 +45,9 @@ HASHING_THREADS = 8
 class DamagedError(Exception):
     """A checkpoint's files are not what was written; the message names the first that is not."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason[:500])  # the damage may be a name without end
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -226,7 +229,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             name: (size, digest) for name, (size, digest) in json.loads((path / CHECKSUMS).read_bytes()).items()
         }
         found = _checksums(path)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{CHECKSUMS}: {error}") from None
     if not {ABOUT, f"{ARRAYS}/_CHECKPOINT_METADATA"} <= expected.keys():
         raise DamagedError(f"{CHECKSUMS} names too few files")

@@ -9,6 +9,9 @@ EXIT_INTERRUPTED = 130
 EXIT_SIGNAL = 128
 """A command that a signal ended has this plus the signal's number as its exit status: 130 for Ctrl-C, 143 for SIGTERM."""
 
+MAX_LINES, MAX_LINE = 80, 2000
+"""Of a message."""
+
 
 class InputError(Exception):
     """Something the user gave cannot be used.
@@ -27,7 +30,24 @@ class InputError(Exception):
             lines.append(f"  expected: {expected}")
         if fix:
             lines.append(f"  do:       {fix}")
-        super().__init__("\n".join(lines))
+        super().__init__(_clipped("\n".join(lines)))
+
+
+def _clipped(text: str) -> str:
+    """A file may have a name of a megabyte in it, or a thousand faults: what no one would read is left out, and counted."""
+    lines = text.split("\n")
+    left_out = [f"    ... and {len(lines) - MAX_LINES} more lines"] if len(lines) > MAX_LINES else []
+    kept = lines[: MAX_LINES - 2] + left_out + lines[-2:] if left_out else lines
+    return (
+        "\n".join(
+            line
+            if len(line) <= MAX_LINE
+            else f"{line[: MAX_LINE // 2]} [... {len(line) - MAX_LINE} more characters ...] {line[-MAX_LINE // 2 :]}"
+            for line in kept
+        )
+        .encode(errors="backslashreplace")
+        .decode()
+    )  # half of a surrogate pair cannot be printed
 
 
 class InterruptedRunError(Exception):

@@ -199,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A `run.json`; nothing where there is none, or where it is not ours."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
