@@ -62,8 +62,9 @@ class LlamaConfig:
         problems += [f"{key} is {config[key]!r}, not supported" for key in _REFUSED if config.get(key)]
         for key in ("rope_scaling", "rope_parameters"):  # the name in transformers 4, and in 5
             scaling = config.get(key) or {}
-            if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
                 problems.append(f"{key} is {scaling!r}, supported: rope_type 'default'")
+        problems = problems or _bad_numbers(config)
         if problems:
             raise InputError(
                 where, found="; ".join(problems), expected="a Llama without these", fix="use another base model"
@@ -95,6 +96,42 @@ class LlamaConfig:
         return dict(zip(LINEAR_NAMES, shapes, strict=True))
 
 
+def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
+    """What is no number of the kind that it should be, or would make a model beyond all machines."""
+
+    def is_number(value: Any, kinds: type | tuple[type, ...], limit: float) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= limit
+
+    whole = [key for key in (*_REQUIRED, "num_key_value_heads", "head_dim") if config.get(key) or key in _REQUIRED]
+    problems = [
+        f"{key} is {config[key]!r}, expected a whole number from 1 to {_MAX_LAYERS if 'layers' in key else _MAX_SIZE}"
+        for key in whole
+        if not is_number(config[key], int, _MAX_LAYERS if "layers" in key else _MAX_SIZE)
+    ]
+    ropes = {key: config.get(key) or {} for key in ("rope_scaling", "rope_parameters")}
+    numbers = {"rms_norm_eps": config.get("rms_norm_eps", 1e-6), "rope_theta": config.get("rope_theta") or 1.0}
+    numbers |= {f"{key}.rope_theta": rope["rope_theta"] for key, rope in ropes.items() if rope.get("rope_theta")}
+    problems += [
+        f"{key} is {value!r}, expected a positive number"
+        for key, value in numbers.items()
+        if not is_number(value, (int, float), _MAX_NUMBER)
+    ]
+    if not isinstance(config.get("tie_word_embeddings", False), bool):
+        problems.append(f"tie_word_embeddings is {config['tie_word_embeddings']!r}, expected true or false")
+    if not problems:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        if not config.get("head_dim") and hidden % heads:
+            problems.append(
+                f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim"
+            )
+        if heads % (config.get("num_key_value_heads") or heads):
+            problems.append(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {config['num_key_value_heads']}"
+            )
+    return problems
+
+
+_MAX_LAYERS, _MAX_SIZE, _MAX_NUMBER = 10_000, 2**27, 1e30
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ONLY: dict[str, Any] = {
     "model_type": "llama",

@@ -1,6 +1,7 @@
 """The model against transformers on the same weights, and the config keys it reads, checks, or may overlook."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,26 @@ def test_missing_keys_are_named(key: str) -> None:
     with pytest.raises(InputError) as error:
         LlamaConfig.from_hf(config)
     assert error.value.found == f"{key} is missing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648, expected a whole number from 1 to 10000"),
+        ({"hidden_size": "64"}, "hidden_size is '64', expected a whole number"),
+        ({"vocab_size": True}, "vocab_size is True, expected a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"hidden_size": 66}, "hidden_size 66 is no multiple of num_attention_heads 4, and there is no head_dim"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a positive number"),
+        ({"rope_parameters": {"rope_theta": []}, "rope_theta": "x"}, "rope_theta is 'x', expected a positive number"),
+        ({"rope_scaling": [1]}, "rope_scaling is [1], supported: rope_type 'default'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
+    ],
+)
+def test_what_is_no_such_number(changes: dict[str, Any], found: str) -> None:
+    with pytest.raises(InputError, match=re.escape(found)):
+        LlamaConfig.from_hf(tiny.hf_config(**changes))
 
 
 def test_defaults_are_those_of_transformers() -> None:
