@@ -24,6 +24,8 @@ from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
 
 CONFIG_FILE = "adapter_config.json"
+MAX_REPEATS = 4
+"""In a regular expression: each multiplies the ways to match a name, and a repeated group doubles them with each letter."""
 
 _ONLY: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
 _APPLIED = {
@@ -218,8 +220,12 @@ def _bad_patterns(settings: Mapping[str, Any]) -> list[str]:
     for expression in expressions:
         try:
             re.compile(expression)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             problems.append(f"{expression!r} is not a regular expression: {error}")
+        if re.search(r"\)[*+{]", expression) or len(re.findall(r"[*+{]", expression)) > MAX_REPEATS:
+            problems.append(
+                f"{expression!r} repeats a group, or has more than {MAX_REPEATS} repeats: it could take for ever to match"
+            )
     return problems
 
 

@@ -67,7 +67,12 @@ def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the libraries behind it raise nearly anything for a damaged file
+        _try(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the libraries behind it raise nearly anything for a damaged file, Rust's panics too
         raise InputError(
             path, found=f"a tokenizer that cannot be loaded: {error}", fix="fetch the model again"
         ) from None
@@ -76,3 +81,18 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             path, found="a tokenizer without an end-of-sequence token", expected="eos_token in tokenizer_config.json"
         )
     return tokenizer
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use it once: some damage shows only then.
+
+    Raises:
+        ValueError, or whatever the tokenizer raises: it does not work.
+    """
+    plain, whole = tokenizer("x", add_special_tokens=False)["input_ids"], tokenizer("x")["input_ids"]
+    if not plain or plain not in [whole[start : start + len(plain)] for start in range(len(whole))]:
+        raise ValueError(f"it makes {plain} of a letter, and {whole} of a text of that letter")
+    tokenizer.decode(whole, skip_special_tokens=True)
+    ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if not all(number is None or isinstance(number, int) for number in ids):
+        raise ValueError(f"its end-of-sequence and padding tokens are {ids}, expected numbers")

@@ -245,6 +245,8 @@ def test_everything_that_is_missing_or_too_much_is_said_at_once(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
+        ({"target_modules": "(q|.)*x"}, "repeats a group, or has more than 4 repeats"),
+        ({"rank_pattern": {".*.*.*.*.*": 1}}, "repeats a group, or has more than 4 repeats"),
         ({"target_modules": "(", "rank_pattern": {"[": 1}}, "'(' is not a regular expression"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "which PEFT refuses"),
         (
