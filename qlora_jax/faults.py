@@ -56,8 +56,10 @@ class _Watch:
         bad = [
             name
             for names, good in zip(self._rows, by_row, strict=False)
-            for name, fine in zip(names, good, strict=False)
-            if not fine
+            for index, name in enumerate(names)
+            if not (
+                good.all() if len(names) > len(good) else good[index]
+            )  # packed: which line a row is in is not known here
         ]
         self.fault = Fault(place, tuple(bad or everything(self._rows)))
 

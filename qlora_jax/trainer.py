@@ -56,7 +56,7 @@ def check_evaluation(settings: TrainingSettings, eval_batches: Sequence[Batch]) 
     )
     if names and missing:
         found = f"{' and '.join(names)} without {' and '.join(missing)}"
-        fix = "give data.eval_path and training.eval_steps, or leave these settings out"
+        fix = "give data.eval_path or data.eval_fraction, and training.eval_steps; or leave these settings out"
         raise InputError("training settings", found=found, fix=fix)
 
 

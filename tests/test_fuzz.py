@@ -22,7 +22,7 @@ from tests import tiny
 REPOSITORY = Path(__file__).parent.parent
 
 FUZZ = r'''
-import copy, faulthandler, json, os, random, resource, shutil, signal, struct, sys, tempfile
+import contextlib, copy, faulthandler, json, os, random, resource, shutil, signal, struct, sys, tempfile
 from pathlib import Path
 
 faulthandler.enable()
@@ -39,7 +39,8 @@ from convert.identity import model_identity
 from convert.prequantized import settle
 from qlora_jax.checkpoint import DamagedError, open_checkpoint
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.data import tokenize, Row
+from qlora_jax.corpus import tokenize_rows
+from qlora_jax.data.rows import RawRow
 from qlora_jax.errors import InputError
 
 NASTY = [None, True, False, 0, -1, 1, 3, 2**31, 2**63, -2**63, 10**400, 1e308, float("nan"), float("inf"), 0.5, "", "\0", "\ud800",
@@ -129,10 +130,10 @@ def read_adapter(folder):
 
 def read_tokenizer(folder):
     model = open_model(str(folder), log=lambda line: None)
-    rows = [Row(f"f:{n}", values) for n, values in enumerate(({"text": "a b"}, {"text": "<|im_start|>"}))]
-    tokenize(rows, "text", model.tokenizer, 64)
-    chat = [Row("f:1", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})]
-    tokenize(chat, "chat", model.tokenizer, 64)
+    tokenize_rows([RawRow("f:1", {"text": "a b"}), RawRow("f:2", {"text": "<|im_start|>"})], model.tokenizer, 64)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        tokenize_rows([RawRow("f:1", {"messages": turns})], model.tokenizer, 64)
 
 def read_checkpoint(folder):
     open_checkpoint(folder)

@@ -94,6 +94,17 @@ def test_killed_and_continued(
     assert_same(outcome(tmp_path), straight["full"])
 
 
+def test_packed_rows(place: Path, tmp_path: Path) -> None:
+    """Into lines of 200 tokens; stopped in the second epoch."""
+    more = [*PLAIN, "data.packing=true", "data.max_seq_length=200", "training.gradient_accumulation_steps=1"]
+    more += ["training.per_device_train_batch_size=2", "training.max_steps=9", "lora.lora_dropout=0.1"]
+    assert train_main(place, tmp_path / "straight", *more) == 0
+    killed(place, tmp_path / "out", *more)
+    assert train_main(place, tmp_path / "out", *more) == 0
+    assert records(tmp_path / "out")[6]["epoch"] > 1
+    assert_same(outcome(tmp_path / "out"), outcome(tmp_path / "straight"))
+
+
 @pytest.mark.parametrize(("before", "after"), [(HOST, DEVICE), (DEVICE, HOST)], ids=["to the device", "to the host"])
 def test_continued_elsewhere(
     place: Path, straight: dict[str, Any], tmp_path: Path, before: list[str], after: list[str]
