@@ -29,7 +29,6 @@ from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
 from qlora_jax.config import Config, load_config
 from qlora_jax.corpus import Corpus, load_corpus
 from qlora_jax.data import Batches, save_template
-from qlora_jax.data.batches import LENGTH_MULTIPLE
 from qlora_jax.display import Phases, byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
@@ -82,7 +81,7 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         preview(corpus, console, config.data.preview_rows)
         check_evaluation(config.training, held_out)
         folder.refuse_nothing_to_do(resumed, len(training))
-        plan = plan_run(config, model.config, longest_row(config))
+        plan = plan_run(config, model.config, training.longest)
         show(plan, console, len(training))
         config = resolved(config, plan)
         about = about_run(config, model, training)
@@ -221,11 +220,6 @@ def load(config: Config, model: BaseModel, plan: Plan, console: Console, phases:
         )
     weights.layers.pace.slots = plan.layout.slots
     return weights
-
-
-def longest_row(config: Config) -> int:
-    """Tokens of the longest row a step can have, its padding included."""
-    return LENGTH_MULTIPLE * -(-config.data.max_seq_length // LENGTH_MULTIPLE)
 
 
 def in_dtype(adapter: Tree, dtype: str) -> Tree:

@@ -272,9 +272,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps, after one that compiles")
     parser.add_argument("--machine", action="store_true", help="print the machine's description first")
     options = parser.parse_args()
-    if options.machine:
+    result = measure(options)
+    if options.machine:  # afterwards: it asks the device, and XLA's share of it is settled by the plan before
         print(json.dumps(describe()))
-    print(json.dumps(measure(options)), flush=True)
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -96,20 +96,20 @@ def resolve_config(name_or_path: str, *, log: Callable[[str], object] = print) -
     if Path(name_or_path).expanduser().is_dir() or _looks_like_a_path(name_or_path) or name_or_path == MODEL_ID:
         return resolve_model(name_or_path, log=log) / CONFIG_NAME
     try:
-        return Path(huggingface_hub.hf_hub_download(name_or_path, CONFIG_NAME))
+        return Path(huggingface_hub.hf_hub_download(name_or_path, CONFIG_NAME, local_files_only=True))
     except errors.HFValidationError:
-        raise InputError(
-            name_or_path, found="no such folder, and not a hub id", fix="give a folder, or an id such as org/name"
-        ) from None
-    except errors.LocalEntryNotFoundError as error:
-        raise InputError(
-            name_or_path,
-            found=f"no such folder, not in the cache, and {OFFLINE} ({_first_line(error)})",
-            fix=OFFLINE_ADVICE,
-        ) from None
+        fix = "give a folder, or an id such as org/name"
+        raise InputError(name_or_path, found="no such folder, and not a hub id", fix=fix) from None
+    except errors.LocalEntryNotFoundError:
+        pass
+    if (unreachable := _ask_hub(name_or_path)) is not None:
+        found = f"no such folder, not in the cache, and {OFFLINE} ({_first_line(unreachable)})"
+        raise InputError(name_or_path, found=found, fix=OFFLINE_ADVICE)
+    try:
+        return Path(huggingface_hub.hf_hub_download(name_or_path, CONFIG_NAME))
     except HUB_ERRORS as error:
         _raise_if_refused(name_or_path, error)
-        raise InputError(name_or_path, found=f"the hub refused: {_first_line(error)}", fix=OFFLINE_ADVICE) from None
+        raise InputError(name_or_path, found=f"the download failed: {_first_line(error)}", fix=OFFLINE_ADVICE) from None
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qlora_jax import compiled
-from qlora_jax.budget import GIB, HOST_SPARE_SHARE, SPARE_SHARE, Limits, Plan
+from qlora_jax.budget import GIB, Limits, Plan, spare_bytes
 from qlora_jax.config import MemorySettings, QuantizationSettings
 from qlora_jax.engine import Engine
 from qlora_jax.errors import InputError
@@ -77,7 +77,7 @@ def _choose(
             equal = [plan for plan in fitting if plan.seconds.total <= fastest * (1 + SAME_SPEED)]
             plan = min(equal, key=lambda plan: (_oddity(plan.layout), plan.seconds.bus_bytes, -plan.layout.keep))
         else:
-            plan = min(plans, key=_excess)
+            plan = min(plans, key=lambda plan: plan.excess)
         if workspace_of is workspace or _mode(plan.layout) in known:
             return plan
         known[_mode(plan.layout)] = workspace_of(job, plan.layout)
@@ -199,7 +199,8 @@ def _keep_counts(
 
 
 def _fits(job: Job, layout: Layout, limits: Limits, work_of: WorkspaceOf) -> bool:
-    return total(items(job, layout, work_of(job, layout)))[0] <= limits.device * (1 - SPARE_SHARE)
+    work = work_of(job, layout)
+    return total(items(job, layout, work))[0] <= limits.device - spare_bytes(limits.device, work)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
@@ -209,13 +210,6 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _excess(plan: Plan) -> float:
-    """By how much of the limits a plan exceeds them."""
-    device = plan.device_bytes / (plan.limits.device * (1 - SPARE_SHARE))
-    host = plan.host_bytes / (plan.limits.host * (1 - HOST_SPARE_SHARE))
-    return max(device, 1) + max(host, 1)
 
 
 def _does_not_fit(plan: Plan, memory: MemorySettings, gradient_checkpointing: str) -> InputError:

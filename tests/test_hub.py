@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 from convert import hub, smollm2
-from convert.hub import cache_dir, resolve_model
+from convert.hub import cache_dir, resolve_config, resolve_model
 from convert.smollm2 import MODEL_ID, fetch_smollm2
 from qlora_jax.errors import InputError
 
@@ -145,6 +145,26 @@ def test_download_takes_what_is_needed_and_once(served: list[str], hub_cache: Pa
     served.clear()
     assert resolve_model("org/name", log=pytest.fail) == folder
     assert not served
+
+
+def test_a_plan_downloads_the_config_alone(served: list[str], hub_cache: Path) -> None:
+    path = resolve_config("org/name")
+    assert path.read_bytes() == WANTED["config.json"]
+    assert [name.rpartition("/")[2] for name in served if "/resolve/" in name and "config.json" not in name] == []
+    served.clear()
+    assert resolve_config("org/name") == path
+    assert served == []  # cached by now
+    for name in ("no/such", "a/gated"):
+        with pytest.raises(InputError, match=name):
+            resolve_config(name)
+
+
+def test_a_config_where_no_hub_can_be_reached(unreachable: None, tmp_path: Path) -> None:
+    assert resolve_config(str(tmp_path)) == tmp_path / "config.json"
+    with pytest.raises(InputError, match="not in the cache, and the Hugging Face hub cannot be reached"):
+        resolve_config("org/name")
+    with pytest.raises(InputError, match="not a hub id"):
+        resolve_config("org name")
 
 
 def test_a_cached_model_needs_no_hub(unreachable: None, hub_cache: Path) -> None:

@@ -328,7 +328,7 @@ def test_ptx_for_every_card_on_the_gpu(tmp_path: Path) -> None:
     entries = {name: text for name, text in texts.items() if "shfl.sync.idx" in text or "mma.sync" in text}
     assert entries, sorted(texts)
     for text in entries.values():
-        text = re.sub(r"(?m)^\s*griddepcontrol\.\w+;$", "", text)
+        text = re.sub(r"(?m)^.*griddepcontrol.*$", "", text)
         for architecture in ARCHITECTURES:
             assemble(re.sub(r"\.target sm_\w+", f".target sm_{architecture}", text), architecture, tmp_path)
 

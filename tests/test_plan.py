@@ -69,7 +69,7 @@ PEAK_ERROR, TIME_ERROR = 0.05, 0.25
 def test_peak_and_seconds_as_measured(case: dict[str, Any]) -> None:
     config = {"7b": LLAMA2_7B, "70b": LLAMA2_70B}[case["shape"]]
     config = dataclasses.replace(config, num_hidden_layers=case["layers"])
-    run = job(config, case["rows"], case["length"], case["micro_batches"])
+    run = job(config, case["rows"], case["length"], case["micro_batches"], optim=case["optim"])
     layout = Layout(**case["layout"])
     peak, _ = total(items(run, layout, workspace(run, layout)))
     assert peak / GIB == pytest.approx(case["peak_gib"], rel=PEAK_ERROR)

@@ -27,7 +27,7 @@ from qlora_jax.plan import compiled_workspace, make_plan
 from qlora_jax.rates import measured, published
 
 EPILOG = """\
-The longest row is taken to have data.max_seq_length tokens. Without --gpu-memory the plan is for
+The longest row is taken to have data.max_seq_length tokens; train.py takes the longest there is. Without --gpu-memory the plan is for
 this machine's GPU, and the workspace is that of the compiled layer; with it, for a card of that size, from estimates."""
 
 

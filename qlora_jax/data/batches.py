@@ -109,6 +109,11 @@ class Batches:
         return self._num_steps
 
     @property
+    def longest(self) -> int:
+        """T of the step with the longest line, its padding included."""
+        return self._padding.length(int(self._line_lengths.max()))
+
+    @property
     def lines_per_epoch(self) -> int:
         """Rows, or lines of packed rows, in an epoch."""
         return len(self._lines)
