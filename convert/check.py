@@ -15,7 +15,7 @@ Each matrix is read when its turn comes, some rows at a time, so memory does not
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,19 @@ class _Models:
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """token_ids [T] → [3, T, D] float32."""
         out, pair = np.empty((3, token_ids.size, self.config.hidden_size), np.float32), self._pair(names.EMBEDDING)
-        for rows, ours, theirs in self._plain_rows(names.EMBEDDING):
+        for rows, values in self._plain_rows(names.EMBEDDING):
             inside = (token_ids >= rows.start) & (token_ids < rows.stop)
+            if not inside.any():
+                continue
             chosen = token_ids[inside] - rows.start
-            out[:MERGED, inside], out[MERGED, inside] = ours[chosen], theirs[chosen]
+            weight = np.asarray(values())[chosen]
+            out[:MERGED, inside] = weight
+            out[MERGED, inside] = self._theirs(names.EMBEDDING, rows)[chosen]
             if pair is not None:
                 part = dataclasses.replace(pair, lora_b=pair.lora_b[token_ids[inside]])
-                weight = ours[chosen].astype(ml_dtypes.bfloat16)
+                weight = weight.astype(ml_dtypes.bfloat16)
                 out[ADAPTED, inside] = adapted(weight, part)
-                out[ROUNDED, inside] = merged_weight(weight, part).astype(np.float32)
+                out[ROUNDED, inside] = merged_weight(weight, part)
         return out
 
     def layer(self, layer: int) -> DecoderLayer:
@@ -163,32 +167,30 @@ class _Models:
         """x [3, T, in] → [3, T, out] float32 by a weight, with its adapter if it has one."""
         pair, stored = self._pair(tensor), self.adapter.saved.get(tensor)
         through_4_bits = self.base == "dequantized" and names.parse_linear(tensor) is not None and stored is None
-        if pair is None and not through_4_bits:
-            return jnp.asarray(self._plain(tensor, np.asarray(x)))
         columns = _columns(np.asarray(x))
         y = np.empty((3, self.merged.spec(tensor).shape[0], NUM_TOKENS), np.float32)
-        down = None if pair is None else np.float32(pair.scaling) * (pair.lora_a @ columns[ADAPTED])
-        rows_of = base_rows(self.folder, tensor, self.adapter.quantization, self.base, stored)
-        bases = in_order(functools.partial(_made, *some) for some in rows_of)
-        for rows, weight, theirs in _beside(bases, self.merged, tensor):
-            y[ADAPTED, rows] = weight @ columns[ADAPTED]
+        rows_of, down = self._plain_rows(tensor), None
+        if pair is not None or through_4_bits:
+            rows_of = base_rows(self.folder, tensor, self.adapter.quantization, self.base, stored)
+        if pair is not None:
+            down = np.float32(pair.scaling) * np.asarray(_times(pair.lora_a, columns[ADAPTED]))
+
+        def some_rows(rows: slice, values: pieces.Values) -> None:
+            weight = values()
+            y[ADAPTED, rows] = _times(weight, columns[ADAPTED])
             if pair is not None:
                 part = pair.rows(rows)
-                y[ADAPTED, rows] += part.lora_b @ down
+                y[ADAPTED, rows] += _times(part.lora_b, down)
                 if part.magnitude is not None:
                     total = adapted(weight, dataclasses.replace(part, magnitude=None))
                     y[ADAPTED, rows] *= dora_factor(total, part.magnitude)
-                weight = merged_weight(weight, part).astype(np.float32)
-            y[ROUNDED, rows], y[MERGED, rows] = weight @ columns[ROUNDED], theirs @ columns[MERGED]
-        return jnp.asarray(y.swapaxes(1, 2))
+                weight = merged_weight(weight, part)
+            y[ROUNDED, rows] = _times(weight, columns[ROUNDED])
+            y[MERGED, rows] = _times(self._theirs(tensor, rows), columns[MERGED])
 
-    def _plain(self, name: str, x: np.ndarray) -> np.ndarray:
-        """x [3, T, in] → [3, T, out] float32 by a matrix that is not the sum of two."""
-        columns = _columns(x)
-        y = np.empty((3, self.merged.spec(name).shape[0], NUM_TOKENS), np.float32)
-        for rows, ours, theirs in self._plain_rows(name):
-            y[:MERGED, rows], y[MERGED, rows] = ours @ columns[:MERGED], theirs @ columns[MERGED]
-        return y.swapaxes(1, 2)
+        for _ in in_order(functools.partial(some_rows, *some) for some in rows_of):
+            pass
+        return jnp.asarray(y.swapaxes(1, 2))
 
     def _norm(self, name: str) -> RMSNorm:
         """A norm for [3, T, D], with each model's own weight."""
@@ -202,16 +204,27 @@ class _Models:
         norm.weight = FrozenParam(jnp.asarray(weights))
         return norm
 
-    def _plain_rows(self, name: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """A matrix without a delta, some rows at a time: which, base + adapter's and the merged folder's, float32."""
-        shape = self.folder.spec(name).shape if name not in self.adapter.saved else self.merged.spec(name).shape
-        some = pieces.row_slices(*shape)
+    def _plain_rows(self, name: str) -> pieces.Rows:
+        """A matrix without a delta: base + adapter's, in the dtype it has."""
         if name in self.adapter.saved:
-            stored = self.adapter.saved[name]
-            ours = (stored[rows].astype(ml_dtypes.bfloat16) for rows in some)
-        else:
-            ours = self.folder.pieces(name, some[0].stop * shape[1])
-        return _beside(zip(some, ours, strict=True), self.merged, name)
+            return base_rows(self.folder, name, self.adapter.quantization, "original", self.adapter.saved[name])
+        some = pieces.row_slices(*self.folder.spec(name).shape)
+        return ((rows, functools.partial(_rows, self.folder, name, rows)) for rows in some)
+
+    def _theirs(self, name: str, rows: slice) -> np.ndarray:
+        """The merged folder's rows of a matrix."""
+        return _rows(self.merged, name, rows)
+
+
+def _rows(folder: ModelFolder, name: str, rows: slice) -> np.ndarray:
+    columns = folder.spec(name).shape[1]
+    return folder.elements(name, rows.start * columns, (rows.stop - rows.start) * columns).reshape(-1, columns)
+
+
+@jax.jit
+def _times(weight: jax.Array, columns: jax.Array) -> jax.Array:
+    """weight [out, in] of any float dtype, columns [in, T] → [out, T] float32. By XLA: see `delta`."""
+    return jnp.matmul(weight.astype(jnp.float32), columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def _apart(part: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -219,24 +232,9 @@ def _apart(part: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     return part(x.reshape(3, NUM_TOKENS, -1)).reshape(*x.shape[:-1], -1)
 
 
-def _made(rows: slice, values: pieces.Values) -> tuple[slice, np.ndarray]:
-    return rows, np.asarray(values())
-
-
 def _columns(x: np.ndarray) -> np.ndarray:
     """[3, T, in] → [3, in, T], in memory too: W·xᵀ is several times as fast as x·Wᵀ where tokens are few."""
     return np.ascontiguousarray(x.swapaxes(1, 2))
-
-
-def _beside(
-    parts: Iterable[tuple[slice, np.ndarray]], merged: ModelFolder, name: str
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Each part of a matrix and the same rows of the merged folder's, float32 [rows, in]. Parts but the last are of one size."""
-    columns, others = merged.spec(name).shape[1], None
-    for rows, part in parts:
-        others = others or merged.pieces(name, rows.stop * columns)
-        theirs = next(others).astype(np.float32).reshape(-1, columns)
-        yield rows, part.astype(np.float32).reshape(-1, columns), theirs
 
 
 def _abstract_layer(config: LlamaConfig) -> DecoderLayer:
