@@ -138,9 +138,13 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._writing is None or self._writing.done()
+
     def check(self) -> None:
-        """The same, but without waiting: tells of a save that has failed already."""
-        if self._writing is not None and self._writing.done():
+        """As `wait`, but without waiting: tells of a save that has failed already."""
+        if self.idle():
             self.wait()
 
     def newest(self, log: Callable[[str], object]) -> Checkpoint | None:
