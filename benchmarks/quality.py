@@ -45,7 +45,7 @@ def main() -> int:
     """Measure, print and write; 1 if ours and bitsandbytes' perplexities are not equal."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default=MODEL_ID, metavar="ID_OR_DIR")
-    parser.add_argument("--rows", type=int, default=48, help="of 512 tokens, taken evenly from the text; default: 48")
+    parser.add_argument("--rows", type=int, default=40, help="of 512 tokens, taken evenly from the text; default: 40")
     parser.add_argument("--steps", type=int, default=50, help="of training; default: 50")
     parser.add_argument("--seeds", type=int, default=2, help="how often the training is done; default: 2")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
@@ -150,7 +150,13 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             losses, label = run[name]["losses"], {"qlora": "QLoRA, NF4", "lora": "LoRA, bfloat16"}[name]
             after = run[name]["held_out_after"]
             axes.plot(range(1, len(losses) + 1), losses, color=color, alpha=0.5, linewidth=1)
-            axes.plot([len(losses)], [after], color=color, marker="o", label=f"{label}: held out {after:.3f}")
+            axes.plot(
+                [len(losses)],
+                [after],
+                color=color,
+                marker="o",
+                label=f"{label}, seed {run['seed']}: held out {after:.3f}",
+            )
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()

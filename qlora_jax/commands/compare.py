@@ -249,7 +249,7 @@ def compare_model(
             work,
             advance,
         )
-    found.about |= {"model": model.name_or_path, "adapter": str(options.adapter) if options.adapter else None}
+    found.about |= {"model": options.model, "adapter": str(options.adapter) if options.adapter else None}
     found.about |= {"lora": lora.model_dump(mode="json"), "quantization": quantization.model_dump()}
     found.about |= {"tokens_a_step": [batch.num_input_tokens for batch in batches], "steps": options.steps}
     return found
