@@ -8,10 +8,10 @@ l layers
     arithmetic(l) = MARGIN · u · √n · √(SUMS · (l + 1))            n: the longest sum of the model
 
 `MARGIN` is for what a layer's own slope makes of an error below it. Back through the layers it is the same walk, twice as long; it starts
-from the loss's gradient, where probabilities that nearly cancel are summed over the vocabulary, hence `BACKWARD_MARGIN`. (Measured on
-SmolLM2-135M: torch's cross-entropy gradient is off by 4e-6 on a CPU, ours by 2e-7, and the final norm makes ten times that of it.) AdamW
-divides by the gradient's size, so that elements whose sign is uncertain, a share ε of them where gradients are off by ε, move the other
-way by a full step: a difference of about 2·√ε of the whole change.
+from the loss's gradient, where probabilities that nearly cancel are summed over the vocabulary, hence `BACKWARD_MARGIN`. (On a CPU
+torch's is off by 4e-6 past the head, ours by 7e-8: `benchmarks.cross_entropy`. The last norm makes ten times that of it.) AdamW divides by
+the gradient's size, so that elements whose sign is uncertain, a share ε of them where gradients are off by ε, move the other way by a full
+step: a difference of about 2·√ε of the whole change.
 
 bfloat16. How large the error is depends on the model; that it is no larger than PyTorch's does not. The reference runs again in float32 on
 the same dequantized weights (`truth`), and our distance to it may be at most `NO_WORSE` times PyTorch's own.
