@@ -81,7 +81,9 @@ class Renderer:
             raise RowError(where, "template", found=found, expected="a user's turn first", fix=fix)
         turns = [turn for turn in turns if turn]  # what is said before anyone asked is read, not learned
         befores = self._render([messages[:i] for i in turns], chat, where, add_generation_prompt=True)
-        *afters, text = self._render([*(messages[: i + 1] for i in turns), messages], chat, where)
+        ends = [messages[: i + 1] for i in turns if i + 1 < len(messages)]
+        *afters, text = self._render([*ends, messages], chat, where)
+        afters += [text] * (len(turns) - len(ends))  # the last turn's, where nothing follows it
         spans, alone = [], []
         for turn, before, after in zip(turns, befores, afters, strict=True):
             if not after.startswith(before):
