@@ -5,20 +5,25 @@ On a GPU too: `JAX_PLATFORMS=cuda python -m pytest tests/test_packing.py`.
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
+import train
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import IGNORED_LABEL, Batch
+from qlora_jax.data.templates import CHATML
 from qlora_jax.engine import Adapters, Engine, Weights, default_attention
 from qlora_jax.llama import add_noise
 from qlora_jax.placement import put
+from tests import tiny
 
 LENGTH = 64
 ROWS = [[20, 31, 13], [1, 40, 2, 7]]
@@ -168,3 +173,36 @@ def test_neftunes_bound_against_transformers() -> None:
     theirs = neftune_post_forward_hook(module, None, torch.zeros(2, 48, 64)).abs().max().item()
     ours = float(jnp.abs(add_noise(jnp.zeros((2, 48, 64)), jnp.float32(5), jax.random.key(0), jnp.int32(0))).max())
     assert ours == pytest.approx(theirs, rel=0.01)  # both are the largest of 6144 uniform draws below the same bound
+
+
+def test_a_run_with_packing_and_a_chosen_template(tiny_folder: Path, tmp_path: Path) -> None:
+    """Through train.py: fewer steps than rows, and the template that the model lacks beside the adapter and the merged model."""
+    rows = tiny.write_chats(tmp_path / "train.jsonl", 24)
+    settings = {
+        "model": {"name_or_path": str(tiny_folder)},
+        "lora": {"r": 4},
+        "data": {
+            "path": str(rows),
+            "max_seq_length": 128,
+            "packing": True,
+            "chat_template": "chatml",
+            "eval_fraction": 0.2,
+        },
+        "training": {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "neftune_noise_alpha": 5,
+            "num_train_epochs": 2,
+            "export_merged": True,
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert train.main(["--config", str(tmp_path / "run.yaml")]) == 0
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "loss" in record]
+    assert len(steps) < 19 * 2 / 2, "several of the 19 rows share a line"
+    assert steps[-1]["epoch"] == 2
+    assert all(np.isfinite(record["loss"]) for record in steps)
+    for folder in ("adapter", "merged"):
+        assert (tmp_path / "out" / folder / "chat_template.jinja").read_text() == CHATML
