@@ -203,7 +203,8 @@ def _sent(folder: ModelFolder, name: str) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="shape")
 def _joined(parts: list[jax.Array], shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Parts [n] each of a tensor → it, and whether all of it is finite."""
-    return jnp.concatenate(parts).reshape(shape), jnp.array([jnp.isfinite(part).all() for part in parts]).all()
+    whole = jnp.concatenate(parts).reshape(shape)
+    return whole, jnp.isfinite(whole).all()
 
 
 def _take(whole: jax.Array, which: slice) -> jax.Array:
