@@ -54,10 +54,15 @@ def check_trackers(settings: TrainingSettings) -> None:
     Raises:
         InputError: one that `report_to` needs is not installed.
     """
-    for name in settings.report_to:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            fix = f"pip install {PACKAGES[name]}, or leave {name} out"
-            raise InputError("training.report_to", found=f"{name}, and no package {PACKAGES[name]}", fix=fix)
+    missing = [name for name in settings.report_to if importlib.util.find_spec(PACKAGES[name]) is None]
+    if missing:
+        packages = " ".join(PACKAGES[name] for name in missing)
+        found = f"{' and '.join(missing)}, and no package {packages.replace(' ', ' or ')}"
+        raise InputError(
+            "training.report_to",
+            found=found,
+            fix=f"pip install {packages}, or leave {'them' if missing[1:] else 'it'} out",
+        )
 
 
 def open_trackers(config: Config, folder: Path, start: int, run_id: str) -> list[Tracker]:

@@ -116,12 +116,13 @@ def test_weights_and_biases(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_is_not_installed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(trackers.PACKAGES, "wandb", "no_such_package")
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.setitem(trackers.PACKAGES, name, f"no_{name}")
     out = tmp_path / "out"
     assert train_main(place, out, "training.report_to=[tensorboard,wandb]") == EXIT_BAD_INPUT
     error = capsys.readouterr().err
-    assert "training.report_to\n  found:    wandb, and no package no_such_package\n" in error
-    assert "pip install no_such_package, or leave wandb out" in error
+    assert "training.report_to\n  found:    tensorboard and wandb, and no package no_tensorboard or no_wandb\n" in error
+    assert "pip install no_tensorboard no_wandb, or leave them out" in error
     assert not out.exists()
 
 
