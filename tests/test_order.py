@@ -1,5 +1,6 @@
 """Which rows make a step: packing without waste, epochs by weight, steps of one length; all of it from the seed and a number."""
 
+import threading
 from collections import Counter
 
 import numpy as np
@@ -139,6 +140,21 @@ def test_steps_of_one_length_in_later_epochs_too() -> None:
             ids = batches.batch(step).input_ids.reshape(8, -1)[:, 0]
             spreads.append(int(np.ptp(lengths[ids])))
         assert np.median(spreads) < 20
+
+
+def test_the_next_batch_is_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = make(rng().integers(2, 513, 97), num_epochs=2)
+    made: list[tuple[int, str]] = []
+    real = batches._make
+    monkeypatch.setattr(
+        batches, "_make", lambda step: made.append((step, threading.current_thread().name)) or real(step)
+    )
+    for step in (0, 1, 2, 7, 8, 7, len(batches) - 1):
+        batches.batch(step)
+    batches._thread.shutdown()
+    here = [step for step, name in made if name == threading.current_thread().name]
+    assert here == [0, 7, 7, len(batches) - 1]  # all others were there when they were asked for
+    assert sorted(step for step, name in made if name != threading.current_thread().name) == [1, 2, 3, 8, 8, 9]
 
 
 def test_a_step_is_a_function_of_its_number() -> None:

@@ -6,6 +6,7 @@ Axes: M micro-batches of an optimizer step, B rows of a micro-batch, T time.
 import hashlib
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
@@ -96,6 +97,8 @@ class Batches:
         self._order = Order(
             sizes, mix.weights, seed, math.prod(self._shape), self._line_lengths if group_by_length else None
         )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[Batch] | None] = -1, None
         lines_per_step = math.prod(self._shape)
         if max_steps > 0:
             self._num_steps, self._num_lines = max_steps, max_steps * lines_per_step
@@ -121,11 +124,20 @@ class Batches:
     def batch(self, step: int) -> Batch:
         """The rows of optimizer step `step`, counted from 0. Always the same for the same arguments.
 
+        While the caller trains on it the next one is laid out by a thread, so that a batch of many rows, a new epoch's order or a slow
+        disk keeps no step waiting.
+
         Raises:
             IndexError: there is no such step.
         """
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
+        ahead_step, ahead = self._ahead
+        batch = ahead.result() if ahead is not None and ahead_step == step else self._make(step)
+        self._ahead = (step + 1, self._thread.submit(self._make, step + 1)) if step + 1 < len(self) else (-1, None)
+        return batch
+
+    def _make(self, step: int) -> Batch:
         lines = [[self._examples[row] for row in self._lines[line].tolist()] for line in self._chosen(step)]
         return self._padding.fill(lines, self._shape)
 

@@ -39,13 +39,16 @@ class Order:
 
     def epoch(self, epoch: int) -> np.ndarray:
         """The lines of an epoch in order, [lines] int64."""
-        if epoch not in self._known:
+        order = self._known.get(epoch)
+        if order is None:
             order = self._shuffled(epoch)
             if self._lengths is not None:
                 order = self._grouped(order, epoch)
-            self._known = {number: kept for number, kept in self._known.items() if abs(number - epoch) == 1}
-            self._known[epoch] = order
-        return self._known[epoch]
+            # A new dictionary each time: two threads may ask.
+            self._known = {number: kept for number, kept in self._known.items() if abs(number - epoch) == 1} | {
+                epoch: order
+            }
+        return order
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         permutation = np.random.default_rng((self._seed, epoch)).permutation(self._num_lines)
