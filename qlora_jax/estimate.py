@@ -45,6 +45,8 @@ class Job:
     """Of hidden states and matrix products."""
     attention: Attention = "cudnn"
     on_gpu: bool = True
+    eval_rows: int = 0
+    """Of an evaluation's micro-batch, as long as the longest; 0 for none."""
     packed: bool = False
     """Whether rows hold several examples, kept apart by a mask."""
 
@@ -207,7 +209,8 @@ def _always(job: Job, layout: Layout) -> list[Item]:
 
 
 def _moments(job: Job, layout: Layout, work: Workspace) -> list[list[Item]]:
-    """What is there besides: at the turn of the walk; when the layers that kept their intermediates are done; at its end; in the update."""
+    """What is there besides: at the turn of the walk; when the layers that kept their intermediates are done; at its end; in the update; and
+    in an evaluation."""
     depth, keep, adapter = job.config.num_hidden_layers, layout.keep, job.adapter_bytes
     inputs, kept = job.hidden_bytes * job.micro_batches, job.kept_bytes * job.micro_batches
     turn = (work.kept_forward, work.kept_backward) if keep else (work.forward, work.backward)
@@ -232,6 +235,22 @@ def _moments(job: Job, layout: Layout, work: Workspace) -> list[list[Item]]:
             _placed("gradients", layout.adapters, depth, adapter, present=depth),
             Item("workspace", visiting + update, 0),
         ],
+        _evaluation(job, layout),
+    ]
+
+
+def _evaluation(job: Job, layout: Layout) -> list[Item]:
+    """A walk forwards with rows of its own, which keeps nothing. Always an estimate: it is not compiled beforehand."""
+    if not job.eval_rows:
+        return []
+    rows = dataclasses.replace(job, rows=job.eval_rows, micro_batches=1)
+    work = workspace(rows, dataclasses.replace(layout, keep=0))
+    depth = job.config.num_hidden_layers
+    return [
+        _placed("layer inputs", layout.activations, depth, job.hidden_bytes * job.micro_batches, present=0),
+        _placed("gradients", layout.adapters, depth, job.adapter_bytes, present=0),
+        Item("hidden states", 2 * rows.hidden_bytes, 0),
+        Item("workspace", max(work.forward, work.head), 0),
     ]
 
 

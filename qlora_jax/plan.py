@@ -252,6 +252,8 @@ def _remedies(plan: Plan, memory: MemorySettings, gradient_checkpointing: str) -
         remedies.append("set memory.base_weights=disk (slower: every layer is read anew each time)")
     if job.rows > 1 and (rows := _largest(job.rows - 1, lambda n: n == 0 or works(dataclasses.replace(job, rows=n)))):
         remedies.append(f"set training.per_device_train_batch_size={rows} (with more accumulation steps instead)")
+    if job.eval_rows > 1 and works(dataclasses.replace(job, eval_rows=1)):
+        remedies.append("set training.per_device_eval_batch_size=1")
     step = 32
     length = step * _largest(job.length // step, lambda n: n == 0 or works(dataclasses.replace(job, length=n * step)))
     if length:

@@ -98,6 +98,18 @@ def test_70b_on_a_very_small_card_moves_adapters_and_moments_too(gib: int) -> No
     assert (found.layout.adapters, found.layout.optimizer, found.layout.activations) == ("host",) * 3
 
 
+def test_an_evaluation_has_to_fit_as_well() -> None:
+    """Its rows are more at a time than training's, but keep nothing: it decides only where training leaves little to spare."""
+    run, small = job(LLAMA2_70B, 1, 512), Limits(6 * GIB, 64 * GIB)
+    assert plan(dataclasses.replace(run, eval_rows=4)).layout == plan(run).layout
+    large = plan(dataclasses.replace(run, eval_rows=32), small)
+    assert large.device_bytes <= small.device
+    assert large.layout.resident < plan(run, small).layout.resident
+    with pytest.raises(InputError) as caught:
+        plan(dataclasses.replace(run, eval_rows=128), small)
+    assert "training.per_device_eval_batch_size=1" in caught.value.fix
+
+
 def test_long_rows_work_in_chunks() -> None:
     found = plan(job(LLAMA2_70B, 1, 32768), Limits(SMALL_CARD.device, 120 * GIB))
     assert found.layout.mlp_tokens <= MLP_TOKENS

@@ -78,7 +78,8 @@ def _size(option: str, text: str | None) -> int | None:
 
 def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -> Job:
     """What the settings ask for, its longest row having `length` tokens."""
-    training = config.training
+    training, data = config.training, config.data
+    held_out = data.eval_source is not None or data.eval_fraction > 0
     dtype = training.compute_dtype if training.compute_dtype != "auto" else "bfloat16" if on_gpu else "float32"
     return Job(
         shape,
@@ -91,6 +92,7 @@ def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -
         dtype,
         default_attention(dtype, shape.head_dim, on_gpu=on_gpu),
         on_gpu=on_gpu,
+        eval_rows=training.per_device_eval_batch_size if held_out else 0,
         packed=bool(config.data.packing),
     )
 
