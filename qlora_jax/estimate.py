@@ -209,8 +209,8 @@ def _always(job: Job, layout: Layout) -> list[Item]:
 
 
 def _moments(job: Job, layout: Layout, work: Workspace) -> list[list[Item]]:
-    """What is there besides: at the turn of the walk; when the layers that kept their intermediates are done; at its end; in the update; and
-    in an evaluation."""
+    """What is there besides: at the turn of the walk; when the layers that kept their intermediates are done; at its end; in the update;
+    and in an evaluation."""
     depth, keep, adapter = job.config.num_hidden_layers, layout.keep, job.adapter_bytes
     inputs, kept = job.hidden_bytes * job.micro_batches, job.kept_bytes * job.micro_batches
     turn = (work.kept_forward, work.kept_backward) if keep else (work.forward, work.backward)
