@@ -22,7 +22,7 @@ from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
 from qlora_jax.budget import Plan
-from qlora_jax.changes import check_changes, check_identity
+from qlora_jax.changes import check_changes, check_identity, work_changes
 from qlora_jax.checkpoint import Checkpoint
 from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
@@ -84,7 +84,7 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         plan = plan_run(config, model.config, training.longest)
         show(plan, console, len(training))
         config = resolved(config, plan)
-        about = about_run(config, model, training)
+        about = about_run(config, model, training, plan)
         if resumed:
             continued(resumed, about, console)
         checkpoints = folder.claim(resumed)
@@ -111,10 +111,11 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         folder.end("finished", seconds=phases.seconds)
 
 
-def about_run(config: Config, model: BaseModel, training: Batches) -> dict[str, Any]:
+def about_run(config: Config, model: BaseModel, training: Batches, plan: Plan) -> dict[str, Any]:
     """What a checkpoint says of its run: the settings, and what tells base and data from others."""
     identity = {"base model": model_identity(model.folder), "data": training.fingerprint()}
-    return {"config": config.model_dump(mode="json"), "identity": identity}
+    work = {name: getattr(plan.layout, name) for name in ("keep", "share_dense", "mlp_tokens")}
+    return {"config": config.model_dump(mode="json"), "identity": identity, "work": work}
 
 
 def continued(resumed: Checkpoint, about: Mapping[str, Any], console: Console) -> None:
@@ -124,7 +125,8 @@ def continued(resumed: Checkpoint, about: Mapping[str, Any], console: Console) -
         InputError: it is another run: other settings, another base model, other data.
     """
     check_identity(resumed.path, resumed.about["identity"], about["identity"])
-    for line in check_changes(resumed.path, resumed.about["config"], about["config"]):
+    changed = check_changes(resumed.path, resumed.about["config"], about["config"])
+    for line in changed + work_changes(resumed.about.get("work", {}), about["work"]):
         console.print(f"changed: {line}")
 
 

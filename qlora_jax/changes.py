@@ -13,7 +13,7 @@ FREE = {
     "data": {"path", "name", "split", "streaming", "num_proc", "preview_rows"},
     "training": {
         "output_dir", "logging_steps", "save_steps", "save_interval_minutes", "save_total_limit", "resume", "on_nonfinite",
-        "load_best_model_at_end", "report_to", "run_name", "export_merged", "merge_base", "gradient_checkpointing", "sample_prompt",
+        "load_best_model_at_end", "report_to", "run_name", "export_merged", "merge_base", "sample_prompt",
         "sample_max_new_tokens", "overwrite_output_dir",
     },
 }  # fmt: skip
@@ -25,6 +25,7 @@ FROM_HERE_ON = {
     "training": {
         "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "weight_decay",
         "eval_steps", "per_device_eval_batch_size", "early_stopping_patience", "early_stopping_threshold", "full_determinism",
+        "gradient_checkpointing",
     },
 }  # fmt: skip
 """Settings that a run may change on its way; from there on it is not the run that it would have been. All others may not change: the
@@ -59,6 +60,15 @@ def check_changes(path: Path, before: Settings, now: Settings) -> list[str]:
             fix="give the old values back, or start another run: another training.output_dir",
         )
     return notes
+
+
+def work_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each part of the plan that is not as it was and may change the last bits, such as how many layers are run again."""
+    return [
+        f"plan: {key}: {before[key]} → {now[key]}, so the last bits may differ"
+        for key in now
+        if before.get(key, now[key]) != now[key]
+    ]
 
 
 def check_identity(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

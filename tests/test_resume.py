@@ -401,6 +401,19 @@ def test_run_json(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "verysecret" not in everything
 
 
+def test_what_changes_the_last_bits_is_said(
+    place: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether layers are run again; the settings' line and the plan's."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    before = json.loads((out / "checkpoints" / "step-4" / "about.json").read_text())["work"]["keep"]
+    other, kept = ("none", 2) if before == 0 else ("full", 0)
+    assert train_main(place, out, *PLAIN, f"training.gradient_checkpointing={other}", "training.max_steps=5") == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"changed: training.gradient_checkpointing: '\w+' → '{other}', from here on\n", printed)
+    assert f"changed: plan: keep: {before} → {kept}, so the last bits may differ\n" in printed
+
+
 def test_the_log_tells_what_changed_and_how_long_it_took(
     place: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
