@@ -90,10 +90,11 @@ class Checkpoint:
             for index, layer in enumerate(layers):
                 leaves, structure = jax.tree.flatten(layer)
                 values = []
-                for key, leaf in zip(_keys(name, layer), leaves, strict=True):
-                    values.append(jax.device_put(loaded[key][taken[key]], leaf.sharding))
+                for key in _keys(name, layer):
+                    values.append(loaded[key][taken[key]])
                     taken[key] += 1
-                restored[name].append(jax.block_until_ready(jax.tree.unflatten(structure, values)))
+                placed = jax.device_put(values, [leaf.sharding for leaf in leaves])
+                restored[name].append(jax.block_until_ready(jax.tree.unflatten(structure, placed)))
                 layers[index] = None
         return restored
 
