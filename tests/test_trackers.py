@@ -24,10 +24,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
-    """As TensorBoard shows them: of files in order, a later one's start purges the steps from there on."""
+    """As TensorBoard shows them: of files in the order of their names, a later one's start purges the steps from there on."""
     event_file_loader = pytest.importorskip("tensorboardX.proto.event_pb2")
     found: dict[tuple[str, int], float] = {}
-    for path in sorted(folder.glob("events*"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(folder.glob("events*")):
         data, at = path.read_bytes(), 0
         while at < len(data):  # TFRecord: length, its checksum, the event, its checksum
             length = int.from_bytes(data[at : at + 8], "little")
