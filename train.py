@@ -1,6 +1,7 @@
 """Fine-tune a Llama-family model with QLoRA: `python train.py --config FILE [section.key=value ...]`."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -33,6 +34,7 @@ from qlora_jax.display import Phases, byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.generate import Sampling
+from qlora_jax.llama import LlamaConfig
 from qlora_jax.output_dir import OutputDir
 from qlora_jax.placement import Tree, nbytes, put
 from qlora_jax.preview import preview
@@ -81,7 +83,7 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         preview(corpus, console, config.data.preview_rows)
         check_evaluation(config.training, held_out)
         folder.refuse_nothing_to_do(resumed, len(training))
-        plan = plan_run(config, model.config, training.longest)
+        plan = plan_as_before(config, model.config, training.longest, resumed)
         show(plan, console, len(training))
         config = resolved(config, plan)
         about = about_run(config, model, training, plan)
@@ -116,6 +118,16 @@ def about_run(config: Config, model: BaseModel, training: Batches, plan: Plan) -
     identity = {"base model": model_identity(model.folder), "data": training.fingerprint()}
     work = {name: getattr(plan.layout, name) for name in ("keep", "share_dense", "mlp_tokens")}
     return {"config": config.model_dump(mode="json"), "identity": identity, "work": work}
+
+
+def plan_as_before(config: Config, shape: LlamaConfig, length: int, resumed: Checkpoint | None) -> Plan:
+    """The plan. A continued run keeps the intermediates of as many layers as before, if it can, because that decides the last bits."""
+    before = resumed.about.get("work", {}).get("keep", "auto") if resumed else "auto"
+    if before != "auto" and config.memory.kept_layers == "auto":
+        memory = config.memory.model_copy(update={"kept_layers": before})
+        with contextlib.suppress(InputError):  # another machine may have less room
+            return plan_run(config.model_copy(update={"memory": memory}), shape, length)
+    return plan_run(config, shape, length)
 
 
 def continued(resumed: Checkpoint, about: Mapping[str, Any], console: Console) -> None:

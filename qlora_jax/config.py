@@ -163,6 +163,8 @@ class MemorySettings(Section):
     """`disk` reads each layer anew whenever it is needed, a few ahead: for a base model bigger than the host's memory."""
     resident_layers: Literal["auto"] | pydantic.NonNegativeInt = "auto"
     """How many layers stay on the device, spread evenly among those that are streamed, where `base_weights` is not `device`."""
+    kept_layers: Literal["auto"] | pydantic.NonNegativeInt = "auto"
+    """How many layers, the last ones, keep their intermediates where `gradient_checkpointing` is `auto`. A continued run keeps as many."""
     activations: Where = "auto"
     """The layer inputs kept for the backward walk."""
     adapters: Where = "auto"

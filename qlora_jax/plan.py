@@ -95,11 +95,13 @@ def _on_a_processor(job: Job, memory: MemorySettings, gradient_checkpointing: st
     resident = depth if memory.base_weights in ("auto", "device") else 0
     if resident == 0 and memory.resident_layers != "auto":
         resident = min(depth, memory.resident_layers)
+    keep = {"none": depth, "full": 0}.get(gradient_checkpointing, memory.kept_layers)
+    keep = 0 if keep == "auto" else min(depth, keep)
     layout = Layout(
         resident,
         "disk" if memory.base_weights == "disk" else "host",
-        keep=depth if gradient_checkpointing == "none" else 0,
-        mlp_tokens=max(job.tokens, MLP_TOKENS) if gradient_checkpointing == "none" else MLP_TOKENS,
+        keep=keep,
+        mlp_tokens=max(job.tokens, MLP_TOKENS) if keep else MLP_TOKENS,
         **places,
     )
     return Plan(job, layout, workspace(job, layout), limits, None)
@@ -167,7 +169,7 @@ def _candidates(
         )
         for resident in _resident_counts(bare, job, memory, limits, work_of):
             layout = dataclasses.replace(bare, resident=resident)
-            for keep in _keep_counts(layout, job, gradient_checkpointing, limits, work_of):
+            for keep in _keep_counts(layout, job, gradient_checkpointing, memory.kept_layers, limits, work_of):
                 settled = dataclasses.replace(layout, keep=keep)
                 yield Plan(job, settled, work_of(job, settled), limits, rates)
 
@@ -188,10 +190,12 @@ def _resident_counts(
 
 
 def _keep_counts(
-    layout: Layout, job: Job, gradient_checkpointing: str, limits: Limits, work_of: WorkspaceOf
+    layout: Layout, job: Job, gradient_checkpointing: str, asked: str | int, limits: Limits, work_of: WorkspaceOf
 ) -> list[int]:
     """Numbers of layers that keep their intermediates. An MLP in chunks keeps none, so that its layer is not worth keeping."""
     depth = job.config.num_hidden_layers
+    if gradient_checkpointing == "auto" and asked != "auto":
+        return [min(depth, asked)]
     if gradient_checkpointing != "auto" or layout.mlp_tokens < job.tokens:
         return [depth] if gradient_checkpointing == "none" else [0]
     most = _largest(depth, lambda n: _fits(job, dataclasses.replace(layout, keep=n), limits, work_of))

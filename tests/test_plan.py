@@ -129,6 +129,8 @@ def test_what_was_asked_for_is_done() -> None:
     )
     assert plan(job(LLAMA2_7B, 1, 512), resident_layers=5).layout.resident == 5
     assert plan(job(LLAMA2_7B, 1, 512), checkpointing="none").layout.keep == 32
+    assert plan(job(LLAMA2_7B, 1, 512), kept_layers=7).layout.keep == 7
+    assert plan(job(LLAMA2_7B, 1, 512), kept_layers=7, checkpointing="full").layout.keep == 0
     assert plan(job(LLAMA2_7B, 1, 512), base_weights="disk").layout.places(32) == ["disk"] * 32
 
 

@@ -128,9 +128,27 @@ def test_the_resolved_config(finished: tuple[Path, str], place: Path) -> None:
     assert config.training.output_dir == finished[0]
     assert (config.training.compute_dtype, config.training.gradient_checkpointing) == ("float32", "full")
     assert config.memory == MemorySettings(
-        base_weights="device", resident_layers=2, activations="device", adapters="device", optimizer="device"
+        base_weights="device",
+        resident_layers=2,
+        kept_layers=0,
+        activations="device",
+        adapters="device",
+        optimizer="device",
     )
     assert config.data.format == "chat"
+
+
+def test_a_continued_run_keeps_as_many_layers(finished: tuple[Path, str], place: Path) -> None:
+    config = load_config(
+        finished[0] / "config.yaml", ["training.gradient_checkpointing=auto", "memory.kept_layers=auto"]
+    )
+    shape = read_config(ModelFolder(place / "model"))
+
+    def kept(work: dict[str, int] | None) -> int:
+        resumed = None if work is None else types.SimpleNamespace(about={"work": work})
+        return train.plan_as_before(config, shape, 32, resumed).layout.keep
+
+    assert [kept(None), kept({}), kept({"keep": 1}), kept({"keep": 2})] == [0, 0, 1, 2]
 
 
 def test_the_resolved_config_gives_the_same_run(finished: tuple[Path, str], tmp_path: Path) -> None:

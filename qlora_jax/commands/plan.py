@@ -127,6 +127,7 @@ def resolved(config: Config, plan: Plan) -> Config:
     memory = {
         "base_weights": "device" if layout.resident == depth else layout.streamed_from,
         "resident_layers": layout.resident,
+        "kept_layers": layout.keep,
         "activations": layout.activations,
         "adapters": layout.adapters,
         "optimizer": layout.optimizer,
