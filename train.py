@@ -37,6 +37,7 @@ from qlora_jax.generate import Sampling
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.output_dir import OutputDir
 from qlora_jax.placement import Tree, nbytes, put
+from qlora_jax.plan import make_engine
 from qlora_jax.preview import preview
 from qlora_jax.samples import Samples
 from qlora_jax.trackers import check_trackers, open_trackers
@@ -93,7 +94,7 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         for line in folder.begin(config, command, resumed, plan.as_dict(len(training))):
             console.print(line)
         weights = load(config, model, plan, console, phases)
-        engine = make_engine(config, plan)
+        engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
         adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
         adapters = [put(in_dtype(layer, config.lora.dtype), plan.layout.adapters) for layer in adapters]
         describe(config, engine, weights, adapters, training, console)
@@ -239,24 +240,6 @@ def load(config: Config, model: BaseModel, plan: Plan, console: Console, phases:
 def in_dtype(adapter: Tree, dtype: str) -> Tree:
     """A layer's adapter in the dtype it is trained in."""
     return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), adapter)
-
-
-def make_engine(config: Config, plan: Plan) -> Engine:
-    """The engine, working as the plan says."""
-    job, layout = plan.job, plan.layout
-    return Engine(
-        job.config,
-        config.lora,
-        config.quantization,
-        compute_dtype=job.dtype,
-        attention=job.attention,
-        activations=layout.activations,
-        adapters=layout.adapters,
-        keep=layout.keep,
-        neftune_noise_alpha=config.training.neftune_noise_alpha,
-        share_dense=layout.share_dense,
-        mlp_tokens=layout.mlp_tokens,
-    )
 
 
 def describe(

@@ -34,7 +34,7 @@ from qlora_jax.llama import MLP_TOKENS, LlamaConfig
 from qlora_jax.metrics import peak_device_gib, peak_host_gib
 from qlora_jax.optimizer import AdamW
 from qlora_jax.placement import SLOTS, LayerPlace, LayerStore, Tree, put
-from qlora_jax.plan import compiled_workspace, make_plan
+from qlora_jax.plan import compiled_workspace, make_engine, make_plan
 from qlora_jax.rates import measured, published
 
 SHAPES = {
@@ -163,18 +163,7 @@ class Case:
         self.plan = plan = settle(options)
         job, layout = plan.job, plan.layout
         self.config = job.config
-        self.engine = Engine(
-            job.config,
-            job.lora,
-            job.quantization,
-            compute_dtype=job.dtype,
-            attention=job.attention,
-            activations=layout.activations,
-            adapters=layout.adapters,
-            keep=layout.keep,
-            share_dense=layout.share_dense,
-            mlp_tokens=layout.mlp_tokens,
-        )
+        self.engine = make_engine(job, layout)
         start = time.perf_counter()
         places = layout.places(job.config.num_hidden_layers)
         self.weights = random_weights(self.engine, places, layout.slots, options.distinct or len(places))

@@ -107,17 +107,26 @@ def _on_a_processor(job: Job, memory: MemorySettings, gradient_checkpointing: st
     return Plan(job, layout, workspace(job, layout), limits, None)
 
 
-def compiled_workspace(job: Job, layout: Layout) -> Workspace:
-    """The workspace of the functions as they are compiled for this machine's device; the run then finds them in the compilation cache."""
-    engine = Engine(
+def make_engine(job: Job, layout: Layout, neftune_noise_alpha: float = 0.0) -> Engine:
+    """The engine that does a job in the way of a layout."""
+    return Engine(
         job.config,
         job.lora,
         job.quantization,
         compute_dtype=job.dtype,
         attention=job.attention,
+        activations=layout.activations,
+        adapters=layout.adapters,
+        keep=layout.keep,
+        neftune_noise_alpha=neftune_noise_alpha,
         share_dense=layout.share_dense,
         mlp_tokens=layout.mlp_tokens,
     )
+
+
+def compiled_workspace(job: Job, layout: Layout) -> Workspace:
+    """The workspace of the functions as they are compiled for this machine's device; the run then finds them in the compilation cache."""
+    engine = make_engine(job, layout)
     depth = job.config.num_hidden_layers
     ordinary = {} if layout.keep == depth else engine.workspace(job.rows, job.length, packed=job.packed, keep=False)
     keeping = engine.workspace(job.rows, job.length, packed=job.packed, keep=True) if layout.keep else {}
