@@ -18,7 +18,9 @@ class TensorBoard:
 
     def __init__(self, folder: Path, start: int) -> None:
         """Steps after `start` that are there already are of a run that was stopped, and are made again."""
-        self._writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder), purge_step=start + 1)
+        suffix = f".from-{start:09}"  # a file is named by the second, and a name that is there already is written over
+        writer = importlib.import_module("tensorboardX").SummaryWriter
+        self._writer = writer(str(folder), purge_step=start + 1, filename_suffix=suffix)
 
     def write(self, record: Record) -> None:
         """Every number, as a scalar of its step."""

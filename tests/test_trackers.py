@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def expected(out: Path) -> dict[tuple[str, int], float]:
         for name, value in record.items()
         if name != "step" and isinstance(value, int | float)
     }
+
+
+def test_two_starts_in_one_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboardX")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    for start, steps in ((0, (1, 2, 3, 4, 5)), (3, (4, 5, 6))):
+        tracker = trackers.TensorBoard(tmp_path, start)
+        for step in steps:
+            tracker.write({"step": step, "loss": float(start)})
+        tracker.close()
+    assert scalars(tmp_path) == {("loss", step): 0.0 if step <= 3 else 3.0 for step in range(1, 7)}
 
 
 def test_tensorboard(place: Path, tmp_path: Path) -> None:
