@@ -9,7 +9,9 @@ trained from what is not into two trees.
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -88,21 +90,53 @@ class LoRA(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None, first: jax.Array | int = 0) -> jax.Array:
         """x [..., in], the micro-batch's tokens from `first` on → [..., out]. `key` draws the dropout mask; None means no dropout."""
-        if key is not None and self.dropout > 0:
-            keep = dropout_mask(key, 1 - self.dropout, x.shape, first)
-            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        down = jnp.einsum("...i,ri->...r", x, self.lora_a[...].astype(x.dtype)) * jnp.asarray(self.scaling, x.dtype)
-        down = checkpoint_name(down, ADAPTER_OUTPUT)
-        # Written with a transpose, B's gradient is a product of rank rows: twice as fast on a CPU as one of rank columns.
-        return down @ self.lora_b[...].astype(x.dtype).T
+        (term,) = low_rank_terms([self], x, key, first)
+        return term
 
 
-def dropout_mask(key: jax.Array, keep: float, shape: tuple[int, ...], first: jax.Array | int) -> jax.Array:
-    """Booleans [..., in], True with probability `keep`, each token's drawn from its own number: however tokens are cut into chunks,
-    they draw the same."""
-    numbers = first + jnp.arange(math.prod(shape[:-1]))
-    draw = jax.vmap(lambda number: jax.random.bernoulli(jax.random.fold_in(key, number), keep, shape[-1:]))
-    return draw(numbers).reshape(shape)
+def low_rank_terms(
+    adapters: Sequence[LoRA], x: jax.Array, key: jax.Array | None, first: jax.Array | int = 0
+) -> list[jax.Array]:
+    """What adapters of one input x [..., in] give, each [..., out].
+
+    Their A's are one matrix [ΣR, in], so that x and its gradient are read once. One dropout mask serves them all.
+    """
+    if key is not None and adapters[0].dropout > 0:
+        x = dropout(x, key, adapters[0].dropout, first)
+    stacked = jnp.concatenate([adapter.lora_a[...] for adapter in adapters]).astype(x.dtype)
+    down = checkpoint_name(jnp.einsum("...i,ri->...r", x, stacked), ADAPTER_OUTPUT)
+    ends = itertools.accumulate(adapter.lora_a[...].shape[0] for adapter in adapters)
+    parts = jnp.split(down, list(ends)[:-1], axis=-1)
+    # Written with a transpose, B's gradient is a product of rank rows: twice as fast on a CPU as one of rank columns.
+    return [
+        part * jnp.asarray(adapter.scaling, x.dtype) @ adapter.lora_b[...].astype(x.dtype).T
+        for adapter, part in zip(adapters, parts, strict=True)
+    ]
+
+
+def dropout(x: jax.Array, key: jax.Array, rate: float, first: jax.Array | int) -> jax.Array:
+    """x [..., in], the micro-batch's tokens from `first` on, with a share of `rate` set to 0 and the rest divided by what is left.
+
+    Each token's mask is drawn from its own number: however tokens are cut into chunks, they draw the same. A value's draw takes 8 bits
+    if the nearest of 256 rates is within 2 % of the one asked for, as 26/256 is of 0.1, and 16 or 32 otherwise; the division is by
+    the rate that was drawn, so that the expectation is x.
+    """
+    bits, threshold = drawn_rate(rate)
+    numbers = first + jnp.arange(math.prod(x.shape[:-1]))
+    words = -(-x.shape[-1] * bits // 32)
+    draw = jax.vmap(lambda number: jax.random.bits(jax.random.fold_in(key, number), (words,), jnp.uint32))
+    drawn = jax.lax.optimization_barrier(draw(numbers))  # or XLA draws a word for each of its values anew
+    drawn = jax.lax.bitcast_convert_type(drawn, f"uint{bits}").reshape(len(numbers), -1)[:, : x.shape[-1]]
+    return jnp.where(drawn.reshape(x.shape) >= threshold, x / (1 - threshold / 2**bits), 0).astype(x.dtype)
+
+
+def drawn_rate(rate: float) -> tuple[int, int]:
+    """(bits, threshold): of so many random bits, values below the threshold have a probability near enough to `rate`."""
+    for bits in (8, 16):
+        threshold = round(rate * 2**bits)
+        if abs(threshold / 2**bits - rate) <= 0.02 * min(rate, 1 - rate):
+            return bits, threshold
+    return 32, min(max(round(rate * 2**32), 1), 2**32 - 1)
 
 
 class NF4Linear(nnx.Module):
@@ -125,18 +159,40 @@ class NF4Linear(nnx.Module):
         self.weight = FrozenParam(nf4.quantize(weight, quantization.double_quant, quantization.quant_type))
         self.adapter, self.share_dense = adapter, share_dense
 
-    def __call__(
-        self,
-        x: jax.Array,
-        key: jax.Array | None = None,
-        first: jax.Array | int = 0,
-        dense: jax.Array | None = None,
-    ) -> jax.Array:
-        """x [..., in] → [..., out] in x's dtype; `key` and `first` as in `LoRA`, `dense` is what `dense()` gave."""
-        weight = self.weight.get_value()
-        y = kernels.dense_matmul(x, dense) if dense is not None else frozen_matmul(x, weight, self.share_dense)
-        return y if self.adapter is None else y + self.adapter(x, key, first)
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """x [..., in] → [..., out] in x's dtype; `key` as in `LoRA`."""
+        (y,) = project([self], x, key)
+        return y
+
+    def base(self, x: jax.Array, dense: jax.Array | None = None) -> jax.Array:
+        """The frozen weight's product x [..., in] → [..., out]; `dense` is what `dense()` gave."""
+        if dense is not None:
+            return kernels.dense_matmul(x, dense)
+        return frozen_matmul(x, self.weight.get_value(), self.share_dense)
 
     def dense(self) -> jax.Array:
         """The weight [out, in], dequantized; no gradient reaches it."""
         return jax.lax.stop_gradient(dense(self.weight.get_value()))
+
+
+def project(
+    linears: Sequence[NF4Linear],
+    x: jax.Array,
+    key: jax.Array | None = None,
+    first: jax.Array | int = 0,
+    dense: Sequence[jax.Array | None] = (),
+) -> list[jax.Array]:
+    """Linears of one input x [..., in] → what each gives, [..., out] in x's dtype.
+
+    Args:
+        key, first: as in `low_rank_terms`.
+        dense: the linears' weights, if they were dequantized before.
+    """
+    x = jax.lax.optimization_barrier(x)  # or XLA makes it again for every product, instead of once
+    outputs = [linear.base(x, given) for linear, given in zip(linears, dense or [None] * len(linears), strict=True)]
+    adapted = [i for i, linear in enumerate(linears) if linear.adapter is not None]
+    if adapted:
+        terms = low_rank_terms([linears[i].adapter for i in adapted], x, key, first)
+        for i, term in zip(adapted, terms, strict=True):
+            outputs[i] = outputs[i] + term
+    return outputs

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.errors import InputError
-from qlora_jax.linear import ADAPTER_OUTPUT, FrozenParam, LoRA, NF4Linear
+from qlora_jax.linear import ADAPTER_OUTPUT, FrozenParam, LoRA, NF4Linear, project
 
 Attention = Literal["xla", "cudnn"]
 NOISE = 2**31 - 1
@@ -224,7 +224,7 @@ class DecoderLayer(nnx.Module):
 
         `key` turns the adapters' dropout on.
         """
-        keys = _linear_keys(key)
+        keys = _dropout_keys(key)
         around = functools.partial(jax.checkpoint, policy=KEPT) if self.keep else lambda part: part
         q, k, v = around(lambda h: self._heads(self.input_layernorm(h), positions, keys))(h)
         mask = None
@@ -235,7 +235,7 @@ class DecoderLayer(nnx.Module):
 
     def decode(self, h: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The same for generation: h [B, T, D] continues at positions[:, 0], after what `cache` holds; no dropout."""
-        keys = _linear_keys(None)
+        keys = _dropout_keys(None)
         q, k, v = self._heads(self.input_layernorm(h), positions, keys)
         start = positions[0, 0]
         cache = tuple(
@@ -248,10 +248,8 @@ class DecoderLayer(nnx.Module):
 
     def _heads(self, x: jax.Array, positions: jax.Array, keys: dict[str, jax.Array | None]) -> tuple[jax.Array, ...]:
         """x [B, T, D] → q [B, T, H, P], k and v [B, T, K, P], q and k rotated."""
-        q, k, v = (
-            getattr(self, name)(x, keys[name]).reshape(*x.shape[:2], -1, self.config.head_dim)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+        projected = project([self.q_proj, self.k_proj, self.v_proj], x, keys["q_proj"])
+        q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in projected)
         return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta), v
 
     def _rest(self, h: jax.Array, attended: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
@@ -277,17 +275,20 @@ class DecoderLayer(nnx.Module):
     ) -> jax.Array:
         """h [N, D], the micro-batch's tokens from `first` on → h + SwiGLU(norm(h)); `dense`: weights that were dequantized before."""
 
-        def linear(name: str, x: jax.Array) -> jax.Array:
-            return getattr(self, name)(x, keys[name], first, dense.get(name))
+        def linears(x: jax.Array, *names: str) -> list[jax.Array]:
+            given = [dense.get(name) for name in names]
+            outputs = project([getattr(self, name) for name in names], x, keys[names[0]], first, given)
+            return [checkpoint_name(y, name) for y, name in zip(outputs, names, strict=True)]
 
-        x = self.post_attention_layernorm(h)
-        gate, up = (checkpoint_name(linear(name, x), name) for name in ("gate_proj", "up_proj"))
-        return h + linear("down_proj", jax.nn.silu(gate) * up)
+        gate, up = linears(self.post_attention_layernorm(h), "gate_proj", "up_proj")
+        (down,) = linears(jax.nn.silu(gate) * up, "down_proj")
+        return h + down
 
 
-def _linear_keys(key: jax.Array | None) -> dict[str, jax.Array | None]:
-    """One dropout key a linear, so that each draws its own mask, as peft's modules do."""
-    return {name: None if key is None else jax.random.fold_in(key, i) for i, name in enumerate(LINEAR_NAMES)}
+def _dropout_keys(key: jax.Array | None) -> dict[str, jax.Array | None]:
+    """A dropout key for each input that linears have, under the name of the first of them."""
+    inputs = ("q_proj", "o_proj", "gate_proj", "down_proj")
+    return {name: None if key is None else jax.random.fold_in(key, i) for i, name in enumerate(inputs)}
 
 
 class Embedding(nnx.Module):

@@ -210,7 +210,8 @@ def test_layers_that_keep_their_intermediates(deep_folder: Path, keep: int, weig
 
 
 def test_what_a_layer_keeps(deep_folder: Path) -> None:
-    """Attention's inputs and output, the residual stream after it, SwiGLU's two inputs, R a token for each adapter; nothing of a weight."""
+    """Attention's inputs and output, the residual stream after it, SwiGLU's two inputs, R a token for each adapter, those of one input
+    together; nothing of a weight."""
     engine, weights = make(deep_folder, lora=NO_DROPOUT)
     (_, frozen), adapter = next(weights.layers.walk([0])), engine.init_adapters(0)[0]
     config, rows, length, rank = engine.config, 2, 24, LORA.r
@@ -223,7 +224,8 @@ def test_what_a_layer_keeps(deep_folder: Path) -> None:
         rows * length
     )  # positions; the rest left out is XLA's attention, which keeps [T, T] where cuDNN's keeps [T]
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    a_token = [heads, kv_heads, kv_heads, heads, config.hidden_size, *[config.intermediate_size] * 2, *[rank] * 7]
+    a_token = [heads, kv_heads, kv_heads, heads, config.hidden_size, *[config.intermediate_size] * 2]
+    a_token += [3 * rank, rank, 2 * rank, rank]
     assert sorted(elements) == sorted(rows * length * size for size in a_token)
 
 

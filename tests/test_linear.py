@@ -10,7 +10,7 @@ from flax import nnx
 
 from qlora_jax import nf4
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
-from qlora_jax.linear import FrozenParam, LoRA, NF4Linear, frozen_matmul
+from qlora_jax.linear import FrozenParam, LoRA, NF4Linear, drawn_rate, dropout, frozen_matmul, low_rank_terms, project
 from qlora_jax.llama import DecoderLayer, LlamaConfig
 from tests import tiny
 
@@ -204,6 +204,29 @@ def test_dropout_is_off_without_a_key_or_a_rate() -> None:
     np.testing.assert_array_equal(make_lora(np.eye(64), np.eye(64), dropout=0.0)(x, jax.random.key(0)), x)
 
 
+@pytest.mark.parametrize(
+    ("rate", "drawn"), [(0.1, 26 / 2**8), (0.05, 13 / 2**8), (0.01, 655 / 2**16), (0.999, 65470 / 2**16)]
+)
+def test_dropout_draws_few_bits_and_divides_by_the_rate_it_draws(rate: float, drawn: float) -> None:
+    x = jnp.ones((256, 1000))
+    seen = np.asarray(dropout(x, jax.random.key(0), rate, 0))
+    kept = seen != 0
+    np.testing.assert_array_equal(seen[kept], np.float32(1) / np.float32(1 - drawn))
+    assert abs(kept.mean() - (1 - drawn)) < SIGMAS * (drawn * (1 - drawn) / kept.size) ** 0.5
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1e-4, 0.003, 0.1, 1 / 3, 0.5, 0.9, 1 - 1e-6])
+def test_a_drawn_rate_is_near_the_one_asked_for(rate: float) -> None:
+    bits, threshold = drawn_rate(rate)
+    assert 0 < threshold < 2**bits
+    assert threshold / 2**bits == pytest.approx(rate, rel=0.02, abs=2**-32)
+
+
+def test_dropout_of_a_later_chunk_is_part_of_the_whole_ones() -> None:
+    x, key = random(0, TOKENS, IN), jax.random.key(0)
+    np.testing.assert_array_equal(dropout(x[3:], key, DROPOUT, 3), dropout(x, key, DROPOUT, 0)[3:])
+
+
 def test_dropout_is_reproducible_by_key() -> None:
     lora, x = make_lora(random(0, RANK, IN), random(1, OUT, RANK), dropout=DROPOUT), random(2, TOKENS, IN)
     first, again, other = (np.asarray(lora(x, jax.random.key(seed))) for seed in (0, 0, 1))
@@ -218,6 +241,36 @@ def test_dropout_touches_the_adapters_input_only() -> None:
     expected = frozen_matmul(x, linear.weight.get_value()) + linear.adapter(x, key)
     np.testing.assert_array_equal(linear(x, key), expected)
     assert not np.array_equal(linear(x, key), linear(x, None))
+
+
+# --------------------------------------------------------------------------------------------------- linears of one input
+
+
+def test_linears_of_one_input_give_what_each_gives_alone() -> None:
+    """Values and all gradients, one of them without an adapter and ranks unlike."""
+    linears = [make_linear(rank, scaling=scaling) for rank, scaling in ((RANK, 2.0), (None, 1.0), (2 * RANK, 0.5))]
+    for seed, linear in enumerate(linears):
+        if linear.adapter is not None:
+            linear.adapter.lora_b[...] = random(seed, *linear.adapter.lora_b.shape)
+    graph, adapters, frozen = nnx.split(linears, nnx.LoRAParam, ...)
+    x, dys = random(3, TOKENS, IN), [random(4 + i, TOKENS, OUT) for i in range(3)]
+
+    def outcome(apply: Any) -> tuple[Any, Any]:
+        ys, vjp = jax.vjp(lambda x, adapters: apply(nnx.merge(graph, adapters, frozen), x), x, adapters)
+        return ys, vjp(dys)
+
+    found = outcome(project)
+    expected = outcome(lambda linears, x: [linear(x) for linear in linears])
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=IN * F32_EPS * scale)
+
+
+def test_linears_of_one_input_share_a_dropout_mask() -> None:
+    eye = make_lora(np.eye(64), np.eye(64), dropout=DROPOUT)
+    x = 1 + random(0, 512, 64) ** 2
+    first, second = low_rank_terms([eye, eye], x, jax.random.key(0))
+    np.testing.assert_array_equal(first, second)
 
 
 # ----------------------------------------------------------------------------------------------------------------- trees
