@@ -76,17 +76,30 @@ def random_tree(abstract: Tree, key: jax.Array) -> Tree:
         name = jax.tree_util.keystr(path)
         if description.dtype == jnp.uint8:
             return jax.random.bits(jax.random.fold_in(key, zlib.crc32(name.encode())), description.shape, jnp.uint8)
+        if len(description.shape) > 1:
+            return (
+                0.02 * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), description.shape)
+            ).astype(description.dtype)
         return jnp.full(description.shape, 0.03 if "nested" in name else 1.0, description.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def random_weights(engine: Engine, places: list[LayerPlace], slots: int, distinct: int) -> Weights:
+def unquantized(abstract: Tree, config: LlamaConfig) -> Tree:
+    """A described layer with plain bfloat16 matrices for its linears: LoRA without the Q."""
+    matrices = {
+        name: {"weight": jax.ShapeDtypeStruct(shape, jnp.bfloat16)} for name, shape in config.linear_shapes().items()
+    }
+    return {**abstract, **matrices}
+
+
+def random_weights(engine: Engine, places: list[LayerPlace], slots: int, distinct: int, base: str = "nf4") -> Weights:
     """A whole random model, its layers made on the device one at a time and moved to their place.
 
     Layers on the host from number `distinct` on are the first ones again: the same bytes to copy, in less memory.
     """
-    make = jax.jit(lambda key: random_tree(engine.abstract_layer, key))
+    abstract = engine.abstract_layer if base == "nf4" else unquantized(engine.abstract_layer, engine.config)
+    make = jax.jit(lambda key: random_tree(abstract, key))
     on_host: list[Tree] = []
 
     def layers() -> Iterator[Tree]:
@@ -166,7 +179,7 @@ class Case:
         self.engine = make_engine(job, layout)
         start = time.perf_counter()
         places = layout.places(job.config.num_hidden_layers)
-        self.weights = random_weights(self.engine, places, layout.slots, options.distinct or len(places))
+        self.weights = random_weights(self.engine, places, layout.slots, options.distinct or len(places), options.base)
         self.build_s = time.perf_counter() - start
         self.adapters = self.engine.init_adapters(0)
         settings = TrainingSettings(output_dir=Path(), optim=job.optim)
@@ -206,7 +219,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "what": "step",
         **{
             name: getattr(options, name)
-            for name in ("model", "accumulate", "batch", "seq", "dtype", "dropout", "optim")
+            for name in ("model", "base", "accumulate", "batch", "seq", "dtype", "dropout", "optim")
         },
         "gpu_memory": options.gpu_memory,
         "layout": {"chosen": options.auto or "by hand", **dataclasses.asdict(plan.layout)},
@@ -230,6 +243,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     """What makes a case: shape, tokens, places."""
     parser.add_argument("model", metavar="SHAPE[:LAYERS]", help=f"one of {', '.join(SHAPES)}, e.g. 7b:8")
+    parser.add_argument(
+        "--base",
+        default="nf4",
+        choices=("nf4", "bfloat16"),
+        help="bfloat16: LoRA on plain matrices; predictions stay NF4's",
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--seq", type=int, default=2048)
