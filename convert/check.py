@@ -15,7 +15,7 @@ Each matrix is read when its turn comes, some rows at a time, so memory does not
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from convert.ahead import in_order
 from convert.delta import Base, Pair, adapted, base_rows, dora_factor, merged_weight
 from convert.folder import ModelFolder
 from convert.load import read_config
-from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
+from qlora_jax.config import QuantizationSettings
 from qlora_jax.errors import InputError
 from qlora_jax.linear import FrozenParam
 from qlora_jax.llama import DecoderLayer, LlamaConfig, RMSNorm
@@ -147,8 +147,7 @@ class _Models:
         module = self._layer
         for name in names.NORM_NAMES:
             setattr(module, name, functools.partial(_apart, self._norm(names.norm(layer, name))))
-        for name in LINEAR_NAMES:
-            setattr(module, name, functools.partial(self._linear, layer, name))
+        module.linear = functools.partial(self._linear, layer)
         return module
 
     def head(self, h: jax.Array) -> np.ndarray:
@@ -156,8 +155,8 @@ class _Models:
         x = np.asarray(self._norm(names.FINAL_NORM)(h))
         return np.asarray(self._product(names.EMBEDDING if self.config.tie_word_embeddings else names.LM_HEAD, x))
 
-    def _linear(self, layer: int, name: str, x: jax.Array, *unused: Any) -> jax.Array:
-        """x [3, T, in], or the same as [3 · T, in] → float32, each row by its own model. A layer's keys and sharing are not for us."""
+    def _linear(self, layer: int, name: str, x: jax.Array) -> jax.Array:
+        """x [3, T, in], or the same as [3 · T, in] → float32, each row by its own model."""
         return _apart(functools.partial(self._product, names.linear(layer, name)), x)
 
     def _pair(self, tensor: str) -> Pair | None:
@@ -237,6 +236,23 @@ def _columns(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.swapaxes(1, 2))
 
 
-def _abstract_layer(config: LlamaConfig) -> DecoderLayer:
+class _Layer(DecoderLayer):
+    """A decoder layer whose linears are `linear(name, x)`."""
+
+    def project(
+        self,
+        names: Sequence[str],
+        x: jax.Array,
+        key: None,
+        *,
+        residual: jax.Array | None = None,
+        **unused: Any,
+    ) -> list[jax.Array]:
+        """As a `DecoderLayer`; its sharing is not for us."""
+        outputs = [self.linear(name, x) for name in names]
+        return outputs if residual is None else [residual + outputs[0], *outputs[1:]]
+
+
+def _abstract_layer(config: LlamaConfig) -> _Layer:
     """A decoder layer without weights."""
-    return nnx.eval_shape(lambda: DecoderLayer(config, None, QuantizationSettings(), "xla", nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: _Layer(config, None, QuantizationSettings(), "xla", nnx.Rngs(0)))

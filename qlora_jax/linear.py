@@ -6,12 +6,16 @@ In the place of a 4-bit weight a plain matrix [out, in] does as well: that is Lo
 
 Frozen weights are `FrozenParam`s and adapters `nnx.LoRAParam`s, so `nnx.split(module, nnx.LoRAParam, ...)` separates what is
 trained from what is not into two trees.
+
+Linears of one input, as queries, keys and values are, go through `project` together, which has the forward and the backward pass
+written out.
 """
 
+import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax import kernels, nf4
 from qlora_jax.config import QuantizationSettings
+from qlora_jax.dropout import Dropout
 
 ADAPTER_OUTPUT = "adapter"
 """The name of x·Aᵀ [..., R] for what chooses the values to keep for the backward pass."""
@@ -30,6 +35,7 @@ class FrozenParam(nnx.Variable):
 
 
 Weight = nf4.QuantizedTensor | jax.Array
+Pair = tuple[jax.Array, jax.Array]  # an adapter's A [R, in] and B [out, R]
 
 
 def dense(weight: Weight) -> jax.Array:
@@ -41,35 +47,105 @@ def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return kernels.matmul(x, weight) if isinstance(weight, nf4.QuantizedTensor) else kernels.dense_matmul(x, weight)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def frozen_matmul(x: jax.Array, weight: Weight, share_dense: bool = False) -> jax.Array:
-    """x [..., in] times the transpose of a frozen weight of shape (out, in): [..., out] in x's dtype. No gradient reaches the weight.
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What `_multiply` is compiled for: each linear's scaling, dropout if any, and whether dense matrices are kept."""
 
-    What the backward pass keeps are the codes and scales: it dequantizes again. With `share_dense` it keeps the dequantized matrix
-    instead, which is for a forward that is recomputed within the same compiled function: there it lives no longer than that.
-    """
-    return _matmul(x, weight)
-
-
-def _frozen_matmul_forward(x: jax.Array, weight: Weight, share_dense: bool) -> tuple[jax.Array, Weight]:
-    if not share_dense:
-        return _matmul(x, weight), weight
-    matrix = dense(weight)
-    return kernels.dense_matmul(x, matrix), matrix
+    scalings: tuple[float, ...]
+    dropout: Dropout | None
+    share_dense: bool
 
 
-def _frozen_matmul_backward(share_dense: bool, kept: Weight, dy: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.einsum("...o,oi->...i", dy, dense(kept).astype(dy.dtype)), None  # frozen: no cotangent
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _multiply(
+    x: jax.Array,
+    weights: tuple[Weight, ...],
+    pairs: tuple[Pair | None, ...],
+    residual: jax.Array | None,
+    drawn: jax.Array | None,
+    how: _How,
+) -> list[jax.Array]:
+    """`project` on x [N, in], its residual [N, out] and what dropout drew [N, in]."""
+    return _multiply_forward(x, weights, pairs, residual, drawn, how)[0]
 
 
-frozen_matmul.defvjp(_frozen_matmul_forward, _frozen_matmul_backward)
+def _multiply_forward(
+    x: jax.Array,
+    weights: tuple[Weight, ...],
+    pairs: tuple[Pair | None, ...],
+    residual: jax.Array | None,
+    drawn: jax.Array | None,
+    how: _How,
+) -> tuple[list[jax.Array], Any]:
+    if how.share_dense:
+        weights = tuple(map(dense, weights))
+    bases = [[_matmul(x, weight)] for weight in weights]
+    if residual is not None:
+        bases[0].append(residual)
+    down = None
+    if any(pairs):
+        seen = x if drawn is None else how.dropout(x, drawn)
+        down = checkpoint_name(jnp.einsum("ni,ri->nr", seen, _stacked(pairs, x.dtype)), ADAPTER_OUTPUT)
+    outputs = [
+        functools.reduce(jnp.add, each)
+        if pair is None
+        else kernels.low_rank_add(each, down, pair[1].astype(x.dtype), factor=scaling, first=first, transposed=True)
+        for each, pair, scaling, first in zip(bases, pairs, how.scalings, _firsts(pairs), strict=True)
+    ]
+    return outputs, (x if any(pairs) else None, weights, pairs, drawn, down, residual is not None)
+
+
+def _multiply_backward(how: _How, kept: Any, dys: list[jax.Array]) -> tuple[Any, ...]:
+    x, weights, pairs, drawn, down, added = kept
+    bases = [
+        jnp.einsum("no,oi->ni", dy, dense(weight).astype(dy.dtype)) for dy, weight in zip(dys, weights, strict=True)
+    ]
+    dresidual = dys[0] if added else None
+    if not any(pairs):
+        return functools.reduce(jnp.add, bases), None, pairs, dresidual, None
+    pieces, dpairs = [], []
+    for dy, pair, scaling, first in zip(dys, pairs, how.scalings, _firsts(pairs), strict=True):
+        if pair is not None:
+            lora_b = pair[1]
+            piece = jnp.einsum("no,or->nr", dy, lora_b.astype(dy.dtype), preferred_element_type=jnp.float32)
+            pieces.append((piece * scaling).astype(dy.dtype))
+            part = down[:, first : first + lora_b.shape[1]]
+            # Written with a transpose, it is a product of rank rows: twice as fast on a CPU as one of rank columns.
+            db = jnp.einsum("nr,no->ro", part, dy, preferred_element_type=jnp.float32).T * scaling
+        dpairs.append(None if pair is None else [None, db.astype(lora_b.dtype)])
+    ddown = jnp.concatenate(pieces, axis=-1)
+    masked = (
+        {} if drawn is None else {"drawn": drawn, "threshold": how.dropout.threshold, "factor": 1 / how.dropout.share}
+    )
+    dx = kernels.low_rank_add(bases, ddown, _stacked(pairs, x.dtype), **masked)
+    seen = x if drawn is None else how.dropout(x, drawn)
+    da = jnp.einsum("nr,ni->ri", ddown, seen, preferred_element_type=jnp.float32)
+    for pair, dpair, first in zip(pairs, dpairs, _firsts(pairs), strict=True):
+        if pair is not None:
+            dpair[0] = da[first : first + pair[0].shape[0]].astype(pair[0].dtype)
+    dpairs = tuple(None if dpair is None else tuple(dpair) for dpair in dpairs)
+    return dx, None, dpairs, dresidual, None  # weights are frozen: no cotangent
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _stacked(pairs: Sequence[Pair | None], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """All A's as one matrix [ΣR, in]."""
+    return jnp.concatenate([pair[0] for pair in pairs if pair is not None]).astype(dtype)
+
+
+def _firsts(pairs: Sequence[Pair | None]) -> list[int]:
+    """Where each linear's rows begin in `_stacked`."""
+    ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]
+    return list(itertools.accumulate(ranks[:-1], initial=0))
 
 
 class LoRA(nnx.Module):
-    """The low-rank term of one linear: scaling · (dropout(x)·Aᵀ)·Bᵀ.
+    """The adapter of one linear: A [R, in] and B [out, R] of `dtype`, multiplied in x's.
 
-    A starts uniform in ±1/√in (kaiming uniform with a = √5, as peft) and B at zero, so that a fresh adapter changes nothing. Both are
-    of `dtype` and are multiplied in x's. Dropout acts on the adapter's input only.
+    A starts uniform in ±1/√in (kaiming uniform with a = √5, as peft) and B at zero, so that a fresh adapter changes nothing. Dropout acts
+    on the adapter's input only.
     """
 
     def __init__(
@@ -86,57 +162,11 @@ class LoRA(nnx.Module):
         lora_a = jax.random.uniform(rngs.params(), (rank, in_features), jnp.float32, -bound, bound)
         self.lora_a = nnx.LoRAParam(lora_a.astype(dtype))
         self.lora_b = nnx.LoRAParam(jnp.zeros((out_features, rank), dtype))
-        self.scaling, self.dropout = scaling, dropout
+        self.scaling, self.dropout = scaling, Dropout.of(dropout)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None, first: jax.Array | int = 0) -> jax.Array:
-        """x [..., in], the micro-batch's tokens from `first` on → [..., out]. `key` draws the dropout mask; None means no dropout."""
-        (term,) = low_rank_terms([self], x, key, first)
-        return term
-
-
-def low_rank_terms(
-    adapters: Sequence[LoRA], x: jax.Array, key: jax.Array | None, first: jax.Array | int = 0
-) -> list[jax.Array]:
-    """What adapters of one input x [..., in] give, each [..., out].
-
-    Their A's are one matrix [ΣR, in], so that x and its gradient are read once. One dropout mask serves them all.
-    """
-    if key is not None and adapters[0].dropout > 0:
-        x = dropout(x, key, adapters[0].dropout, first)
-    stacked = jnp.concatenate([adapter.lora_a[...] for adapter in adapters]).astype(x.dtype)
-    down = checkpoint_name(jnp.einsum("...i,ri->...r", x, stacked), ADAPTER_OUTPUT)
-    ends = itertools.accumulate(adapter.lora_a[...].shape[0] for adapter in adapters)
-    parts = jnp.split(down, list(ends)[:-1], axis=-1)
-    # Written with a transpose, B's gradient is a product of rank rows: twice as fast on a CPU as one of rank columns.
-    return [
-        part * jnp.asarray(adapter.scaling, x.dtype) @ adapter.lora_b[...].astype(x.dtype).T
-        for adapter, part in zip(adapters, parts, strict=True)
-    ]
-
-
-def dropout(x: jax.Array, key: jax.Array, rate: float, first: jax.Array | int) -> jax.Array:
-    """x [..., in], the micro-batch's tokens from `first` on, with a share of `rate` set to 0 and the rest divided by what is left.
-
-    Each token's mask is drawn from its own number: however tokens are cut into chunks, they draw the same. A value's draw takes 8 bits
-    if the nearest of 256 rates is within 2 % of the one asked for, as 26/256 is of 0.1, and 16 or 32 otherwise; the division is by
-    the rate that was drawn, so that the expectation is x.
-    """
-    bits, threshold = drawn_rate(rate)
-    numbers = first + jnp.arange(math.prod(x.shape[:-1]))
-    words = -(-x.shape[-1] * bits // 32)
-    draw = jax.vmap(lambda number: jax.random.bits(jax.random.fold_in(key, number), (words,), jnp.uint32))
-    drawn = jax.lax.optimization_barrier(draw(numbers))  # or XLA draws a word for each of its values anew
-    drawn = jax.lax.bitcast_convert_type(drawn, f"uint{bits}").reshape(len(numbers), -1)[:, : x.shape[-1]]
-    return jnp.where(drawn.reshape(x.shape) >= threshold, x / (1 - threshold / 2**bits), 0).astype(x.dtype)
-
-
-def drawn_rate(rate: float) -> tuple[int, int]:
-    """(bits, threshold): of so many random bits, values below the threshold have a probability near enough to `rate`."""
-    for bits in (8, 16):
-        threshold = round(rate * 2**bits)
-        if abs(threshold / 2**bits - rate) <= 0.02 * min(rate, 1 - rate):
-            return bits, threshold
-    return 32, min(max(round(rate * 2**32), 1), 2**32 - 1)
+    def pair(self) -> Pair:
+        """(A, B)."""
+        return self.lora_a[...], self.lora_b[...]
 
 
 class NF4Linear(nnx.Module):
@@ -160,15 +190,9 @@ class NF4Linear(nnx.Module):
         self.adapter, self.share_dense = adapter, share_dense
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x [..., in] → [..., out] in x's dtype; `key` as in `LoRA`."""
+        """x [..., in] → [..., out] in x's dtype; `key` as in `project`."""
         (y,) = project([self], x, key)
         return y
-
-    def base(self, x: jax.Array, dense: jax.Array | None = None) -> jax.Array:
-        """The frozen weight's product x [..., in] → [..., out]; `dense` is what `dense()` gave."""
-        if dense is not None:
-            return kernels.dense_matmul(x, dense)
-        return frozen_matmul(x, self.weight.get_value(), self.share_dense)
 
     def dense(self) -> jax.Array:
         """The weight [out, in], dequantized; no gradient reaches it."""
@@ -179,20 +203,41 @@ def project(
     linears: Sequence[NF4Linear],
     x: jax.Array,
     key: jax.Array | None = None,
+    *,
     first: jax.Array | int = 0,
-    dense: Sequence[jax.Array | None] = (),
+    matrices: Sequence[jax.Array | None] | None = None,
+    residual: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Linears of one input x [..., in] → what each gives, [..., out] in x's dtype.
 
+    The A's of their adapters are one matrix [ΣR, in], so that x and its gradient are read once, and one dropout mask serves them all. What
+    is added to an [N, features] array, here or in the backward pass, is added in one go, see `kernels.low_rank_add`.
+
+    The backward pass keeps x, x·Aᵀ [..., ΣR] and codes and scales, which are dequantized again; or the dense matrices instead if the
+    linears say `share_dense`, which is for a forward that is run again within the same compiled function: there they live no longer.
+
     Args:
-        key, first: as in `low_rank_terms`.
-        dense: the linears' weights, if they were dequantized before.
+        key: draws the dropout mask; None means no dropout.
+        first: the number of x's first token among the micro-batch's, for the mask.
+        matrices: the linears' weights where they were dequantized before.
+        residual: [..., out] to be added to the first output.
     """
     x = jax.lax.optimization_barrier(x)  # or XLA makes it again for every product, instead of once
-    outputs = [linear.base(x, given) for linear, given in zip(linears, dense or [None] * len(linears), strict=True)]
-    adapted = [i for i, linear in enumerate(linears) if linear.adapter is not None]
-    if adapted:
-        terms = low_rank_terms([linears[i].adapter for i in adapted], x, key, first)
-        for i, term in zip(adapted, terms, strict=True):
-            outputs[i] = outputs[i] + term
-    return outputs
+    adapters = [linear.adapter for linear in linears]
+    dropout = next((adapter.dropout for adapter in adapters if adapter is not None), None)
+    rows = x.reshape(-1, x.shape[-1])
+    drawn = None if key is None or dropout is None else dropout.draw(rows.shape, key, first)
+    outputs = _multiply(
+        rows,
+        tuple(
+            linear.weight.get_value() if matrix is None else matrix
+            for linear, matrix in zip(linears, matrices or [None] * len(linears), strict=True)
+        ),
+        tuple(None if adapter is None else adapter.pair() for adapter in adapters),
+        None if residual is None else residual.reshape(len(rows), -1),
+        drawn,
+        _How(
+            tuple(1.0 if adapter is None else adapter.scaling for adapter in adapters), dropout, linears[0].share_dense
+        ),
+    )
+    return [y.reshape(*x.shape[:-1], -1) for y in outputs]

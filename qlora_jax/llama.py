@@ -7,7 +7,7 @@ V vocab, R rank, L layers.
 import dataclasses
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -196,7 +196,7 @@ class DecoderLayer(nnx.Module):
         """A layer of random weights.
 
         Args:
-            share_dense: see `linear.frozen_matmul`.
+            share_dense: see `linear.project`.
             mlp_tokens: the MLP works on at most so many tokens at a time, each chunk run again in the backward pass: [N, F] never exists.
             keep: differentiated, keep only what is cheap to keep for what it costs to compute: queries, keys, values, what attention gives,
                 the two outputs that enter SwiGLU and the adapters' [N, R]. All else, elementwise, is computed again. Otherwise jax
@@ -246,15 +246,31 @@ class DecoderLayer(nnx.Module):
         attended = jax.nn.dot_product_attention(q, *cache, mask=mask, implementation="xla")
         return self._rest(h, attended, keys), cache
 
+    def project(
+        self,
+        names: Sequence[str],
+        x: jax.Array,
+        key: jax.Array | None,
+        *,
+        first: jax.Array | int = 0,
+        matrices: Mapping[str, jax.Array] = types.MappingProxyType({}),
+        residual: jax.Array | None = None,
+    ) -> list[jax.Array]:
+        """The layer's linears of these names on their common input, see `linear.project`."""
+        linears = [getattr(self, name) for name in names]
+        return project(linears, x, key, first=first, matrices=[matrices.get(name) for name in names], residual=residual)
+
     def _heads(self, x: jax.Array, positions: jax.Array, keys: dict[str, jax.Array | None]) -> tuple[jax.Array, ...]:
         """x [B, T, D] → q [B, T, H, P], k and v [B, T, K, P], q and k rotated."""
-        projected = project([self.q_proj, self.k_proj, self.v_proj], x, keys["q_proj"])
+        projected = self.project(("q_proj", "k_proj", "v_proj"), x, keys["q_proj"])
         q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in projected)
         return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta), v
 
     def _rest(self, h: jax.Array, attended: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
         """The layer after attention: attended [B, T, H, P] through o_proj, then SwiGLU, in chunks of tokens if they are many."""
-        h = checkpoint_name(h + self.o_proj(attended.reshape(*h.shape[:2], -1), keys["o_proj"]), "middle")
+        joined = attended.reshape(*h.shape[:2], -1)
+        (h,) = self.project(("o_proj",), joined, keys["o_proj"], residual=h)
+        h = checkpoint_name(h, "middle")
         tokens = h.shape[0] * h.shape[1]
         if tokens <= self.mlp_tokens:
             return self._mlp(h.reshape(tokens, -1), keys).reshape(h.shape)
@@ -275,14 +291,11 @@ class DecoderLayer(nnx.Module):
     ) -> jax.Array:
         """h [N, D], the micro-batch's tokens from `first` on → h + SwiGLU(norm(h)); `dense`: weights that were dequantized before."""
 
-        def linears(x: jax.Array, *names: str) -> list[jax.Array]:
-            given = [dense.get(name) for name in names]
-            outputs = project([getattr(self, name) for name in names], x, keys[names[0]], first, given)
-            return [checkpoint_name(y, name) for y, name in zip(outputs, names, strict=True)]
-
-        gate, up = linears(self.post_attention_layernorm(h), "gate_proj", "up_proj")
-        (down,) = linears(jax.nn.silu(gate) * up, "down_proj")
-        return h + down
+        apply = functools.partial(self.project, first=first, matrices=dense)
+        entered = apply(("gate_proj", "up_proj"), self.post_attention_layernorm(h), keys["gate_proj"])
+        gate, up = (checkpoint_name(y, name) for y, name in zip(entered, ("gate_proj", "up_proj"), strict=True))
+        (out,) = apply(("down_proj",), jax.nn.silu(gate) * up, keys["down_proj"], residual=h)
+        return out
 
 
 def _dropout_keys(key: jax.Array | None) -> dict[str, jax.Array | None]:

@@ -1,5 +1,6 @@
 """The GPU kernels: their indexing, in Pallas' interpreter; their PTX, for every card; and where there is a GPU, themselves."""
 
+import functools
 import os
 import re
 import shutil
@@ -16,9 +17,9 @@ import numpy as np
 import pytest
 
 from qlora_jax import kernels, nf4
-from qlora_jax.kernels import dequantization, narrow_matmul, quantization, triton
-from qlora_jax.linear import frozen_matmul
+from qlora_jax.kernels import dequantization, low_rank, narrow_matmul, quantization, triton
 from qlora_jax.nf4 import QuantizedTensor
+from tests.linears import frozen_matmul
 
 BF16_ROUNDING = 2.0**-8  # half a step of an 8-bit significand, relative
 F32_EPS = float(np.finfo(np.float32).eps)
@@ -113,6 +114,68 @@ def test_matmul_of_some_tokens(shape: tuple[int, int], tokens: int, format: tupl
     y = narrow_matmul.some(x, weight, rows=16, tile_words=16, interpret=True)
     assert (y.shape, y.dtype) == ((5 * tokens, shape[0]), x.dtype)
     assert_product(y, x, weight, weight_rounding=BF16_ROUNDING)
+
+
+LOW_RANK_CASES = [  # tokens, features, rank, transposed, bases, masked
+    (48, 64, 16, False, 1, False),
+    (130, 192, 48, True, 2, False),
+    (64, 96, 192, False, 3, True),
+    (33, 256, 64, True, 1, True),
+]
+
+
+def low_rank_case(
+    tokens: int, features: int, rank: int, transposed: bool, bases: int, masked: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `low_rank_add`; u has 16 columns more than count."""
+    keys = iter(jax.random.split(jax.random.key(0), bases + 3))
+    summands = [jax.random.normal(next(keys), (tokens, features), jnp.bfloat16) for _ in range(bases)]
+    u = jax.random.normal(next(keys), (tokens, 16 + rank), jnp.bfloat16)
+    v = jax.random.normal(next(keys), (features, rank) if transposed else (rank, features), jnp.bfloat16)
+    drawn = jax.random.bits(next(keys), (tokens, features), jnp.uint8) if masked else None
+    options = {"factor": 0.7, "first": 16, "transposed": transposed, "drawn": drawn, "threshold": 100}
+    return (summands, u, v), options
+
+
+def assert_low_rank_sum(found: jax.Array, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Rounded once, from sums in float32."""
+    summands, u, v = (jax.tree.map(lambda x: np.asarray(x, np.float64), each) for each in arguments)
+    v = v.T if options["transposed"] else v
+    u = u[:, options["first"] : options["first"] + v.shape[0]]
+    kept = 1 if options["drawn"] is None else np.asarray(options["drawn"]) >= options["threshold"]
+    exact = sum(summands) + options["factor"] * kept * (u @ v)
+    magnitudes = sum(np.abs(each) for each in summands) + options["factor"] * np.abs(u) @ np.abs(v)
+    bound = (v.shape[0] + len(summands) + 2) * F32_EPS * magnitudes
+    bound += BF16_ROUNDING * (np.abs(exact) + bound)
+    assert (np.abs(np.asarray(found, np.float64) - exact) <= bound).all()
+
+
+@interpreted
+@pytest.mark.parametrize("case", LOW_RANK_CASES, ids=str)
+def test_low_rank_add_interpreted(case: tuple[Any, ...]) -> None:
+    arguments, options = low_rank_case(*case)
+    assert low_rank.supported(*arguments)
+    found = low_rank.add(*arguments, **options, rows=32, columns=64, interpret=True)
+    assert (found.shape, found.dtype) == (arguments[0][0].shape, jnp.bfloat16)
+    assert_low_rank_sum(found, arguments, options)
+
+
+@pytest.mark.parametrize("case", LOW_RANK_CASES, ids=str)
+def test_the_twin_of_low_rank_add(case: tuple[Any, ...]) -> None:
+    """In float32, where what it rounds on the way does not count."""
+    (summands, u, v), options = low_rank_case(*case)
+    summands, u, v = jax.tree.map(lambda x: x.astype(jnp.float32), (summands, u, v))
+    assert not low_rank.supported(summands, u, v)
+    assert_low_rank_sum(kernels.plain_low_rank_add(summands, u, v, **options), (summands, u, v), options)
+
+
+def test_what_low_rank_add_leaves_to_its_twin() -> None:
+    def case(tokens: int = 64, features: int = 64, rank: int = 16, dtype: Any = jnp.bfloat16) -> bool:
+        base, u, v = (jnp.zeros(shape, dtype) for shape in ((tokens, features), (tokens, rank), (rank, features)))
+        return low_rank.supported([base], u, v)
+
+    assert case()
+    assert not any((case(tokens=8), case(features=72), case(rank=24), case(dtype=jnp.float32)))
 
 
 # ------------------------------------------------------------------------------------------------------------- the choice
@@ -270,6 +333,15 @@ def test_kernels_on_the_gpu(shape: tuple[int, int], quant_type: Any, double_quan
 
 
 @needs_gpu
+@pytest.mark.parametrize(
+    "case", [*LOW_RANK_CASES, (8192, 4096, 192, False, 3, True), (4096, 11008, 64, True, 1, False)], ids=str
+)
+def test_low_rank_add_on_the_gpu(case: tuple[Any, ...]) -> None:
+    arguments, options = low_rank_case(*case)
+    assert_low_rank_sum(jax.jit(functools.partial(kernels.low_rank_add, **options))(*arguments), arguments, options)
+
+
+@needs_gpu
 def test_peak_memory_is_one_dense_matrix_or_all() -> None:
     """Backward through a recomputed chain of linears: with shared matrices all of them exist at the turn, without only one.
 
@@ -305,6 +377,8 @@ import jax, jax.numpy as jnp
 from qlora_jax import kernels
 weight = kernels.quantize(jnp.ones((256, 1024), jnp.bfloat16))
 jax.block_until_ready([kernels.matmul(jnp.ones((n, 1024), jnp.bfloat16), weight) for n in (1, 16, 32)])
+x = jnp.ones((128, 128), jnp.bfloat16)
+jax.block_until_ready(kernels.low_rank_add([x], x[:, :64], x[:64]))
 """
 
 

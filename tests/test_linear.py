@@ -10,9 +10,11 @@ from flax import nnx
 
 from qlora_jax import nf4
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
-from qlora_jax.linear import FrozenParam, LoRA, NF4Linear, drawn_rate, dropout, frozen_matmul, low_rank_terms, project
+from qlora_jax.dropout import Dropout
+from qlora_jax.linear import FrozenParam, LoRA, NF4Linear, project
 from qlora_jax.llama import DecoderLayer, LlamaConfig
 from tests import tiny
+from tests.linears import frozen_matmul, linear_of, make_lora, term
 
 IN, OUT, TOKENS, RANK = 256, 192, 8, 4
 F32_EPS = float(np.finfo(np.float32).eps)
@@ -85,7 +87,7 @@ def test_no_dense_matrix_is_kept_with_an_adapter(dropout: float) -> None:
 
     def dense_run(adapter: Any, x: jax.Array) -> jax.Array:
         linear = nnx.merge(graph, adapter, frozen)
-        return jnp.einsum("...i,oi->...o", x, nf4.dequantize(linear.weight.get_value())) + linear.adapter(x, key)
+        return jnp.einsum("...i,oi->...o", x, nf4.dequantize(linear.weight.get_value())) + term(linear.adapter, x, key)
 
     assert max(floats_kept(lambda adapter, x: nnx.merge(graph, adapter, frozen)(x, key))) <= TOKENS * IN
     assert max(floats_kept(dense_run)) == OUT * IN  # so the measure sees a dense matrix where there is one
@@ -132,14 +134,6 @@ def make_linear(rank: int | None = RANK, dropout: float = 0.0, scaling: float = 
     return NF4Linear(IN, OUT, adapter, QuantizationSettings(), rngs=nnx.Rngs(0))
 
 
-def make_lora(a: Any, b: Any, scaling: float = 1.0, dropout: float = 0.0) -> LoRA:
-    """An adapter with given matrices."""
-    (rank, columns), rows = np.shape(a), np.shape(b)[0]
-    lora = LoRA(columns, rows, rank, scaling, dropout, nnx.Rngs(0))
-    lora.lora_a[...], lora.lora_b[...] = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    return lora
-
-
 def test_start_values() -> None:
     """kaiming_uniform with a = √5 is uniform in ±1/√in; B is zero."""
     lora = LoRA(IN, OUT, 64, 1.0, 0.0, nnx.Rngs(0))
@@ -167,7 +161,7 @@ def test_value_is_the_formula(rslora: bool, scaling: float) -> None:
     settings = LoraSettings(r=RANK, lora_alpha=16, use_rslora=rslora)
     assert settings.scaling == scaling
     x, a, b = (random(seed, *shape) for seed, shape in enumerate([(2, TOKENS, IN), (RANK, IN), (OUT, RANK)]))
-    found = make_lora(a, b, settings.scaling)(x, None)
+    found = term(make_lora(a, b, settings.scaling), x)
     x, a, b = (np.asarray(array, np.float64) for array in (x, a, b))
     exact = scaling * (x @ a.T) @ b.T
     rounding = (IN + RANK + 2) * F32_EPS * scaling * (np.abs(x) @ np.abs(a).T) @ np.abs(b).T
@@ -176,7 +170,7 @@ def test_value_is_the_formula(rslora: bool, scaling: float) -> None:
 
 def test_adapter_is_multiplied_in_the_inputs_dtype() -> None:
     lora = make_lora(random(0, RANK, IN), random(1, OUT, RANK))
-    assert lora(random(2, TOKENS, IN, dtype=jnp.bfloat16), None).dtype == jnp.bfloat16
+    assert term(lora, random(2, TOKENS, IN, dtype=jnp.bfloat16)).dtype == jnp.bfloat16
     assert lora.lora_a[...].dtype == lora.lora_b[...].dtype == jnp.float32
 
 
@@ -189,7 +183,7 @@ def test_dropout_drops_or_scales_each_input() -> None:
     """With A and B the identity, what the adapter sees comes out: zeros, and inputs over 1 - p, whose mean is the input's."""
     lora = make_lora(np.eye(64), np.eye(64), dropout=DROPOUT)
     x = 1 + random(0, 512, 64) ** 2  # nowhere zero
-    seen = np.asarray(lora(x, jax.random.key(0)))
+    seen = np.asarray(term(lora, x, jax.random.key(0)))
     dropped = seen == 0
     np.testing.assert_array_equal(seen, np.where(dropped, 0, np.asarray(x / (1 - DROPOUT))))
     deviation = (DROPOUT * (1 - DROPOUT) / dropped.size) ** 0.5
@@ -200,8 +194,8 @@ def test_dropout_drops_or_scales_each_input() -> None:
 
 def test_dropout_is_off_without_a_key_or_a_rate() -> None:
     x = random(0, TOKENS, 64)
-    np.testing.assert_array_equal(make_lora(np.eye(64), np.eye(64), dropout=DROPOUT)(x, None), x)
-    np.testing.assert_array_equal(make_lora(np.eye(64), np.eye(64), dropout=0.0)(x, jax.random.key(0)), x)
+    np.testing.assert_array_equal(term(make_lora(np.eye(64), np.eye(64), dropout=DROPOUT), x), x)
+    np.testing.assert_array_equal(term(make_lora(np.eye(64), np.eye(64), dropout=0.0), x, jax.random.key(0)), x)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +203,8 @@ def test_dropout_is_off_without_a_key_or_a_rate() -> None:
 )
 def test_dropout_draws_few_bits_and_divides_by_the_rate_it_draws(rate: float, drawn: float) -> None:
     x = jnp.ones((256, 1000))
-    seen = np.asarray(dropout(x, jax.random.key(0), rate, 0))
+    dropout = Dropout.of(rate)
+    seen = np.asarray(dropout(x, dropout.draw(x.shape, jax.random.key(0), 0)))
     kept = seen != 0
     np.testing.assert_array_equal(seen[kept], np.float32(1) / np.float32(1 - drawn))
     assert abs(kept.mean() - (1 - drawn)) < SIGMAS * (drawn * (1 - drawn) / kept.size) ** 0.5
@@ -217,19 +212,20 @@ def test_dropout_draws_few_bits_and_divides_by_the_rate_it_draws(rate: float, dr
 
 @pytest.mark.parametrize("rate", [1e-9, 1e-4, 0.003, 0.1, 1 / 3, 0.5, 0.9, 1 - 1e-6])
 def test_a_drawn_rate_is_near_the_one_asked_for(rate: float) -> None:
-    bits, threshold = drawn_rate(rate)
-    assert 0 < threshold < 2**bits
-    assert threshold / 2**bits == pytest.approx(rate, rel=0.02, abs=2**-32)
+    dropout = Dropout.of(rate)
+    assert 0 < dropout.threshold < 2**dropout.bits
+    assert 1 - dropout.share == pytest.approx(rate, rel=0.02, abs=2**-32)
 
 
 def test_dropout_of_a_later_chunk_is_part_of_the_whole_ones() -> None:
-    x, key = random(0, TOKENS, IN), jax.random.key(0)
-    np.testing.assert_array_equal(dropout(x[3:], key, DROPOUT, 3), dropout(x, key, DROPOUT, 0)[3:])
+    dropout, key = Dropout.of(DROPOUT), jax.random.key(0)
+    whole = dropout.draw((TOKENS, IN), key, 0)
+    np.testing.assert_array_equal(dropout.draw((TOKENS - 3, IN), key, 3), whole[3:])
 
 
 def test_dropout_is_reproducible_by_key() -> None:
     lora, x = make_lora(random(0, RANK, IN), random(1, OUT, RANK), dropout=DROPOUT), random(2, TOKENS, IN)
-    first, again, other = (np.asarray(lora(x, jax.random.key(seed))) for seed in (0, 0, 1))
+    first, again, other = (np.asarray(term(lora, x, jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.9
 
@@ -238,7 +234,7 @@ def test_dropout_touches_the_adapters_input_only() -> None:
     linear, key = make_linear(dropout=DROPOUT), jax.random.key(0)
     linear.adapter.lora_b[...] = random(1, OUT, RANK)
     x = random(2, TOKENS, IN)
-    expected = frozen_matmul(x, linear.weight.get_value()) + linear.adapter(x, key)
+    expected = frozen_matmul(x, linear.weight.get_value()) + term(linear.adapter, x, key)
     np.testing.assert_array_equal(linear(x, key), expected)
     assert not np.array_equal(linear(x, key), linear(x, None))
 
@@ -269,7 +265,8 @@ def test_linears_of_one_input_give_what_each_gives_alone() -> None:
 def test_linears_of_one_input_share_a_dropout_mask() -> None:
     eye = make_lora(np.eye(64), np.eye(64), dropout=DROPOUT)
     x = 1 + random(0, 512, 64) ** 2
-    first, second = low_rank_terms([eye, eye], x, jax.random.key(0))
+    first, second = project([linear_of(jnp.zeros((64, 64)), eye)] * 2, x, jax.random.key(0))
+    assert (np.asarray(first) == 0).any()
     np.testing.assert_array_equal(first, second)
 
 

@@ -8,6 +8,7 @@ without the backend they are written for still imports this package.
 import concurrent.futures
 import functools
 import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 from qlora_jax import nf4
 from qlora_jax.nf4 import QuantizedTensor, QuantType
 
-__all__ = ["available", "dense_matmul", "dequantize", "matmul", "quantize"]
+__all__ = ["available", "dense_matmul", "dequantize", "low_rank_add", "matmul", "quantize"]
 
 
 def quantize(weight: jax.Array, double_quant: bool = True, quant_type: QuantType = "nf4") -> QuantizedTensor:
@@ -60,9 +61,58 @@ def dense_matmul(x: jax.Array, dense: jax.Array) -> jax.Array:
     return jnp.einsum("...i,oi->...o", x, dense.astype(x.dtype))
 
 
+def low_rank_add(
+    bases: Sequence[jax.Array],
+    u: jax.Array,
+    v: jax.Array,
+    *,
+    factor: float = 1.0,
+    first: int = 0,
+    transposed: bool = False,
+    drawn: jax.Array | None = None,
+    threshold: int = 0,
+) -> jax.Array:
+    """bases [tokens, features] each, u [tokens, R'], v [R, features] → Σ bases + factor · u[:, first : first + R]·v, as the bases.
+
+    The kernel sums in float32 and rounds once; the twin rounds the product, and every sum.
+
+    Args:
+        transposed: v is [features, R].
+        drawn, threshold: [tokens, features] unsigned integers; where they are below the threshold nothing is added to the bases.
+    """
+    options = {"factor": factor, "first": first, "transposed": transposed, "drawn": drawn, "threshold": threshold}
+    if available():
+        from qlora_jax.kernels import low_rank as kernel
+
+        if kernel.supported(bases, u, v):
+            return kernel.add(bases, u, v, **options)
+    return plain_low_rank_add(bases, u, v, **options)
+
+
+def plain_low_rank_add(
+    bases: Sequence[jax.Array],
+    u: jax.Array,
+    v: jax.Array,
+    *,
+    factor: float,
+    first: int,
+    transposed: bool,
+    drawn: jax.Array | None,
+    threshold: int,
+) -> jax.Array:
+    """The twin of the kernel in XLA's operations, see `low_rank_add`."""
+    v = v.T if transposed else v
+    product = u[:, first : first + v.shape[0]] @ v
+    product = product if factor == 1 else product * jnp.asarray(factor, product.dtype)
+    if drawn is not None:
+        product = jnp.where(drawn >= threshold, product, 0)
+    base, *more = bases
+    return functools.reduce(jnp.add, more, base + product)
+
+
 @functools.cache
 def available() -> bool:
-    """Whether this process's GPU runs the kernels: tried once, on a small weight, and compared with the twin."""
+    """Whether this process's GPU runs the kernels: tried once, on small arrays, and compared with what they should give."""
     if jax.default_backend() != "gpu":
         return False
     with concurrent.futures.ThreadPoolExecutor(
@@ -82,9 +132,13 @@ def _try_out() -> str:
     """What is wrong with the kernels here; empty if nothing is."""
     try:
         from qlora_jax.kernels import dequantization as kernel
+        from qlora_jax.kernels import low_rank
 
         weight = nf4.quantize(jnp.asarray(np.random.default_rng(0).standard_normal((64, 256)), jnp.bfloat16))
         found, expected = kernel.dequantize(weight, "bfloat16"), nf4.dequantize(weight)
-        return "" if np.array_equal(np.asarray(found), np.asarray(expected)) else "their results differ from XLA's"
+        ones = jnp.ones((128, 128), jnp.bfloat16)
+        sums = low_rank.add([ones], ones[:, :64], ones[:64])
+        same = np.array_equal(np.asarray(found), np.asarray(expected)) and (np.asarray(sums) == 65).all()
+        return "" if same else "their results differ from XLA's"
     except Exception as error:  # whatever a missing backend, compiler or driver raises
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
