@@ -31,6 +31,7 @@ from convert.ahead import in_order
 from convert.delta import Base, Pair, adapted, base_rows, dora_factor, merged_weight
 from convert.folder import ModelFolder
 from convert.load import read_config
+from qlora_jax import kernels
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.errors import InputError
 from qlora_jax.linear import FrozenParam
@@ -246,10 +247,13 @@ class _Layer(DecoderLayer):
         key: None,
         *,
         residual: jax.Array | None = None,
+        gated: bool = False,
         **unused: Any,
     ) -> list[jax.Array]:
         """As a `DecoderLayer`; its sharing is not for us."""
         outputs = [self.linear(name, x) for name in names]
+        if gated:
+            outputs = [kernels.plain_swiglu(*outputs)]
         return outputs if residual is None else [residual + outputs[0], *outputs[1:]]
 
 

@@ -28,6 +28,8 @@ from qlora_jax.dropout import Dropout
 
 ADAPTER_OUTPUT = "adapter"
 """The name of x·Aᵀ [..., R] for what chooses the values to keep for the backward pass."""
+GATED_PRODUCTS = ("gate", "up")
+"""Likewise of the two products that enter SwiGLU, before their adapters' terms are added."""
 
 
 class FrozenParam(nnx.Variable):
@@ -49,11 +51,13 @@ def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """What `_multiply` is compiled for: each linear's scaling, dropout if any, and whether dense matrices are kept."""
+    """What `_multiply` is compiled for: each linear's scaling, dropout if any, whether dense matrices are kept, and whether the outputs are
+    those of two linears or SwiGLU of them."""
 
     scalings: tuple[float, ...]
     dropout: Dropout | None
     share_dense: bool
+    gated: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -86,17 +90,23 @@ def _multiply_forward(
     if any(pairs):
         seen = x if drawn is None else how.dropout(x, drawn)
         down = checkpoint_name(jnp.einsum("ni,ri->nr", seen, _stacked(pairs, x.dtype)), ADAPTER_OUTPUT)
+    kept = (x if any(pairs) else None, weights, pairs, drawn, down, residual is not None)
+    if how.gated:
+        gate, up = (checkpoint_name(each[0], name) for each, name in zip(bases, GATED_PRODUCTS, strict=True))
+        return [kernels.swiglu(_gated(gate, up, down, pairs, how))], (*kept, (gate, up))
     outputs = [
         functools.reduce(jnp.add, each)
         if pair is None
         else kernels.low_rank_add(each, down, pair[1].astype(x.dtype), factor=scaling, first=first, transposed=True)
         for each, pair, scaling, first in zip(bases, pairs, how.scalings, _firsts(pairs), strict=True)
     ]
-    return outputs, (x if any(pairs) else None, weights, pairs, drawn, down, residual is not None)
+    return outputs, (*kept, None)
 
 
 def _multiply_backward(how: _How, kept: Any, dys: list[jax.Array]) -> tuple[Any, ...]:
-    x, weights, pairs, drawn, down, added = kept
+    x, weights, pairs, drawn, down, added, entered = kept
+    if entered is not None:
+        dys = kernels.swiglu_backward(_gated(*entered, down, pairs, how), dys[0])
     bases = [
         jnp.einsum("no,oi->ni", dy, dense(weight).astype(dy.dtype)) for dy, weight in zip(dys, weights, strict=True)
     ]
@@ -128,6 +138,12 @@ def _multiply_backward(how: _How, kept: Any, dys: list[jax.Array]) -> tuple[Any,
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _gated(gate: jax.Array, up: jax.Array, down: jax.Array, pairs: tuple[Pair, ...], how: _How) -> kernels.Gated:
+    """Two linears' products and their adapters, as SwiGLU takes them."""
+    gate_v, up_v = (lora_b.astype(down.dtype) for _, lora_b in pairs)
+    return kernels.Gated(gate, up, down, gate_v, up_v, how.scalings, tuple(_firsts(pairs)))
 
 
 def _stacked(pairs: Sequence[Pair | None], dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -207,6 +223,7 @@ def project(
     first: jax.Array | int = 0,
     matrices: Sequence[jax.Array | None] | None = None,
     residual: jax.Array | None = None,
+    gated: bool = False,
 ) -> list[jax.Array]:
     """Linears of one input x [..., in] → what each gives, [..., out] in x's dtype.
 
@@ -221,6 +238,7 @@ def project(
         first: the number of x's first token among the micro-batch's, for the mask.
         matrices: the linears' weights where they were dequantized before.
         residual: [..., out] to be added to the first output.
+        gated: of two linears, return silu(first) · second alone.
     """
     x = jax.lax.optimization_barrier(x)  # or XLA makes it again for every product, instead of once
     adapters = [linear.adapter for linear in linears]
@@ -237,7 +255,14 @@ def project(
         None if residual is None else residual.reshape(len(rows), -1),
         drawn,
         _How(
-            tuple(1.0 if adapter is None else adapter.scaling for adapter in adapters), dropout, linears[0].share_dense
+            tuple(1.0 if adapter is None else adapter.scaling for adapter in adapters),
+            dropout,
+            linears[0].share_dense,
+            gated and all(adapters),
         ),
     )
+    if gated and len(outputs) == 2:  # an adapter is missing
+        outputs = [
+            kernels.plain_swiglu(*(checkpoint_name(y, name) for y, name in zip(outputs, GATED_PRODUCTS, strict=True)))
+        ]
     return [y.reshape(*x.shape[:-1], -1) for y in outputs]

@@ -7,7 +7,7 @@ V vocab, R rank, L layers.
 import functools
 import types
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
-from qlora_jax.linear import ADAPTER_OUTPUT, FrozenParam, LoRA, NF4Linear, project
+from qlora_jax.linear import ADAPTER_OUTPUT, GATED_PRODUCTS, FrozenParam, LoRA, NF4Linear, project
 from qlora_jax.llama_config import LlamaConfig
 
 Attention = Literal["xla", "cudnn"]
@@ -24,7 +24,7 @@ NOISE = 2**31 - 1
 MLP_TOKENS = 8192
 """Tokens the MLP works on at a time, by default: at 70B, 0.5 GB for each of its [N, F] arrays in bfloat16."""
 
-KEPT = jax.checkpoint_policies.save_only_these_names("middle", "gate_proj", "up_proj", ADAPTER_OUTPUT)
+KEPT = jax.checkpoint_policies.save_only_these_names("middle", *GATED_PRODUCTS, ADAPTER_OUTPUT)
 """What a layer that is not run again keeps besides its input, attention's inputs and its output."""
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values seen so far, each [B, S, K, P]
@@ -131,13 +131,12 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         key: jax.Array | None,
         *,
-        first: jax.Array | int = 0,
         matrices: Mapping[str, jax.Array] = types.MappingProxyType({}),
-        residual: jax.Array | None = None,
+        **options: Any,
     ) -> list[jax.Array]:
-        """The layer's linears of these names on their common input, see `linear.project`."""
+        """The layer's linears of these names on their common input, see `linear.project`; `matrices` by name."""
         linears = [getattr(self, name) for name in names]
-        return project(linears, x, key, first=first, matrices=[matrices.get(name) for name in names], residual=residual)
+        return project(linears, x, key, matrices=[matrices.get(name) for name in names], **options)
 
     def _heads(self, x: jax.Array, positions: jax.Array, keys: dict[str, jax.Array | None]) -> tuple[jax.Array, ...]:
         """x [B, T, D] → q [B, T, H, P], k and v [B, T, K, P], q and k rotated."""
@@ -171,9 +170,9 @@ class DecoderLayer(nnx.Module):
         """h [N, D], the micro-batch's tokens from `first` on → h + SwiGLU(norm(h)); `dense`: weights that were dequantized before."""
 
         apply = functools.partial(self.project, first=first, matrices=dense)
-        entered = apply(("gate_proj", "up_proj"), self.post_attention_layernorm(h), keys["gate_proj"])
-        gate, up = (checkpoint_name(y, name) for y, name in zip(entered, ("gate_proj", "up_proj"), strict=True))
-        (out,) = apply(("down_proj",), jax.nn.silu(gate) * up, keys["down_proj"], residual=h)
+        x = self.post_attention_layernorm(h)
+        (inner,) = apply(("gate_proj", "up_proj"), x, keys["gate_proj"], gated=True)
+        (out,) = apply(("down_proj",), inner, keys["down_proj"], residual=h)
         return out
 
 

@@ -169,6 +169,55 @@ def test_the_twin_of_low_rank_add(case: tuple[Any, ...]) -> None:
     assert_low_rank_sum(kernels.plain_low_rank_add(summands, u, v, **options), (summands, u, v), options)
 
 
+GATED_CASES = [(48, 64, 16), (70, 192, 48)]  # tokens, features, rank
+
+
+def gated_case(tokens: int, features: int, rank: int, dtype: Any = jnp.bfloat16) -> tuple[kernels.Gated, jax.Array]:
+    """Two sums of ordinary size, and a gradient."""
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    gate, up, dy = (jax.random.normal(next(keys), (tokens, features), dtype) for _ in range(3))
+    u = jax.random.normal(next(keys), (tokens, 2 * rank), dtype)
+    vs = (rank**-0.5 * jax.random.normal(next(keys), (features, rank), dtype) for _ in range(2))
+    return kernels.Gated(gate, up, u, *(v.astype(dtype) for v in vs), (2.0, 0.5), (0, rank)), dy
+
+
+def assert_swiglu(found: list[jax.Array], gated: kernels.Gated, dy: jax.Array) -> None:
+    """y, dgate, dup against float64. Their slopes in gate and up are at most 1.1 times the other factors; a sum's own error is that of its
+    product in float32."""
+    base, up, u, gate_v, up_v, dy = (np.asarray(x, np.float64) for x in (*gated[:5], dy))
+    rank = gate_v.shape[1]
+    terms = [
+        u[:, first : first + rank] @ v.T * factor
+        for first, v, factor in zip(gated.firsts, (gate_v, up_v), gated.factors, strict=True)
+    ]
+    gate, up = base + terms[0], up + terms[1]
+    opening = 1 / (1 + np.exp(-gate))
+    exact = gate * opening * up, dy * up * opening * (1 + gate * (1 - opening)), dy * gate * opening
+    sizes = 1 + np.abs(gate), 1 + np.abs(up), 1 + np.abs(dy)
+    absolute = (
+        (rank + 8) * F32_EPS * 10 * sizes[0] * sizes[1] * sizes[2]
+    )  # 10: a product's terms to its sum, at this rank
+    for value, expected in zip(found, exact, strict=True):
+        rounding = BF16_ROUNDING if value.dtype == jnp.bfloat16 else 0
+        assert (np.abs(np.asarray(value, np.float64) - expected) <= absolute + rounding * np.abs(expected)).all()
+
+
+@interpreted
+@pytest.mark.parametrize("case", GATED_CASES, ids=str)
+def test_swiglu_interpreted(case: tuple[int, int, int]) -> None:
+    gated, dy = gated_case(*case)
+    tiles = {"rows": 32, "columns": 64, "interpret": True}
+    found = [low_rank.swiglu(gated, **tiles), *low_rank.swiglu_backward(gated, dy, **tiles)]
+    assert {each.dtype for each in found} == {jnp.dtype(jnp.bfloat16)}
+    assert_swiglu(found, gated, dy)
+
+
+@pytest.mark.parametrize("case", GATED_CASES, ids=str)
+def test_the_twin_of_swiglu(case: tuple[int, int, int]) -> None:
+    gated, dy = gated_case(*case, dtype=jnp.float32)
+    assert_swiglu([kernels.swiglu(gated), *kernels.swiglu_backward(gated, dy)], gated, dy)
+
+
 def test_what_low_rank_add_leaves_to_its_twin() -> None:
     def case(tokens: int = 64, features: int = 64, rank: int = 16, dtype: Any = jnp.bfloat16) -> bool:
         base, u, v = (jnp.zeros(shape, dtype) for shape in ((tokens, features), (tokens, rank), (rank, features)))
@@ -342,6 +391,17 @@ def test_low_rank_add_on_the_gpu(case: tuple[Any, ...]) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("case", [*GATED_CASES, (4096, 11008, 64)], ids=str)
+def test_swiglu_on_the_gpu(case: tuple[int, int, int]) -> None:
+    gated, dy = gated_case(*case)
+    arrays, static = gated[:5], gated[5:]
+    run = jax.jit(
+        lambda arrays, dy: [kernels.swiglu(g := kernels.Gated(*arrays, *static)), *kernels.swiglu_backward(g, dy)]
+    )
+    assert_swiglu(run(arrays, dy), gated, dy)
+
+
+@needs_gpu
 def test_peak_memory_is_one_dense_matrix_or_all() -> None:
     """Backward through a recomputed chain of linears: with shared matrices all of them exist at the turn, without only one.
 
@@ -379,6 +439,8 @@ weight = kernels.quantize(jnp.ones((256, 1024), jnp.bfloat16))
 jax.block_until_ready([kernels.matmul(jnp.ones((n, 1024), jnp.bfloat16), weight) for n in (1, 16, 32)])
 x = jnp.ones((128, 128), jnp.bfloat16)
 jax.block_until_ready(kernels.low_rank_add([x], x[:, :64], x[:64]))
+gated = kernels.Gated(x, x, x, x[:, :64], x[:, :64], (1.0, 1.0), (0, 64))
+jax.block_until_ready([kernels.swiglu(gated), kernels.swiglu_backward(gated, x)])
 """
 
 

@@ -9,6 +9,7 @@ import concurrent.futures
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,17 @@ import numpy as np
 from qlora_jax import nf4
 from qlora_jax.nf4 import QuantizedTensor, QuantType
 
-__all__ = ["available", "dense_matmul", "dequantize", "low_rank_add", "matmul", "quantize"]
+__all__ = [
+    "Gated",
+    "available",
+    "dense_matmul",
+    "dequantize",
+    "low_rank_add",
+    "matmul",
+    "quantize",
+    "swiglu",
+    "swiglu_backward",
+]
 
 
 def quantize(weight: jax.Array, double_quant: bool = True, quant_type: QuantType = "nf4") -> QuantizedTensor:
@@ -108,6 +119,61 @@ def plain_low_rank_add(
         product = jnp.where(drawn >= threshold, product, 0)
     base, *more = bases
     return functools.reduce(jnp.add, more, base + product)
+
+
+class Gated(NamedTuple):
+    """The two products that enter SwiGLU, and their adapters' terms: gate + factors[0] · u[:, firsts[0]:]·gate_vᵀ, and so for up."""
+
+    gate: jax.Array  # [tokens, features]
+    up: jax.Array  # [tokens, features]
+    u: jax.Array  # [tokens, R']
+    gate_v: jax.Array  # [features, R]
+    up_v: jax.Array  # [features, R]
+    factors: tuple[float, float]
+    firsts: tuple[int, int]
+
+    @property
+    def halves(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """(base, v, factor, first) of the gate and of what it lets through."""
+        return tuple(zip((self.gate, self.up), (self.gate_v, self.up_v), self.factors, self.firsts, strict=True))
+
+
+def swiglu(gated: Gated) -> jax.Array:
+    """silu(gate) · up [tokens, features], the adapters' terms included. The kernel rounds once, the twin every step."""
+    if available():
+        from qlora_jax.kernels import low_rank as kernel
+
+        if _supported(gated):
+            return kernel.swiglu(gated)
+    return plain_swiglu(*_plain_sums(gated))
+
+
+def swiglu_backward(gated: Gated, dy: jax.Array) -> list[jax.Array]:
+    """From the gradient of what `swiglu` gives, those of its two sums; [tokens, features] each."""
+    if available():
+        from qlora_jax.kernels import low_rank as kernel
+
+        if _supported(gated):
+            return kernel.swiglu_backward(gated, dy)
+    return list(jax.vjp(plain_swiglu, *_plain_sums(gated))[1](dy))
+
+
+def plain_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The function itself, in XLA's operations."""
+    return jax.nn.silu(gate) * up
+
+
+def _supported(gated: Gated) -> bool:
+    from qlora_jax.kernels import low_rank as kernel
+
+    return all(kernel.supported([base], gated.u, v.T) for base, v, *_ in gated.halves)
+
+
+def _plain_sums(gated: Gated) -> list[jax.Array]:
+    return [
+        plain_low_rank_add([base], gated.u, v, factor=factor, first=first, transposed=True, drawn=None, threshold=0)
+        for base, v, factor, first in gated.halves
+    ]
 
 
 @functools.cache
