@@ -9,14 +9,13 @@ from the whole conversation, where it is not what the model wrote. It becomes a 
 as the model will see it, with that turn alone supervised.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_jax.data.formats import Chat
+from qlora_jax.data.jinja import JinjaTemplate, Span
 from qlora_jax.data.messages import Message
 from qlora_jax.data.rows import RowError
 from qlora_jax.data_settings import LossOn
@@ -24,8 +23,6 @@ from qlora_jax.data_settings import LossOn
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKS_FIX = "put {% generation %} ... {% endgeneration %} around the assistant's text in the chat template"
 PROBE = "zqxprobezqx"
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,7 @@ class Renderer:
     """
 
     def __init__(self, template: str, special_tokens: dict[str, str], end_tokens: Sequence[str]) -> None:
-        self.template = template
-        self._special_tokens, self._end_tokens = special_tokens, tuple(end_tokens)
+        self._template, self._end_tokens = JinjaTemplate(template, special_tokens), tuple(end_tokens)
         self._marked = bool(GENERATION_MARK.search(template))
         self._leaves_out: dict[str, bool] = {}
 
@@ -108,11 +104,12 @@ class Renderer:
         Its token mask is not used: it looks up the tokens of a span's first and last character, which leaves out part of
         an emoji at the end, and all later turns when a tokenizer's offsets leave out the space a turn starts with.
         """
-        (text,), (spans,) = self._call([messages], chat, where, return_assistant_tokens_mask=True)
-        if chat.num_prompt:
-            _, (prompt,) = self._call([messages[: chat.num_prompt]], chat, where, return_assistant_tokens_mask=True)
-            spans = spans[len(prompt) :]
-        elif loss_on in ("last_assistant", "completion"):
+        with _in_words(where):
+            text, spans = self._template.render_marked(messages, chat.tools)
+            if chat.num_prompt:
+                _, prompt = self._template.render_marked(messages[: chat.num_prompt], chat.tools)
+                spans = spans[len(prompt) :]
+        if not chat.num_prompt and loss_on in ("last_assistant", "completion"):
             spans = spans[-1:]
         return Rendered(text, tuple(spans))
 
@@ -139,18 +136,19 @@ class Renderer:
             return False  # it is not silent about it: the row itself will tell
         return PROBE not in text
 
-    def _render(self, chats: list[list[Message]], chat: Chat, where: str, **options: Any) -> list[str]:
-        texts, _ = self._call(chats, chat, where, **options)
-        return texts
+    def _render(self, chats: list[list[Message]], chat: Chat, where: str, **options: bool) -> list[str]:
+        with _in_words(where):
+            return [self._template.render(messages, chat.tools, **options) for messages in chats]
 
-    def _call(self, chats: list[list[Message]], chat: Chat, where: str, **options: Any) -> Any:
-        try:
-            return render_jinja_template(
-                chats, tools=chat.tools, chat_template=self.template, **self._special_tokens, **options
-            )
-        except ImportError:  # jinja2 is missing: the installation's fault, not the row's
-            raise
-        except Exception as error:  # a template is a program: it can raise what it likes
-            found = f"messages the chat template cannot render: {type(error).__name__}: {error}"
-            fix = "mend the row: templates may ask for alternating roles, or refuse `system`"
-            raise RowError(where, "template", found=found, fix=fix) from error
+
+@contextlib.contextmanager
+def _in_words(where: str) -> Iterator[None]:
+    """What a template raises, as the row's error."""
+    try:
+        yield
+    except ImportError:  # jinja2 is missing: the installation's fault, not the row's
+        raise
+    except Exception as error:  # a template is a program: it can raise what it likes
+        found = f"messages the chat template cannot render: {type(error).__name__}: {error}"
+        fix = "mend the row: templates may ask for alternating roles, or refuse `system`"
+        raise RowError(where, "template", found=found, fix=fix) from error

@@ -6,11 +6,13 @@ Ours mark what the assistant writes, its end included, and begin with BOS, so th
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from qlora_jax.data_settings import Format
 from qlora_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # slow to import; a process that tokenizes need not
 
 # transformers drops a newline that follows a block's end, hence the line breaks as expressions.
 LLAMA_2 = (
@@ -54,7 +56,7 @@ class ChatTemplate:
 
 
 def choose_template(
-    setting: str, tokenizer: PreTrainedTokenizerBase, formats: Collection[Format], log: Callable[[str], object]
+    setting: str, tokenizer: "PreTrainedTokenizerBase", formats: Collection[Format], log: Callable[[str], object]
 ) -> ChatTemplate:
     """The template that `data.chat_template` names; a choice made for a model without one is told to `log`.
 
@@ -81,7 +83,7 @@ def save_template(template: ChatTemplate | None, folder: Path) -> None:
         (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")
 
 
-def _own(tokenizer: PreTrainedTokenizerBase) -> str:
+def _own(tokenizer: "PreTrainedTokenizerBase") -> str:
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:  # several by name, without a default

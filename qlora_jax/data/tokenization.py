@@ -4,21 +4,24 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tokenizers
-from transformers import PreTrainedTokenizerBase
 
 from qlora_jax.data.chat import Rendered, Renderer
+from qlora_jax.data.encoding import Encoded, Encoder
 from qlora_jax.data.formats import Chat, Completion, Layout, Sample, Text
 from qlora_jax.data.rows import RawRow, RowError
 from qlora_jax.data.templates import ChatTemplate
 from qlora_jax.data_settings import DataSettings, LossOn
 from qlora_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # slow to import; a process that tokenizes need not
 
 REVISION = 1
 """Raised whenever the same rows may become other tokens or other masks, so that none that were kept are used again."""
@@ -60,7 +63,7 @@ class Recipe:
 
 
 def make_recipe(
-    tokenizer: PreTrainedTokenizerBase, layout: Layout, settings: DataSettings, template: ChatTemplate | None
+    tokenizer: "PreTrainedTokenizerBase", layout: Layout, settings: DataSettings, template: ChatTemplate | None
 ) -> Recipe:
     """How rows of one layout become tokens.
 
@@ -96,7 +99,7 @@ def make_recipe(
     )
 
 
-def _plain_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
+def _plain_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> tokenizers.Tokenizer:
     """A copy of the tokenizer whose offsets cover each token's whole text.
 
     The post-processor of many byte-level tokenizers leaves spaces out of the offsets (`trim_offsets`), so that a token
@@ -110,7 +113,7 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer
     return backend
 
 
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _start_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     plain = tokenizer("x", add_special_tokens=False)["input_ids"]
     special = tokenizer("x")["input_ids"]
     num_start = next(n for n in range(len(special)) if special[n : n + len(plain)] == plain)
@@ -150,36 +153,51 @@ class RowTokenizer:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._tokenizer = tokenizers.Tokenizer.from_str(recipe.tokenizer)
+        self._encode = Encoder(recipe.tokenizer)
         self._renderer = Renderer(recipe.template, recipe.special_tokens, recipe.end_tokens)
         self._start_ids = np.array(recipe.start_ids, np.int32)
 
     def __call__(self, rows: Sequence[RawRow]) -> Tokens:
         """Parse, check, render and tokenize; what cannot be used is in `problems`, in the rows' order."""
         problems: dict[int, RowError] = {}
-        rendered: list[tuple[int, str, Sample, Rendered]] = []
+        texts: list[Rendered] = []
+        samples: list[Sample] = []  # of each text
+        numbers: list[int] = []
         for number, raw in enumerate(rows):
             try:
-                row = raw.parse()
-                sample = self.recipe.layout.read(row)
-                rendered += [(number, row.where, sample, text) for text in self._render(sample, row.where)]
-            except RowError as error:
-                problems[number] = error
-        examples, num_truncated = [], 0
-        encoded = self._encode(
-            [text for *_, text in rendered], [isinstance(sample, Completion) for *_, sample, _ in rendered]
-        )
-        for (number, where, sample, _), (ids, mask) in zip(rendered, encoded, strict=True):
-            if not isinstance(sample, Chat):
-                ids, mask = self._add_boundaries(ids, mask)
-            try:
-                examples.append(self._example(ids, mask, where))
+                sample = self.recipe.layout.read(raw.parse())
+                rendered = self._render(sample, raw.where)
             except RowError as error:
                 problems[number] = error
             else:
-                num_truncated += len(ids) > self.recipe.max_seq_length
-        num_split = len(rendered) - len({number for number, *_ in rendered})
-        return _flat(examples, len(rows), num_truncated, num_split, [problems[number] for number in sorted(problems)])
+                texts += rendered
+                samples += [sample] * len(rendered)
+                numbers += [number] * len(rendered)
+        encoded = self._encode(texts, np.array([isinstance(sample, Completion) for sample in samples], bool))
+        is_chat = np.array([isinstance(sample, Chat) for sample in samples], bool)
+        if not is_chat.all():
+            encoded = self._add_boundaries(encoded, ~is_chat)
+        limit = self.recipe.max_seq_length
+        usable = encoded.lengths <= limit if self.recipe.too_long != "truncate" else np.ones(len(texts), bool)
+        cut = _cut(encoded, limit)
+        usable &= np.add.reduceat(np.append(cut.mask, False), cut.starts, dtype=np.int64) > 0 if len(texts) else True
+        for text in np.flatnonzero(~usable).tolist():
+            here = slice(encoded.starts[text], encoded.starts[text] + encoded.lengths[text])
+            problems[numbers[text]] = self._problem(encoded.mask[here], rows[numbers[text]].where)
+        kept = np.repeat(usable, cut.lengths)
+        return _hashed(
+            Tokens(
+                cut.input_ids[kept],
+                cut.mask[kept],
+                cut.lengths[usable],
+                np.array([], np.uint64),
+                [rows[number].where for number, is_usable in zip(numbers, usable.tolist(), strict=True) if is_usable],
+                len(rows),
+                int((usable & (encoded.lengths > limit)).sum()),
+                len(numbers) - len(set(numbers)),
+                [problems[number] for number in sorted(problems)],
+            )
+        )
 
     def _render(self, sample: Sample, where: str) -> list[Rendered]:
         loss_on = self.recipe.loss_on
@@ -190,93 +208,69 @@ class RowTokenizer:
         text = sample.prompt + sample.completion
         return [Rendered(text, ((0 if loss_on == "all" else len(sample.prompt), len(text)),))]
 
-    def _encode(
-        self, texts: Sequence[Rendered], count_joined: Sequence[bool]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids [T] int32, mask [T] bool) of each text: the tokens that start inside a span or, with `count_joined`, overlap one."""
-        if not texts:
-            return
-        encodings = self._tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)
-        lengths = [len(encoding) for encoding in encodings]
-        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, sum(lengths))
-        offsets = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
-        # All texts as one: each token and each span moves by the lengths of the texts before its own.
-        bases = np.cumsum([0, *(len(text.text) + 1 for text in texts[:-1])])
-        ranges = np.fromiter(offsets, np.int64, 2 * len(ids)).reshape(-1, 2) + np.repeat(bases, lengths)[:, None]
-        spans = [
-            (base + start, base + end)
-            for base, text in zip(bases.tolist(), texts, strict=True)
-            for start, end in text.spans
-        ]
-        mask = _covered(ranges, np.array(spans, np.int64).reshape(-1, 2), np.repeat(count_joined, lengths))
-        ends = np.cumsum(lengths)
-        for end, length in zip(ends.tolist(), lengths, strict=True):
-            yield ids[end - length : end], mask[end - length : end]
+    def _add_boundaries(self, encoded: Encoded, at: np.ndarray) -> Encoded:
+        """Put the start tokens (unsupervised) and EOS (supervised) around the rows `at` ([rows] bool), unless they spell them."""
+        ids, lengths, starts = encoded.input_ids, encoded.lengths, encoded.starts
+        begin, eos_id = self._start_ids, self.recipe.eos_id
+        spelled = lengths >= len(begin)
+        for place, token in enumerate(begin):
+            spelled[spelled] = ids[starts[spelled] + place] == token
+        num_before = np.where(at & ~spelled, len(begin), 0)
+        # A row without a token ends with what is put before it, if that is anything.
+        last = np.full(len(lengths), begin[-1] if len(begin) else -1, np.int64)
+        last[lengths > 0] = ids[(starts + lengths - 1)[lengths > 0]]
+        no_token = lengths + num_before == 0
+        num_after = (at & ((last != eos_id) | no_token)).astype(np.int64)
+        longer = lengths + num_before + num_after
+        new_starts = np.cumsum(longer) - longer
+        new_ids, mask = np.full(longer.sum(), eos_id, np.int32), np.ones(longer.sum(), bool)
+        places = np.arange(len(ids)) + np.repeat(new_starts + num_before - starts, lengths)
+        new_ids[places], mask[places] = ids, encoded.mask
+        begins = new_starts[at][:, None] + np.arange(len(begin))
+        new_ids[begins], mask[begins] = begin, False
+        return Encoded(new_ids, mask, longer)
 
-    def _add_boundaries(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Put the start tokens (unsupervised) and EOS (supervised) around a text, unless the text already spells them."""
-        start, eos_id = self._start_ids, self.recipe.eos_id
-        if len(start):
-            if np.array_equal(ids[: len(start)], start):
-                ids, mask = ids[len(start) :], mask[len(start) :]
-            ids, mask = np.concatenate([start, ids]), np.concatenate([np.zeros(len(start), bool), mask])
-        if not len(ids) or ids[-1] != eos_id:
-            ids, mask = np.append(ids, np.int32(eos_id)), np.append(mask, True)
-        return ids, mask
-
-    def _example(self, ids: np.ndarray, mask: np.ndarray, where: str) -> Example:
-        """Cut to max_seq_length on the right; labels are shifted by one, so the first token is never predicted."""
+    def _problem(self, mask: np.ndarray, where: str) -> RowError:
+        """Why a row cannot be used, from its mask before it is cut."""
         limit = self.recipe.max_seq_length
-        if len(ids) > limit and self.recipe.too_long != "truncate":
+        if len(mask) > limit and self.recipe.too_long != "truncate":
             fix = "raise data.max_seq_length, or choose data.too_long: truncate or skip"
             expected = f"at most {limit} (data.max_seq_length)"
-            raise RowError(where, "too long", found=f"{len(ids)} tokens", expected=expected, fix=fix)
-        kept = mask[:limit].copy()
-        kept[:1] = False
-        if kept.any():
-            return Example(ids[:limit], kept, where)
+            return RowError(where, "too long", found=f"{len(mask)} tokens", expected=expected, fix=fix)
         if mask[1:].any():
-            found = f"{len(ids)} tokens, and none of the first {limit} (data.max_seq_length) counts in the loss"
+            found = f"{len(mask)} tokens, and none of the first {limit} (data.max_seq_length) counts in the loss"
             fix = f"raise data.max_seq_length above {int(mask[1:].argmax()) + 1}, shorten the prompt, or drop the row"
         else:
-            found = f"{len(ids)} tokens, none of which follows another and counts in the loss"
+            found = f"{len(mask)} tokens, none of which follows another and counts in the loss"
             fix = "drop the row, or give it text to learn"
-        raise RowError(where, "nothing to learn", found=found, expected="at least one token to learn", fix=fix)
+        return RowError(where, "nothing to learn", found=found, expected="at least one token to learn", fix=fix)
 
 
-def _covered(ranges: np.ndarray, spans: np.ndarray, count_joined: np.ndarray) -> np.ndarray:
-    """[tokens] bool: which ranges [tokens, 2] start inside one of the ordered spans [S, 2] or, where `count_joined`, overlap one."""
-    if not len(spans):
-        return np.zeros(len(ranges), bool)
-    starts, ends = ranges.T
-    # The last span that begins at or before the token's start; and, for an overlap, before its end.
-    at_start = np.searchsorted(spans[:, 0], starts, side="right") - 1
-    at_end = np.searchsorted(spans[:, 0], ends, side="left") - 1
-    span = np.where(count_joined, np.maximum(at_end, at_start), at_start)
-    return (span >= 0) & (starts < spans[span, 1])
+def _cut(encoded: Encoded, limit: int) -> Encoded:
+    """Cut on the right; labels are shifted by one, so the first token is never predicted."""
+    lengths, mask, ids = np.minimum(encoded.lengths, limit), encoded.mask.copy(), encoded.input_ids
+    mask[encoded.starts[lengths > 0]] = False
+    if (encoded.lengths > limit).any():
+        kept = np.arange(len(ids)) - np.repeat(encoded.starts, encoded.lengths) < limit
+        ids, mask = ids[kept], mask[kept]
+    return Encoded(ids, mask, lengths)
 
 
-def _flat(
-    examples: Sequence[Example], num_read: int, num_truncated: int, num_split: int, problems: list[RowError]
-) -> Tokens:
-    hashes = [example_hash(example) for example in examples]
-    return Tokens(
-        np.concatenate([np.array([], np.int32), *(example.input_ids for example in examples)]),
-        np.concatenate([np.array([], bool), *(example.loss_mask for example in examples)]),
-        np.array([len(example.input_ids) for example in examples], np.int64),
-        np.array(hashes, np.uint64),
-        [example.where for example in examples],
-        num_read,
-        num_truncated,
-        num_split,
-        problems,
-    )
+def _hashed(tokens: Tokens) -> Tokens:
+    ids, masks = tokens.input_ids.tobytes(), tokens.loss_mask.tobytes()
+    ends = np.cumsum(tokens.lengths).tolist()
+    size = tokens.input_ids.itemsize
+    hashes = [_hash(ids[size * a : size * b] + masks[a:b]) for a, b in pairwise([0, *ends])]
+    return dataclasses.replace(tokens, hashes=np.array(hashes, np.uint64))
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def example_hash(example: Example) -> int:
     """64 bits that are equal for rows that are equal to the token."""
-    content = example.input_ids.tobytes() + example.loss_mask.tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return _hash(example.input_ids.tobytes() + example.loss_mask.tobytes())
 
 
 def tokenize(rows: Sequence[RawRow], recipe: Recipe) -> list[Example]:

@@ -1,0 +1,139 @@
+"""Texts to token ids, many at once, and which tokens lie in the supervised spans."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from qlora_jax.data.chat import Rendered
+from qlora_jax.data.jinja import Span
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of tokens, laid end to end."""
+
+    input_ids: np.ndarray
+    """[all tokens] int32."""
+    mask: np.ndarray
+    """[all tokens] bool: supervised."""
+    lengths: np.ndarray
+    """[rows] int64."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        """[rows] int64: where each begins."""
+        return np.cumsum(self.lengths) - self.lengths
+
+
+class Encoder:
+    """One fast tokenizer, without special tokens of its own.
+
+    A mask needs to know where in the text each token is. Tokenizers can say, but that is a third of their work. The tokens of a
+    byte-level tokenizer tile the text, so there the lengths of the tokens say it as well.
+    """
+
+    def __init__(self, tokenizer: str) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
+        self._token_bytes = token_bytes(self._tokenizer)
+
+    def __call__(self, texts: Sequence[Rendered], count_joined: np.ndarray) -> Encoded:
+        """Supervised are the tokens that start inside a span or, in rows with `count_joined` ([rows] bool), overlap one."""
+        if self._token_bytes is not None and (encoded := self._by_bytes(texts, count_joined)) is not None:
+            return encoded
+        return self._by_offsets(texts, count_joined)
+
+    def _by_bytes(self, texts: Sequence[Rendered], count_joined: np.ndarray) -> Encoded | None:
+        """None where the tokens do not add up to the texts."""
+        encodings = self._tokenizer.encode_batch_fast([text.text for text in texts], add_special_tokens=False)
+        ids, lengths = _ids(encodings)
+        ends = np.cumsum(self._token_bytes[ids], dtype=np.int64)
+        text_bytes = [len(text.text) if text.text.isascii() else len(text.text.encode()) for text in texts]
+        bases = np.cumsum([0, *text_bytes])
+        if not np.array_equal(np.append(0, ends)[np.cumsum(lengths)], bases[1:]):
+            return None
+        spans = [
+            (base + start, base + end)
+            for base, text in zip(bases.tolist(), texts, strict=False)
+            for start, end in _in_bytes(text)
+        ]
+        ranges = np.stack([ends - self._token_bytes[ids], ends], axis=1)
+        return Encoded(ids, _covered(ranges, spans, np.repeat(count_joined, lengths)), lengths)
+
+    def _by_offsets(self, texts: Sequence[Rendered], count_joined: np.ndarray) -> Encoded:
+        encodings = self._tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)
+        ids, lengths = _ids(encodings)
+        offsets = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
+        # All texts as one: each token and each span moves by the lengths of the texts before its own.
+        bases = np.cumsum([0, *(len(text.text) + 1 for text in texts[:-1])])
+        ranges = np.fromiter(offsets, np.int64, 2 * len(ids)).reshape(-1, 2) + np.repeat(bases, lengths)[:, None]
+        spans = [
+            (base + start, base + end)
+            for base, text in zip(bases.tolist(), texts, strict=True)
+            for start, end in text.spans
+        ]
+        return Encoded(ids, _covered(ranges, spans, np.repeat(count_joined, lengths)), lengths)
+
+
+def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray | None:
+    """[vocabulary] int64: the bytes of text that each token stands for; None unless every text's tokens are sure to tile it.
+
+    Sure are byte-level BPE tokenizers (Llama 3, GPT-2, SmolLM2) that change nothing before and swallow no white space around
+    special tokens: there each character of a token is one byte.
+    """
+    model, splits, added = tokenizer.model, tokenizer.pre_tokenizer, tokenizer.get_added_tokens_decoder()
+    steps = list(splits) if isinstance(splits, pre_tokenizers.Sequence) else [splits]
+    *before, last = steps
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    tiles = (
+        tokenizer.normalizer is None
+        and isinstance(model, models.BPE)
+        and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix or model.byte_fallback)
+        and all(isinstance(step, pre_tokenizers.Split | pre_tokenizers.Digits) for step in before)
+        and all(step.behavior != "removed" for step in before if isinstance(step, pre_tokenizers.Split))
+        and isinstance(last, pre_tokenizers.ByteLevel)
+        and not last.add_prefix_space
+        and alphabet <= vocabulary.keys()
+        and not any(token.lstrip or token.rstrip for token in added.values())
+        and not any(not token.content.isascii() and token.content in vocabulary for token in added.values())
+    )
+    if not tiles:
+        return None
+    lengths = np.zeros(1 + max(chain(vocabulary.values(), added)), np.int64)
+    for token, index in vocabulary.items():
+        lengths[index] = len(token)
+    for index, token in added.items():
+        lengths[index] = len(token.content.encode())
+    return lengths
+
+
+def _ids(encodings: Sequence[tokenizers.Encoding]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [encoding.ids for encoding in encodings]
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
+
+
+def _in_bytes(text: Rendered) -> Sequence[Span]:
+    """The spans as ranges of UTF-8 bytes."""
+    if text.text.isascii():
+        return text.spans
+    data = np.frombuffer(text.text.encode(), np.uint8)
+    starts = np.append(np.flatnonzero(data & 0xC0 != 0x80), len(data))  # all but continuation bytes start a character
+    return [(int(starts[start]), int(starts[end])) for start, end in text.spans]
+
+
+def _covered(ranges: np.ndarray, spans: Sequence[Span], count_joined: np.ndarray) -> np.ndarray:
+    """[tokens] bool: which ranges [tokens, 2] start inside one of the ordered spans or, where `count_joined`, overlap one."""
+    if not spans:
+        return np.zeros(len(ranges), bool)
+    (starts, ends), bounds = ranges.T, np.array(spans, np.int64)
+    # The last span that begins at or before the token's start; and, for an overlap, before its end.
+    span = np.searchsorted(bounds[:, 0], starts, side="right") - 1
+    if count_joined.any():
+        at_end = np.searchsorted(bounds[:, 0], ends, side="left") - 1
+        span = np.where(count_joined, np.maximum(at_end, span), span)
+    return (span >= 0) & (starts < bounds[span, 1])
