@@ -247,14 +247,27 @@ class _Layer(DecoderLayer):
         key: None,
         *,
         residual: jax.Array | None = None,
-        gated: bool = False,
-        **unused: Any,
+        rotation: kernels.Rotation | None = None,
+        rotated: Sequence[bool] = (False,),
     ) -> list[jax.Array]:
         """As a `DecoderLayer`; its sharing is not for us."""
         outputs = [self.linear(name, x) for name in names]
-        if gated:
-            outputs = [kernels.plain_swiglu(*outputs)]
-        return outputs if residual is None else [residual + outputs[0], *outputs[1:]]
+        if residual is not None:
+            outputs[0] += residual
+        if rotation is not None:
+            outputs = [_turn(y, rotation) if turned else y for y, turned in zip(outputs, rotated, strict=True)]
+        return outputs
+
+    def feed_forward(self, x: jax.Array, residual: jax.Array, *unused: Any) -> jax.Array:
+        """As a `DecoderLayer`."""
+        inner = kernels.plain_swiglu(*self.project(("gate_proj", "up_proj"), x, None))
+        (out,) = self.project(("down_proj",), inner, None, residual=residual)
+        return out
+
+
+def _turn(y: jax.Array, rotation: kernels.Rotation) -> jax.Array:
+    """y [3, T, heads · P], rotated."""
+    return kernels.plain_rotate(y.reshape(-1, y.shape[-1]), rotation).reshape(y.shape)
 
 
 def _abstract_layer(config: LlamaConfig) -> _Layer:

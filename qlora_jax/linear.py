@@ -28,8 +28,6 @@ from qlora_jax.dropout import Dropout
 
 ADAPTER_OUTPUT = "adapter"
 """The name of x·Aᵀ [..., R] for what chooses the values to keep for the backward pass."""
-GATED_PRODUCTS = ("gate", "up")
-"""Likewise of the two products that enter SwiGLU, before their adapters' terms are added."""
 
 
 class FrozenParam(nnx.Variable):
@@ -45,32 +43,34 @@ def dense(weight: Weight) -> jax.Array:
     return kernels.dequantize(weight) if isinstance(weight, nf4.QuantizedTensor) else weight
 
 
-def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
+def matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    """x [N, in] times the transpose of a frozen weight of shape (out, in)."""
     return kernels.matmul(x, weight) if isinstance(weight, nf4.QuantizedTensor) else kernels.dense_matmul(x, weight)
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
-    """What `_multiply` is compiled for: each linear's scaling, dropout if any, whether dense matrices are kept, and whether the outputs are
-    those of two linears or SwiGLU of them."""
+class How:
+    """What is compiled for a group of linears: each one's scaling, dropout if any, whether dense matrices are kept, which outputs are
+    rotated."""
 
     scalings: tuple[float, ...]
     dropout: Dropout | None
     share_dense: bool
-    gated: bool
+    rotated: tuple[bool, ...] = ()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _multiply(
     x: jax.Array,
     weights: tuple[Weight, ...],
     pairs: tuple[Pair | None, ...],
     residual: jax.Array | None,
     drawn: jax.Array | None,
-    how: _How,
+    rotation: kernels.Rotation | None,
+    how: How,
 ) -> list[jax.Array]:
     """`project` on x [N, in], its residual [N, out] and what dropout drew [N, in]."""
-    return _multiply_forward(x, weights, pairs, residual, drawn, how)[0]
+    return _multiply_forward(x, weights, pairs, residual, drawn, rotation, how)[0]
 
 
 def _multiply_forward(
@@ -79,80 +79,121 @@ def _multiply_forward(
     pairs: tuple[Pair | None, ...],
     residual: jax.Array | None,
     drawn: jax.Array | None,
-    how: _How,
+    rotation: kernels.Rotation | None,
+    how: How,
 ) -> tuple[list[jax.Array], Any]:
     if how.share_dense:
         weights = tuple(map(dense, weights))
-    bases = [[_matmul(x, weight)] for weight in weights]
+    bases = [[matmul(x, weight)] for weight in weights]
     if residual is not None:
         bases[0].append(residual)
-    down = None
-    if any(pairs):
-        seen = x if drawn is None else how.dropout(x, drawn)
-        down = checkpoint_name(jnp.einsum("ni,ri->nr", seen, _stacked(pairs, x.dtype)), ADAPTER_OUTPUT)
-    kept = (x if any(pairs) else None, weights, pairs, drawn, down, residual is not None)
-    if how.gated:
-        gate, up = (checkpoint_name(each[0], name) for each, name in zip(bases, GATED_PRODUCTS, strict=True))
-        return [kernels.swiglu(_gated(gate, up, down, pairs, how))], (*kept, (gate, up))
-    outputs = [
-        functools.reduce(jnp.add, each)
-        if pair is None
-        else kernels.low_rank_add(each, down, pair[1].astype(x.dtype), factor=scaling, first=first, transposed=True)
-        for each, pair, scaling, first in zip(bases, pairs, how.scalings, _firsts(pairs), strict=True)
-    ]
-    return outputs, (*kept, None)
+    down = adapter_output(x, pairs, drawn, how.dropout) if any(pairs) else None
+    outputs = []
+    for base, pair, scaling, first, turned in zip(bases, pairs, how.scalings, firsts(pairs), how.rotated, strict=True):
+        turn = rotation if turned else None
+        if pair is None:
+            total = functools.reduce(jnp.add, base)
+            outputs.append(total if turn is None else kernels.plain_rotate(total, turn))
+        else:
+            options = {"factor": scaling, "first": first, "transposed": True, "rotation": turn}
+            outputs.append(kernels.low_rank_add(base, down, pair[1].astype(x.dtype), **options))
+    kept = x if any(pairs) else None, weights, pairs, drawn, down, rotation, residual is not None
+    return outputs, kept
 
 
-def _multiply_backward(how: _How, kept: Any, dys: list[jax.Array]) -> tuple[Any, ...]:
-    x, weights, pairs, drawn, down, added, entered = kept
-    if entered is not None:
-        dys = kernels.swiglu_backward(_gated(*entered, down, pairs, how), dys[0])
-    bases = [
-        jnp.einsum("no,oi->ni", dy, dense(weight).astype(dy.dtype)) for dy, weight in zip(dys, weights, strict=True)
-    ]
+def _multiply_backward(how: How, kept: Any, dys: list[jax.Array]) -> tuple[Any, ...]:
+    x, weights, pairs, drawn, down, rotation, added = kept
     dresidual = dys[0] if added else None
-    if not any(pairs):
-        return functools.reduce(jnp.add, bases), None, pairs, dresidual, None
-    pieces, dpairs = [], []
-    for dy, pair, scaling, first in zip(dys, pairs, how.scalings, _firsts(pairs), strict=True):
-        if pair is not None:
-            lora_b = pair[1]
-            piece = jnp.einsum("no,or->nr", dy, lora_b.astype(dy.dtype), preferred_element_type=jnp.float32)
-            pieces.append((piece * scaling).astype(dy.dtype))
-            part = down[:, first : first + lora_b.shape[1]]
-            # Written with a transpose, it is a product of rank rows: twice as fast on a CPU as one of rank columns.
-            db = jnp.einsum("nr,no->ro", part, dy, preferred_element_type=jnp.float32).T * scaling
-        dpairs.append(None if pair is None else [None, db.astype(lora_b.dtype)])
-    ddown = jnp.concatenate(pieces, axis=-1)
-    masked = (
-        {} if drawn is None else {"drawn": drawn, "threshold": how.dropout.threshold, "factor": 1 / how.dropout.share}
-    )
-    dx = kernels.low_rank_add(bases, ddown, _stacked(pairs, x.dtype), **masked)
-    seen = x if drawn is None else how.dropout(x, drawn)
-    da = jnp.einsum("nr,ni->ri", ddown, seen, preferred_element_type=jnp.float32)
-    for pair, dpair, first in zip(pairs, dpairs, _firsts(pairs), strict=True):
-        if pair is not None:
-            dpair[0] = da[first : first + pair[0].shape[0]].astype(pair[0].dtype)
-    dpairs = tuple(None if dpair is None else tuple(dpair) for dpair in dpairs)
-    return dx, None, dpairs, dresidual, None  # weights are frozen: no cotangent
+    dys = [
+        kernels.plain_rotate(dy, rotation.inverse) if turned else dy
+        for dy, turned in zip(dys, how.rotated, strict=True)
+    ]
+    bases, ddown = toward_input(dys, weights, pairs, how.scalings)
+    dx, dpairs = functools.reduce(jnp.add, bases), pairs
+    if any(pairs):
+        dx = input_gradient(bases, ddown, pairs, drawn, how.dropout)
+        seen = seen_by_adapters(x, drawn, how.dropout)
+        dpairs = pair_gradients(dys, ddown, seen, down, pairs, how.scalings)
+    return dx, None, dpairs, dresidual, None, None  # weights are frozen: no cotangent
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-def _gated(gate: jax.Array, up: jax.Array, down: jax.Array, pairs: tuple[Pair, ...], how: _How) -> kernels.Gated:
-    """Two linears' products and their adapters, as SwiGLU takes them."""
-    gate_v, up_v = (lora_b.astype(down.dtype) for _, lora_b in pairs)
-    return kernels.Gated(gate, up, down, gate_v, up_v, how.scalings, tuple(_firsts(pairs)))
+def seen_by_adapters(x: jax.Array, drawn: jax.Array | None, dropout: Dropout | None) -> jax.Array:
+    """x [N, in] after dropout, if anything was drawn for it."""
+    return x if drawn is None else dropout(x, drawn)
 
 
-def _stacked(pairs: Sequence[Pair | None], dtype: jax.typing.DTypeLike) -> jax.Array:
+def adapter_output(
+    x: jax.Array, pairs: Sequence[Pair | None], drawn: jax.Array | None, dropout: Dropout | None
+) -> jax.Array:
+    """x [N, in] through all A's: [N, ΣR], under the name `ADAPTER_OUTPUT`."""
+    seen = seen_by_adapters(x, drawn, dropout)
+    return checkpoint_name(jnp.einsum("ni,ri->nr", seen, stacked(pairs, x.dtype)), ADAPTER_OUTPUT)
+
+
+def toward_input(
+    dys: Sequence[jax.Array], weights: Sequence[Weight], pairs: Sequence[Pair | None], scalings: Sequence[float]
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """Gradients of outputs [N, out] → through the weights, [N, in] each; through the B's, [N, ΣR], if there is any."""
+    bases = [
+        jnp.einsum("no,oi->ni", dy, dense(weight).astype(dy.dtype)) for dy, weight in zip(dys, weights, strict=True)
+    ]
+    pieces = []
+    for dy, pair, scaling in zip(dys, pairs, scalings, strict=True):
+        if pair is not None:
+            piece = jnp.einsum("no,or->nr", dy, pair[1].astype(dy.dtype), preferred_element_type=jnp.float32)
+            pieces.append((piece * scaling).astype(dy.dtype))
+    return bases, jnp.concatenate(pieces, axis=-1) if pieces else None
+
+
+def dropped(drawn: jax.Array | None, dropout: Dropout | None) -> dict[str, Any]:
+    """What `kernels.low_rank_add` is told of dropout on the way back."""
+    return {} if drawn is None else {"drawn": drawn, "threshold": dropout.threshold, "factor": 1 / dropout.share}
+
+
+def input_gradient(
+    bases: Sequence[jax.Array],
+    ddown: jax.Array,
+    pairs: Sequence[Pair | None],
+    drawn: jax.Array | None,
+    dropout: Dropout | None,
+) -> jax.Array:
+    """What `toward_input` gives, summed: the gradient of x [N, in]."""
+    return kernels.low_rank_add(bases, ddown, stacked(pairs, ddown.dtype), **dropped(drawn, dropout))
+
+
+def pair_gradients(
+    dys: Sequence[jax.Array],
+    ddown: jax.Array,
+    seen: jax.Array,
+    down: jax.Array,
+    pairs: Sequence[Pair | None],
+    scalings: Sequence[float],
+) -> tuple[Pair | None, ...]:
+    """The gradients of A's and B's: from those of the outputs [N, out] and of x·Aᵀ [N, ΣR], what the adapters saw [N, in], and x·Aᵀ."""
+    das = jnp.einsum("nr,ni->ri", ddown, seen, preferred_element_type=jnp.float32)
+    gradients: list[Pair | None] = []
+    for dy, pair, scaling, first in zip(dys, pairs, scalings, firsts(pairs), strict=True):
+        if pair is None:
+            gradients.append(None)
+            continue
+        lora_a, lora_b = pair
+        rows = slice(first, first + len(lora_a))
+        # Written with a transpose, it is a product of rank rows: twice as fast on a CPU as one of rank columns.
+        db = jnp.einsum("nr,no->ro", down[:, rows], dy, preferred_element_type=jnp.float32).T * scaling
+        gradients.append((das[rows].astype(lora_a.dtype), db.astype(lora_b.dtype)))
+    return tuple(gradients)
+
+
+def stacked(pairs: Sequence[Pair | None], dtype: jax.typing.DTypeLike) -> jax.Array:
     """All A's as one matrix [ΣR, in]."""
     return jnp.concatenate([pair[0] for pair in pairs if pair is not None]).astype(dtype)
 
 
-def _firsts(pairs: Sequence[Pair | None]) -> list[int]:
-    """Where each linear's rows begin in `_stacked`."""
+def firsts(pairs: Sequence[Pair | None]) -> list[int]:
+    """Where each linear's rows begin in `stacked`."""
     ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]
     return list(itertools.accumulate(ranks[:-1], initial=0))
 
@@ -223,7 +264,8 @@ def project(
     first: jax.Array | int = 0,
     matrices: Sequence[jax.Array | None] | None = None,
     residual: jax.Array | None = None,
-    gated: bool = False,
+    rotation: kernels.Rotation | None = None,
+    rotated: Sequence[bool] | None = None,
 ) -> list[jax.Array]:
     """Linears of one input x [..., in] → what each gives, [..., out] in x's dtype.
 
@@ -238,31 +280,37 @@ def project(
         first: the number of x's first token among the micro-batch's, for the mask.
         matrices: the linears' weights where they were dequantized before.
         residual: [..., out] to be added to the first output.
-        gated: of two linears, return silu(first) · second alone.
+        rotation: rotary embedding's, of x's tokens, for the outputs that are `rotated`.
     """
     x = jax.lax.optimization_barrier(x)  # or XLA makes it again for every product, instead of once
-    adapters = [linear.adapter for linear in linears]
-    dropout = next((adapter.dropout for adapter in adapters if adapter is not None), None)
     rows = x.reshape(-1, x.shape[-1])
-    drawn = None if key is None or dropout is None else dropout.draw(rows.shape, key, first)
+    how = how_to(linears, rotated)
     outputs = _multiply(
         rows,
-        tuple(
-            linear.weight.get_value() if matrix is None else matrix
-            for linear, matrix in zip(linears, matrices or [None] * len(linears), strict=True)
-        ),
-        tuple(None if adapter is None else adapter.pair() for adapter in adapters),
+        weights_of(linears, matrices),
+        tuple(None if linear.adapter is None else linear.adapter.pair() for linear in linears),
         None if residual is None else residual.reshape(len(rows), -1),
-        drawn,
-        _How(
-            tuple(1.0 if adapter is None else adapter.scaling for adapter in adapters),
-            dropout,
-            linears[0].share_dense,
-            gated and all(adapters),
-        ),
+        None if key is None or how.dropout is None else how.dropout.draw(rows.shape, key, first),
+        rotation,
+        how,
     )
-    if gated and len(outputs) == 2:  # an adapter is missing
-        outputs = [
-            kernels.plain_swiglu(*(checkpoint_name(y, name) for y, name in zip(outputs, GATED_PRODUCTS, strict=True)))
-        ]
     return [y.reshape(*x.shape[:-1], -1) for y in outputs]
+
+
+def weights_of(linears: Sequence[NF4Linear], matrices: Sequence[jax.Array | None] | None) -> tuple[Weight, ...]:
+    """The linears' weights, or the matrices that were made of them before."""
+    return tuple(
+        linear.weight.get_value() if matrix is None else matrix
+        for linear, matrix in zip(linears, matrices or [None] * len(linears), strict=True)
+    )
+
+
+def how_to(linears: Sequence[NF4Linear], rotated: Sequence[bool] | None = None) -> How:
+    """What is static about linears of one layer, which share dropout's rate."""
+    adapters = [linear.adapter for linear in linears]
+    return How(
+        tuple(1.0 if adapter is None else adapter.scaling for adapter in adapters),
+        next((adapter.dropout for adapter in adapters if adapter is not None), None),
+        linears[0].share_dense,
+        tuple(rotated or [False] * len(linears)),
+    )

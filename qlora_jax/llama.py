@@ -5,8 +5,7 @@ V vocab, R rank, L layers.
 """
 
 import functools
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,7 +14,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
-from qlora_jax.linear import ADAPTER_OUTPUT, GATED_PRODUCTS, FrozenParam, LoRA, NF4Linear, project
+from qlora_jax.feed_forward import GATED_PRODUCTS, feed_forward
+from qlora_jax.kernels import Rotation, plain_rotate
+from qlora_jax.linear import ADAPTER_OUTPUT, FrozenParam, LoRA, NF4Linear, project
 from qlora_jax.llama_config import LlamaConfig
 
 Attention = Literal["xla", "cudnn"]
@@ -44,17 +45,18 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * jnp.broadcast_to(self.weight[...].astype(x.dtype), x.shape)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding of x [B, T, heads, P] at `positions` [B, T]; angles and product in float32.
-
-    Pairs are (i, i + P/2), Hugging Face's order. bfloat16 could not tell position 257 from 256.
-    """
-    half = x.shape[-1] // 2
+def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
+    """Rotary position embedding's angles at `positions` [B, T], in float32: bfloat16 could not tell position 257 from 256."""
+    half = head_dim // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]  # [B, T, 1, P/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    angles = positions.reshape(-1, 1).astype(jnp.float32) * frequencies[None, :]
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """x [B, T, heads, P] rotated to `positions` [B, T]; pairs are (i, i + P/2), Hugging Face's order."""
+    angles = rotation(positions, x.shape[-1], theta)
+    return plain_rotate(x.reshape(positions.size, -1), angles).reshape(x.shape)
 
 
 class DecoderLayer(nnx.Module):
@@ -125,24 +127,29 @@ class DecoderLayer(nnx.Module):
         attended = jax.nn.dot_product_attention(q, *cache, mask=mask, implementation="xla")
         return self._rest(h, attended, keys), cache
 
-    def project(
+    def project(self, names: Sequence[str], x: jax.Array, key: jax.Array | None, **options: Any) -> list[jax.Array]:
+        """The layer's linears of these names on their common input, see `linear.project`."""
+        return project([getattr(self, name) for name in names], x, key, **options)
+
+    def feed_forward(
         self,
-        names: Sequence[str],
         x: jax.Array,
-        key: jax.Array | None,
-        *,
-        matrices: Mapping[str, jax.Array] = types.MappingProxyType({}),
-        **options: Any,
-    ) -> list[jax.Array]:
-        """The layer's linears of these names on their common input, see `linear.project`; `matrices` by name."""
-        linears = [getattr(self, name) for name in names]
-        return project(linears, x, key, matrices=[matrices.get(name) for name in names], **options)
+        residual: jax.Array,
+        keys: tuple[jax.Array | None, jax.Array | None],
+        first: jax.Array | int,
+        dense: Sequence[jax.Array] | None,
+    ) -> jax.Array:
+        """The layer's last three linears, see `feed_forward.feed_forward`."""
+        linears = [getattr(self, name) for name in LINEAR_NAMES[4:]]
+        return feed_forward(linears, x, residual, keys, first=first, matrices=dense)
 
     def _heads(self, x: jax.Array, positions: jax.Array, keys: dict[str, jax.Array | None]) -> tuple[jax.Array, ...]:
         """x [B, T, D] → q [B, T, H, P], k and v [B, T, K, P], q and k rotated."""
-        projected = self.project(("q_proj", "k_proj", "v_proj"), x, keys["q_proj"])
-        q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in projected)
-        return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta), v
+        config = self.config
+        angles = rotation(jnp.broadcast_to(positions, x.shape[:2]), config.head_dim, config.rope_theta)
+        options = {"rotation": angles, "rotated": (True, True, False)}
+        projected = self.project(("q_proj", "k_proj", "v_proj"), x, keys["q_proj"], **options)
+        return tuple(y.reshape(*x.shape[:2], -1, config.head_dim) for y in projected)
 
     def _rest(self, h: jax.Array, attended: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
         """The layer after attention: attended [B, T, H, P] through o_proj, then SwiGLU, in chunks of tokens if they are many."""
@@ -155,7 +162,7 @@ class DecoderLayer(nnx.Module):
         number = -(-tokens // self.mlp_tokens)
         chunk = -(-tokens // number)
         chunks = jnp.pad(h.reshape(tokens, -1), ((0, number * chunk - tokens), (0, 0))).reshape(number, chunk, -1)
-        dense = {name: getattr(self, name).dense() for name in LINEAR_NAMES[4:]} if self.share_dense else {}
+        dense = [getattr(self, name).dense() for name in LINEAR_NAMES[4:]] if self.share_dense else None
         part = jax.checkpoint(lambda i, x: self._mlp(x, keys, i * chunk, dense))
         out = jax.lax.map(lambda each: part(*each), (jnp.arange(number), chunks))
         return out.reshape(number * chunk, -1)[:tokens].reshape(h.shape)
@@ -165,15 +172,11 @@ class DecoderLayer(nnx.Module):
         h: jax.Array,
         keys: dict[str, jax.Array | None],
         first: jax.Array | int = 0,
-        dense: Mapping[str, jax.Array] = types.MappingProxyType({}),
+        dense: Sequence[jax.Array] | None = None,
     ) -> jax.Array:
         """h [N, D], the micro-batch's tokens from `first` on → h + SwiGLU(norm(h)); `dense`: weights that were dequantized before."""
-
-        apply = functools.partial(self.project, first=first, matrices=dense)
-        x = self.post_attention_layernorm(h)
-        (inner,) = apply(("gate_proj", "up_proj"), x, keys["gate_proj"], gated=True)
-        (out,) = apply(("down_proj",), inner, keys["down_proj"], residual=h)
-        return out
+        drawn_from = keys["gate_proj"], keys["down_proj"]
+        return self.feed_forward(self.post_attention_layernorm(h), h, drawn_from, first, dense)
 
 
 def _dropout_keys(key: jax.Array | None) -> dict[str, jax.Array | None]:

@@ -1,5 +1,6 @@
 """The GPU kernels: their indexing, in Pallas' interpreter; their PTX, for every card; and where there is a GPU, themselves."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -116,6 +117,7 @@ def test_matmul_of_some_tokens(shape: tuple[int, int], tokens: int, format: tupl
     assert_product(y, x, weight, weight_rounding=BF16_ROUNDING)
 
 
+SMALL_TILES = low_rank.Tiling(32, 64, 1, interpret=True)
 LOW_RANK_CASES = [  # tokens, features, rank, transposed, bases, masked
     (48, 64, 16, False, 1, False),
     (130, 192, 48, True, 2, False),
@@ -155,7 +157,7 @@ def assert_low_rank_sum(found: jax.Array, arguments: tuple[Any, ...], options: d
 def test_low_rank_add_interpreted(case: tuple[Any, ...]) -> None:
     arguments, options = low_rank_case(*case)
     assert low_rank.supported(*arguments)
-    found = low_rank.add(*arguments, **options, rows=32, columns=64, interpret=True)
+    found = low_rank.add(*arguments, **options, tiling=SMALL_TILES)
     assert (found.shape, found.dtype) == (arguments[0][0].shape, jnp.bfloat16)
     assert_low_rank_sum(found, arguments, options)
 
@@ -166,33 +168,104 @@ def test_the_twin_of_low_rank_add(case: tuple[Any, ...]) -> None:
     (summands, u, v), options = low_rank_case(*case)
     summands, u, v = jax.tree.map(lambda x: x.astype(jnp.float32), (summands, u, v))
     assert not low_rank.supported(summands, u, v)
-    assert_low_rank_sum(kernels.plain_low_rank_add(summands, u, v, **options), (summands, u, v), options)
+    with jax.default_matmul_precision("highest"):
+        assert_low_rank_sum(kernels.plain_low_rank_add(summands, u, v, **options), (summands, u, v), options)
 
 
-GATED_CASES = [(48, 64, 16), (70, 192, 48)]  # tokens, features, rank
+ROTATED_CASES = [(48, 3, 32, 16), (70, 4, 64, 48)]  # tokens, heads, head dim, rank
 
 
-def gated_case(tokens: int, features: int, rank: int, dtype: Any = jnp.bfloat16) -> tuple[kernels.Gated, jax.Array]:
-    """Two sums of ordinary size, and a gradient."""
-    keys = iter(jax.random.split(jax.random.key(0), 6))
+def rotated_case(
+    tokens: int, heads: int, head_dim: int, rank: int, dtype: Any = jnp.bfloat16
+) -> tuple[tuple[Any, ...], kernels.Rotation, dict[str, Any]]:
+    """Arguments of `low_rank_add` and angles."""
+    (summands, u, v), options = low_rank_case(tokens, heads * head_dim, rank, True, 1, False)
+    angles = jax.random.uniform(jax.random.key(9), (tokens, head_dim // 2), jnp.float32, -3, 3)
+    rotation = kernels.Rotation(jnp.cos(angles), jnp.sin(angles))
+    return jax.tree.map(lambda x: x.astype(dtype), (summands, u, v)), rotation, options
+
+
+def assert_rotated_sum(found: jax.Array, arguments: tuple[Any, ...], rotation: kernels.Rotation, rank: int) -> None:
+    """Against float64: both halves' sums have float32's error of their product, rotated they are rounded once more."""
+    (base,), u, v = (jax.tree.map(lambda x: np.asarray(x, np.float64), each) for each in arguments)
+    u = u[:, 16 : 16 + rank]
+    exact, size = base + 0.7 * u @ v.T, np.abs(base) + 0.7 * np.abs(u) @ np.abs(v.T)
+    cos, sin = (np.asarray(each, np.float64) for each in rotation)
+    (left, right), (left_size, right_size) = (
+        np.split(each.reshape(len(u), -1, 2 * cos.shape[1]), 2, axis=-1) for each in (exact, size)
+    )
+    cos, sin = cos[:, None], sin[:, None]
+    turned = np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).reshape(exact.shape)
+    error = (rank + 6) * F32_EPS * np.concatenate([left_size + right_size] * 2, axis=-1).reshape(exact.shape)
+    if found.dtype == jnp.bfloat16:
+        error += BF16_ROUNDING * (np.abs(turned) + error)
+    assert (np.abs(np.asarray(found, np.float64) - turned) <= error).all()
+
+
+@interpreted
+@pytest.mark.parametrize("case", ROTATED_CASES, ids=str)
+@pytest.mark.parametrize("along_rows", [False, True])
+def test_rotated_sum_interpreted(case: tuple[int, ...], along_rows: bool) -> None:
+    arguments, rotation, options = rotated_case(*case)
+    assert low_rank.rotates(rotation, transposed=True)
+    tiling = dataclasses.replace(SMALL_TILES, columns=128, along_rows=along_rows)
+    found = low_rank.add(*arguments, **options, rotation=rotation, tiling=tiling)
+    assert_rotated_sum(found, arguments, rotation, case[-1])
+
+
+@pytest.mark.parametrize("case", ROTATED_CASES, ids=str)
+def test_the_twin_of_the_rotated_sum(case: tuple[int, ...]) -> None:
+    arguments, rotation, options = rotated_case(*case, dtype=jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        assert_rotated_sum(
+            kernels.low_rank_add(*arguments, **options, rotation=rotation), arguments, rotation, case[-1]
+        )
+
+
+def test_which_rotations_are_left_to_the_twin() -> None:
+    def rotates(half: int, transposed: bool = True) -> bool:
+        return low_rank.rotates(kernels.Rotation(jnp.zeros((4, half)), jnp.zeros((4, half))), transposed)
+
+    assert rotates(32)
+    assert not any((rotates(48), rotates(8), rotates(32, transposed=False)))
+
+
+GATED_CASES = [(48, 64, 16, False), (70, 192, 48, True)]  # tokens, features, rank, masked
+THRESHOLD = 100
+
+
+def gated_case(
+    tokens: int, features: int, rank: int, masked: bool, dtype: Any = jnp.bfloat16
+) -> tuple[kernels.Gated, list[jax.Array], jax.Array | None]:
+    """Two sums of ordinary size; a gradient and the factors of what is added to it; what dropout drew."""
+    keys = iter(jax.random.split(jax.random.key(0), 9))
     gate, up, dy = (jax.random.normal(next(keys), (tokens, features), dtype) for _ in range(3))
-    u = jax.random.normal(next(keys), (tokens, 2 * rank), dtype)
-    vs = (rank**-0.5 * jax.random.normal(next(keys), (features, rank), dtype) for _ in range(2))
-    return kernels.Gated(gate, up, u, *(v.astype(dtype) for v in vs), (2.0, 0.5), (0, rank)), dy
+    u, du = (jax.random.normal(next(keys), (tokens, columns), dtype) for columns in (2 * rank, rank))
+    vs = [rank**-0.5 * jax.random.normal(next(keys), (features, rank), dtype) for _ in range(3)]
+    gate_v, up_v, dv = (v.astype(dtype) for v in vs)
+    drawn = jax.random.bits(next(keys), (tokens, features), jnp.uint8) if masked else None
+    return kernels.Gated(gate, up, u, gate_v, up_v, (2.0, 0.5), (0, rank)), [dy, du, dv.T], drawn
 
 
-def assert_swiglu(found: list[jax.Array], gated: kernels.Gated, dy: jax.Array) -> None:
-    """y, dgate, dup against float64. Their slopes in gate and up are at most 1.1 times the other factors; a sum's own error is that of its
-    product in float32."""
-    base, up, u, gate_v, up_v, dy = (np.asarray(x, np.float64) for x in (*gated[:5], dy))
+def run_gated(gated: kernels.Gated, back: list[jax.Array], drawn: jax.Array | None, module: Any, **options: Any) -> Any:
+    masked = {} if drawn is None else {"drawn": drawn, "threshold": THRESHOLD}
+    return [module.swiglu(gated, **options), *module.swiglu_backward(gated, *back, factor=0.7, **masked, **options)]
+
+
+def assert_swiglu(found: list[jax.Array], gated: kernels.Gated, back: list[jax.Array], drawn: jax.Array | None) -> None:
+    """y twice, dgate, dup against float64. Their slopes in gate and up are at most 1.1 times the other factors; a sum has the error of
+    its product in float32."""
+    base, up, u, gate_v, up_v, dy, du, dv = (np.asarray(x, np.float64) for x in (*gated[:5], *back))
     rank = gate_v.shape[1]
     terms = [
         u[:, first : first + rank] @ v.T * factor
         for first, v, factor in zip(gated.firsts, (gate_v, up_v), gated.factors, strict=True)
     ]
     gate, up = base + terms[0], up + terms[1]
+    dy = dy + 0.7 * (1 if drawn is None else np.asarray(drawn) >= THRESHOLD) * (du @ dv)
     opening = 1 / (1 + np.exp(-gate))
-    exact = gate * opening * up, dy * up * opening * (1 + gate * (1 - opening)), dy * gate * opening
+    inner = gate * opening * up
+    exact = inner, inner, dy * up * opening * (1 + gate * (1 - opening)), dy * gate * opening
     sizes = 1 + np.abs(gate), 1 + np.abs(up), 1 + np.abs(dy)
     absolute = (
         (rank + 8) * F32_EPS * 10 * sizes[0] * sizes[1] * sizes[2]
@@ -204,18 +277,18 @@ def assert_swiglu(found: list[jax.Array], gated: kernels.Gated, dy: jax.Array) -
 
 @interpreted
 @pytest.mark.parametrize("case", GATED_CASES, ids=str)
-def test_swiglu_interpreted(case: tuple[int, int, int]) -> None:
-    gated, dy = gated_case(*case)
-    tiles = {"rows": 32, "columns": 64, "interpret": True}
-    found = [low_rank.swiglu(gated, **tiles), *low_rank.swiglu_backward(gated, dy, **tiles)]
+def test_swiglu_interpreted(case: tuple[Any, ...]) -> None:
+    case = gated_case(*case)
+    found = run_gated(*case, low_rank, tiling=SMALL_TILES)
     assert {each.dtype for each in found} == {jnp.dtype(jnp.bfloat16)}
-    assert_swiglu(found, gated, dy)
+    assert_swiglu(found, *case)
 
 
 @pytest.mark.parametrize("case", GATED_CASES, ids=str)
-def test_the_twin_of_swiglu(case: tuple[int, int, int]) -> None:
-    gated, dy = gated_case(*case, dtype=jnp.float32)
-    assert_swiglu([kernels.swiglu(gated), *kernels.swiglu_backward(gated, dy)], gated, dy)
+def test_the_twin_of_swiglu(case: tuple[Any, ...]) -> None:
+    case = gated_case(*case, dtype=jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        assert_swiglu(run_gated(*case, kernels), *case)
 
 
 def test_what_low_rank_add_leaves_to_its_twin() -> None:
@@ -391,14 +464,20 @@ def test_low_rank_add_on_the_gpu(case: tuple[Any, ...]) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("case", [*GATED_CASES, (4096, 11008, 64)], ids=str)
-def test_swiglu_on_the_gpu(case: tuple[int, int, int]) -> None:
-    gated, dy = gated_case(*case)
-    arrays, static = gated[:5], gated[5:]
-    run = jax.jit(
-        lambda arrays, dy: [kernels.swiglu(g := kernels.Gated(*arrays, *static)), *kernels.swiglu_backward(g, dy)]
-    )
-    assert_swiglu(run(arrays, dy), gated, dy)
+@pytest.mark.parametrize("case", [*ROTATED_CASES, (8192, 32, 128, 64), (4096, 8, 64, 64)], ids=str)
+def test_rotated_sum_on_the_gpu(case: tuple[int, ...]) -> None:
+    arguments, rotation, options = rotated_case(*case)
+    found = jax.jit(lambda *all: kernels.low_rank_add(*all[:3], **options, rotation=all[3]))(*arguments, rotation)
+    assert_rotated_sum(found, arguments, rotation, case[-1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", [*GATED_CASES, (4096, 11008, 64, False), (4096, 11008, 64, True)], ids=str)
+def test_swiglu_on_the_gpu(case: tuple[Any, ...]) -> None:
+    gated, back, drawn = gated_case(*case)
+    static = gated[5:]
+    run = jax.jit(lambda arrays, back, drawn: run_gated(kernels.Gated(*arrays, *static), back, drawn, kernels))
+    assert_swiglu(run(gated[:5], back, drawn), gated, back, drawn)
 
 
 @needs_gpu
@@ -440,7 +519,9 @@ jax.block_until_ready([kernels.matmul(jnp.ones((n, 1024), jnp.bfloat16), weight)
 x = jnp.ones((128, 128), jnp.bfloat16)
 jax.block_until_ready(kernels.low_rank_add([x], x[:, :64], x[:64]))
 gated = kernels.Gated(x, x, x, x[:, :64], x[:, :64], (1.0, 1.0), (0, 64))
-jax.block_until_ready([kernels.swiglu(gated), kernels.swiglu_backward(gated, x)])
+jax.block_until_ready([kernels.swiglu(gated), kernels.swiglu_backward(gated, x, x, x)])
+turn = kernels.Rotation(jnp.ones((128, 32)), jnp.ones((128, 32)))
+jax.block_until_ready(kernels.low_rank_add([x], x, x, transposed=True, rotation=turn))
 """
 
 

@@ -20,11 +20,14 @@ from qlora_jax.nf4 import QuantizedTensor, QuantType
 
 __all__ = [
     "Gated",
+    "Rotation",
     "available",
     "dense_matmul",
     "dequantize",
     "low_rank_add",
     "matmul",
+    "plain_rotate",
+    "plain_swiglu",
     "quantize",
     "swiglu",
     "swiglu_backward",
@@ -72,6 +75,27 @@ def dense_matmul(x: jax.Array, dense: jax.Array) -> jax.Array:
     return jnp.einsum("...i,oi->...o", x, dense.astype(x.dtype))
 
 
+class Rotation(NamedTuple):
+    """Rotary embedding's angles of N tokens for heads of P features, of which (i, i + P/2) are a pair."""
+
+    cos: jax.Array  # [N, P/2] float32
+    sin: jax.Array
+
+    @property
+    def inverse(self) -> "Rotation":
+        """The other way round."""
+        return Rotation(self.cos, -self.sin)
+
+
+def plain_rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Heads side by side, [N, heads · P] → rotated, in float32 and rounded to x's dtype; in XLA's operations."""
+    cos, sin = (each[:, None, :] for each in rotation)
+    heads = x.reshape(len(x), -1, 2 * rotation.cos.shape[1]).astype(jnp.float32)
+    first, second = jnp.split(heads, 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype).reshape(x.shape)
+
+
 def low_rank_add(
     bases: Sequence[jax.Array],
     u: jax.Array,
@@ -82,6 +106,7 @@ def low_rank_add(
     transposed: bool = False,
     drawn: jax.Array | None = None,
     threshold: int = 0,
+    rotation: Rotation | None = None,
 ) -> jax.Array:
     """bases [tokens, features] each, u [tokens, R'], v [R, features] → Σ bases + factor · u[:, first : first + R]·v, as the bases.
 
@@ -90,14 +115,16 @@ def low_rank_add(
     Args:
         transposed: v is [features, R].
         drawn, threshold: [tokens, features] unsigned integers; where they are below the threshold nothing is added to the bases.
+        rotation: the sum is rotated.
     """
     options = {"factor": factor, "first": first, "transposed": transposed, "drawn": drawn, "threshold": threshold}
     if available():
         from qlora_jax.kernels import low_rank as kernel
 
-        if kernel.supported(bases, u, v):
-            return kernel.add(bases, u, v, **options)
-    return plain_low_rank_add(bases, u, v, **options)
+        if kernel.supported(bases, u, v) and kernel.rotates(rotation, transposed):
+            return kernel.add(bases, u, v, **options, rotation=rotation)
+    total = plain_low_rank_add(bases, u, v, **options)
+    return total if rotation is None else plain_rotate(total, rotation)
 
 
 def plain_low_rank_add(
@@ -105,11 +132,11 @@ def plain_low_rank_add(
     u: jax.Array,
     v: jax.Array,
     *,
-    factor: float,
-    first: int,
-    transposed: bool,
-    drawn: jax.Array | None,
-    threshold: int,
+    factor: float = 1.0,
+    first: int = 0,
+    transposed: bool = False,
+    drawn: jax.Array | None = None,
+    threshold: int = 0,
 ) -> jax.Array:
     """The twin of the kernel in XLA's operations, see `low_rank_add`."""
     v = v.T if transposed else v
@@ -148,14 +175,30 @@ def swiglu(gated: Gated) -> jax.Array:
     return plain_swiglu(*_plain_sums(gated))
 
 
-def swiglu_backward(gated: Gated, dy: jax.Array) -> list[jax.Array]:
-    """From the gradient of what `swiglu` gives, those of its two sums; [tokens, features] each."""
+def swiglu_backward(
+    gated: Gated,
+    dy: jax.Array,
+    u: jax.Array,
+    v: jax.Array,
+    *,
+    factor: float = 1.0,
+    drawn: jax.Array | None = None,
+    threshold: int = 0,
+) -> list[jax.Array]:
+    """From the gradient of what `swiglu` gives: that again, and the gradients of its two sums; [tokens, features] each.
+
+    The gradient is a low-rank sum itself: dy [tokens, features] + factor · u·v, with u [tokens, R], v [R, features], and nothing added
+    where what is drawn is below the threshold, see `low_rank_add`.
+    """
+    options = {"factor": factor, "drawn": drawn, "threshold": threshold}
     if available():
         from qlora_jax.kernels import low_rank as kernel
 
-        if _supported(gated):
-            return kernel.swiglu_backward(gated, dy)
-    return list(jax.vjp(plain_swiglu, *_plain_sums(gated))[1](dy))
+        if _supported(gated) and kernel.supported([dy], u, v):
+            return kernel.swiglu_backward(gated, dy, u, v, **options)
+    dy = plain_low_rank_add([dy], u, v, **options)
+    inner, pull = jax.vjp(plain_swiglu, *_plain_sums(gated))
+    return [inner, *pull(dy)]
 
 
 def plain_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -171,7 +214,7 @@ def _supported(gated: Gated) -> bool:
 
 def _plain_sums(gated: Gated) -> list[jax.Array]:
     return [
-        plain_low_rank_add([base], gated.u, v, factor=factor, first=first, transposed=True, drawn=None, threshold=0)
+        plain_low_rank_add([base], gated.u, v, factor=factor, first=first, transposed=True)
         for base, v, factor, first in gated.halves
     ]
 
@@ -203,10 +246,17 @@ def _try_out() -> str:
         weight = nf4.quantize(jnp.asarray(np.random.default_rng(0).standard_normal((64, 256)), jnp.bfloat16))
         found, expected = kernel.dequantize(weight, "bfloat16"), nf4.dequantize(weight)
         ones = jnp.ones((128, 128), jnp.bfloat16)
-        sums = low_rank.add([ones], ones[:, :64], ones[:64])
+        turned = Rotation(jnp.zeros((128, 32)), jnp.ones((128, 32)))
+        sums = [
+            low_rank.add([ones], ones[:, :64], ones[:64]),
+            low_rank.add([ones], ones, ones, transposed=True, rotation=turned),
+        ]
         gated = Gated(ones, ones, ones, ones[:, :64], ones[:, :64], (0.0, 0.0), (0, 64))
-        jax.block_until_ready([low_rank.swiglu(gated), low_rank.swiglu_backward(gated, ones)])  # that they compile
-        same = np.array_equal(np.asarray(found), np.asarray(expected)) and (np.asarray(sums) == 65).all()
+        jax.block_until_ready(
+            [low_rank.swiglu(gated), low_rank.swiglu_backward(gated, ones, ones, ones)]
+        )  # that they compile
+        same = np.array_equal(np.asarray(found), np.asarray(expected)) and (np.asarray(sums[0]) == 65).all()
+        same = same and (np.abs(np.asarray(sums[1])) == 129).all()
         return "" if same else "their results differ from XLA's"
     except Exception as error:  # whatever a missing backend, compiler or driver raises
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -1,0 +1,140 @@
+"""SwiGLU between its three linears: down(silu(gate(x)) · up(x)), forward and backward pass written out.
+
+The arrays here are [tokens, F], the largest of a layer, and all that is done to them but the products is moving them. Forwards, one pass
+adds the adapters' terms to the two products and multiplies. Backwards, one pass takes the two products and what comes back through
+down_proj, and writes the gradients of both and what down_proj saw, for its adapter's gradient; nothing but the products is kept, or made
+again, before.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from qlora_jax import kernels
+from qlora_jax.linear import (
+    How,
+    NF4Linear,
+    Pair,
+    Weight,
+    adapter_output,
+    dense,
+    dropped,
+    firsts,
+    how_to,
+    input_gradient,
+    matmul,
+    pair_gradients,
+    project,
+    seen_by_adapters,
+    stacked,
+    toward_input,
+    weights_of,
+)
+
+GATED_PRODUCTS = ("gate", "up")
+"""The names of the two products that enter SwiGLU, for what chooses the values to keep for the backward pass."""
+
+Drawn = tuple[jax.Array | None, jax.Array | None]  # by dropout, for x [N, D] and for what SwiGLU gives [N, F]
+
+
+def feed_forward(
+    linears: Sequence[NF4Linear],
+    x: jax.Array,
+    residual: jax.Array,
+    keys: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    *,
+    first: jax.Array | int = 0,
+    matrices: Sequence[jax.Array | None] | None = None,
+) -> jax.Array:
+    """x and residual [N, D] → residual + down(silu(gate(x)) · up(x)) [N, D] in x's dtype.
+
+    Args:
+        linears: gate, up and down.
+        keys: draw the dropout masks of x and of what SwiGLU gives; None means no dropout.
+        first: the number of x's first token among the micro-batch's, for the masks.
+        matrices: the linears' weights where they were dequantized before.
+    """
+    if not all(linear.adapter for linear in linears):
+        return _one_by_one(linears, x, residual, keys, first, matrices)
+    how, features = how_to(linears), linears[2].adapter.lora_a.shape[1]
+    drawn = tuple(
+        None if key is None or how.dropout is None else how.dropout.draw((len(x), columns), key, first)
+        for key, columns in zip(keys, (x.shape[1], features), strict=True)
+    )
+    pairs = tuple(linear.adapter.pair() for linear in linears)
+    x = jax.lax.optimization_barrier(x)  # or XLA makes it again for every product, instead of once
+    return _feed_forward(x, residual, weights_of(linears, matrices), pairs, drawn, how)
+
+
+def _one_by_one(
+    linears: Sequence[NF4Linear],
+    x: jax.Array,
+    residual: jax.Array,
+    keys: tuple[jax.Array | None, jax.Array | None],
+    first: jax.Array | int,
+    matrices: Sequence[jax.Array | None] | None,
+) -> jax.Array:
+    """`feed_forward` of linears that not all have an adapter."""
+    matrices = matrices or [None] * 3
+    products = project(linears[:2], x, keys[0], first=first, matrices=matrices[:2])
+    inner = kernels.plain_swiglu(*map(checkpoint_name, products, GATED_PRODUCTS))
+    (out,) = project(linears[2:], inner, keys[1], first=first, matrices=matrices[2:], residual=residual)
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _feed_forward(
+    x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], drawn: Drawn, how: How
+) -> jax.Array:
+    return _forward(x, residual, weights, pairs, drawn, how)[0]
+
+
+def _forward(
+    x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], drawn: Drawn, how: How
+) -> tuple[jax.Array, Any]:
+    if how.share_dense:
+        weights = tuple(map(dense, weights))
+    products = tuple(
+        checkpoint_name(matmul(x, weight), name) for weight, name in zip(weights, GATED_PRODUCTS, strict=False)
+    )
+    u = adapter_output(x, pairs[:2], drawn[0], how.dropout)
+    inner = kernels.swiglu(_gated(products, u, pairs, how))
+    down = adapter_output(inner, pairs[2:], drawn[1], how.dropout)
+    bases, lora_b = [matmul(inner, weights[2]), residual], pairs[2][1].astype(x.dtype)
+    out = kernels.low_rank_add(bases, down, lora_b, factor=how.scalings[2], transposed=True)
+    # A forward that is run again for its backward pass alone need not come as far as `down`: `_backward` makes what SwiGLU gives anyway.
+    return out, (x, weights, pairs, drawn, products, u, None if how.share_dense else down)
+
+
+def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
+    x, weights, pairs, drawn, products, u, down = kept
+    outer, inmost = slice(2, 3), slice(2)
+    (dinner,), ddown = toward_input([dy], weights[outer], pairs[outer], how.scalings[outer])
+    inner, *dproducts = kernels.swiglu_backward(
+        _gated(products, u, pairs, how),
+        dinner,
+        ddown,
+        stacked(pairs[outer], dy.dtype),
+        **dropped(drawn[1], how.dropout),
+    )
+    if down is None:
+        down = adapter_output(inner, pairs[outer], drawn[1], how.dropout)
+    seen = seen_by_adapters(inner, drawn[1], how.dropout)
+    dpairs = pair_gradients([dy], ddown, seen, down, pairs[outer], how.scalings[outer])
+    bases, du = toward_input(dproducts, weights[inmost], pairs[inmost], how.scalings[inmost])
+    dx = input_gradient(bases, du, pairs[inmost], drawn[0], how.dropout)
+    seen = seen_by_adapters(x, drawn[0], how.dropout)
+    dpairs = pair_gradients(dproducts, du, seen, u, pairs[inmost], how.scalings[inmost]) + dpairs
+    return dx, dy, None, dpairs, None  # weights are frozen: no cotangent
+
+
+_feed_forward.defvjp(_forward, _backward)
+
+
+def _gated(products: tuple[jax.Array, ...], u: jax.Array, pairs: tuple[Pair, ...], how: How) -> kernels.Gated:
+    """Two linears' products and their adapters, as SwiGLU takes them."""
+    gate_v, up_v = (lora_b.astype(u.dtype) for _, lora_b in pairs[:2])
+    return kernels.Gated(*products, u, gate_v, up_v, how.scalings[:2], tuple(firsts(pairs[:2])))
