@@ -238,7 +238,11 @@ def _columns(x: np.ndarray) -> np.ndarray:
 
 
 class _Layer(DecoderLayer):
-    """A decoder layer whose linears are `linear(name, x)`."""
+    """A decoder layer whose linears are `linear(name, x)`, and whose norms are any functions."""
+
+    def normed(self, name: str, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As a `DecoderLayer`."""
+        return getattr(self, name)(h), h
 
     def project(
         self,

@@ -18,6 +18,7 @@ from qlora_jax.feed_forward import GATED_PRODUCTS, feed_forward
 from qlora_jax.kernels import Rotation, plain_rotate
 from qlora_jax.linear import ADAPTER_OUTPUT, FrozenParam, LoRA, NF4Linear, project
 from qlora_jax.llama_config import LlamaConfig
+from qlora_jax.norm import RMSNorm
 
 Attention = Literal["xla", "cudnn"]
 NOISE = 2**31 - 1
@@ -29,20 +30,6 @@ KEPT = jax.checkpoint_policies.save_only_these_names("middle", *GATED_PRODUCTS, 
 """What a layer that is not run again keeps besides its input, attention's inputs and its output."""
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values seen so far, each [B, S, K, P]
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) in float32, rounded to x's dtype, times `weight` [D]."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        self.weight = FrozenParam(jnp.ones((size,), jnp.bfloat16))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] → the same shape and dtype."""
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * jnp.broadcast_to(self.weight[...].astype(x.dtype), x.shape)
 
 
 def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
@@ -107,7 +94,12 @@ class DecoderLayer(nnx.Module):
         """
         keys = _dropout_keys(key)
         around = functools.partial(jax.checkpoint, policy=KEPT) if self.keep else lambda part: part
-        q, k, v = around(lambda h: self._heads(self.input_layernorm(h), positions, keys))(h)
+
+        def heads(h: jax.Array) -> tuple[jax.Array, ...]:
+            x, h = self.normed("input_layernorm", h)
+            return *self._heads(x, positions, keys), h
+
+        q, k, v, h = around(heads)(h)
         mask = None
         if segment_ids is not None:  # packed rows: no token sees another row's
             mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, S]
@@ -117,7 +109,8 @@ class DecoderLayer(nnx.Module):
     def decode(self, h: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The same for generation: h [B, T, D] continues at positions[:, 0], after what `cache` holds; no dropout."""
         keys = _dropout_keys(None)
-        q, k, v = self._heads(self.input_layernorm(h), positions, keys)
+        x, h = self.normed("input_layernorm", h)
+        q, k, v = self._heads(x, positions, keys)
         start = positions[0, 0]
         cache = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1) for old, new in zip(cache, (k, v), strict=True)
@@ -126,6 +119,10 @@ class DecoderLayer(nnx.Module):
         mask = slots[None, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
         attended = jax.nn.dot_product_attention(q, *cache, mask=mask, implementation="xla")
         return self._rest(h, attended, keys), cache
+
+    def normed(self, name: str, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A norm of the layer on h [..., D] → (normed, h), see `RMSNorm.and_skip`."""
+        return getattr(self, name).and_skip(h)
 
     def project(self, names: Sequence[str], x: jax.Array, key: jax.Array | None, **options: Any) -> list[jax.Array]:
         """The layer's linears of these names on their common input, see `linear.project`."""
@@ -176,7 +173,7 @@ class DecoderLayer(nnx.Module):
     ) -> jax.Array:
         """h [N, D], the micro-batch's tokens from `first` on → h + SwiGLU(norm(h)); `dense`: weights that were dequantized before."""
         drawn_from = keys["gate_proj"], keys["down_proj"]
-        return self.feed_forward(self.post_attention_layernorm(h), h, drawn_from, first, dense)
+        return self.feed_forward(*self.normed("post_attention_layernorm", h), drawn_from, first, dense)
 
 
 def _dropout_keys(key: jax.Array | None) -> dict[str, jax.Array | None]:

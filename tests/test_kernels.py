@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from qlora_jax import kernels, nf4
-from qlora_jax.kernels import dequantization, low_rank, narrow_matmul, quantization, triton
+from qlora_jax.kernels import dequantization, low_rank, narrow_matmul, norm, quantization, triton
 from qlora_jax.nf4 import QuantizedTensor
 from tests.linears import frozen_matmul
 
@@ -300,6 +300,78 @@ def test_what_low_rank_add_leaves_to_its_twin() -> None:
     assert not any((case(tokens=8), case(features=72), case(rank=24), case(dtype=jnp.float32)))
 
 
+NORM_CASES = [(1, 64), (9, 96), (6, 1024), (2, 5120)]  # tokens, features; most fill no program
+NORM_EPS = 1e-5
+
+
+def norm_case(tokens: int, features: int, dtype: Any = jnp.bfloat16) -> list[jax.Array]:
+    """x, one row of which is small beside the root of eps, a weight, dnormed and dskip."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, dnormed, dskip = (3 * jax.random.normal(each, (tokens, features), jnp.float32) for each in keys[:3])
+    weight = 1 + 0.3 * jax.random.normal(keys[3], (features,), jnp.float32)
+    return [each.astype(dtype) for each in (x.at[-1].multiply(1e-3), weight, dnormed, dskip)]
+
+
+def assert_norm(normed: jax.Array, dx: jax.Array, case: list[jax.Array]) -> None:
+    """Against float64: a norm is rounded twice, its gradient once with what is added, both from sums in float32."""
+    x, weight, dnormed, dskip = (np.asarray(each, np.float64) for each in case)
+    inverse = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + NORM_EPS)
+    grad = dnormed * weight
+    slope = (grad * x * inverse).mean(-1, keepdims=True)
+    exact = x * inverse * weight, dskip + inverse * (grad - x * inverse * slope)
+    size = (np.abs(grad * x) * inverse).mean(-1, keepdims=True)
+    noise = (x.shape[1] + 8) * F32_EPS
+    sums = noise * np.abs(exact[0]), noise * (np.abs(dskip) + inverse * (np.abs(grad) + np.abs(x) * inverse * size))
+    for found, expected, bound, roundings in zip((normed, dx), exact, sums, (2.01, 1), strict=True):
+        assert (found.shape, found.dtype) == (case[0].shape, case[0].dtype)
+        rounding = {"float32": 0, "float16": BF16_ROUNDING / 8, "bfloat16": BF16_ROUNDING}[found.dtype.name]
+        allowed = bound + roundings * rounding * (np.abs(expected) + bound)
+        assert (np.abs(np.asarray(found, np.float64) - expected) <= allowed).all()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("case", NORM_CASES, ids=str)
+def test_rms_norm_interpreted(case: tuple[int, int], dtype: Any) -> None:
+    arrays = norm_case(*case, dtype)
+    assert norm.supported(*arrays[:2])
+    normed = norm.forward(*arrays[:2], NORM_EPS, interpret=True)
+    assert_norm(normed, norm.backward(*arrays, NORM_EPS, interpret=True), arrays)
+
+
+@pytest.mark.parametrize("case", NORM_CASES, ids=str)
+def test_the_twin_of_rms_norm(case: tuple[int, int]) -> None:
+    arrays = norm_case(*case, jnp.float32)
+    assert_norm(kernels.rms_norm(*arrays[:2], NORM_EPS), kernels.rms_norm_backward(*arrays, NORM_EPS), arrays)
+
+
+def small_integers(tokens: int, features: int) -> tuple[jax.Array, jax.Array]:
+    """x whose sum of squares is exact in any order, and a weight."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-9, 10, (tokens, features)), jnp.bfloat16)
+    return x, jnp.asarray(1 + 0.3 * rng.standard_normal(features), jnp.bfloat16)
+
+
+@interpreted
+def test_rms_norm_rounds_where_the_twin_does() -> None:
+    x, weight = small_integers(5, 512)
+    found, expected = norm.forward(x, weight, NORM_EPS, interpret=True), kernels.plain_rms_norm(x, weight, NORM_EPS)
+    np.testing.assert_array_equal(bits(found), bits(expected))
+    once = kernels.plain_rms_norm(x.astype(jnp.float32), weight, NORM_EPS).astype(jnp.bfloat16)
+    assert (found != once).any()  # so the rounding between norm and weight shows
+
+
+def test_what_rms_norm_leaves_to_its_twin() -> None:
+    def case(features: int = 64, dtype: Any = jnp.bfloat16, weight: Any = jnp.bfloat16) -> bool:
+        return norm.supported(jnp.zeros((2, features), dtype), jnp.zeros((features,), weight))
+
+    assert case()
+    assert case(features=norm.LONGEST)
+    assert not any(
+        (case(features=68), case(features=2 * norm.LONGEST), case(dtype=jnp.float32), case(weight=jnp.float32))
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- the choice
 
 
@@ -378,6 +450,13 @@ def test_every_kernel_is_accepted_by_the_backend(quant_type: Any, double_quant: 
     }
     for name, case in cases.items():
         assert "triton" in lowered(*case), name
+
+
+@pytest.mark.parametrize("features", [576, 4096, 5120])
+def test_rms_norm_is_accepted_by_the_backend(features: int) -> None:
+    x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((257, features), (features,)))
+    assert "triton" in lowered(lambda *each: norm.forward(*each, NORM_EPS), x, weight)
+    assert "triton" in lowered(lambda *each: norm.backward(*each, NORM_EPS), x, weight, x, x)
 
 
 ASM = {
@@ -478,6 +557,27 @@ def test_swiglu_on_the_gpu(case: tuple[Any, ...]) -> None:
     static = gated[5:]
     run = jax.jit(lambda arrays, back, drawn: run_gated(kernels.Gated(*arrays, *static), back, drawn, kernels))
     assert_swiglu(run(gated[:5], back, drawn), gated, back, drawn)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("case", [*NORM_CASES, (8192, 4096), (1000, 8192), (100, 11008), (4099, 576)], ids=str)
+def test_rms_norm_on_the_gpu(case: tuple[int, int], dtype: Any) -> None:
+    assert kernels.available()
+    arrays = norm_case(*case, dtype)
+    run = jax.jit(
+        lambda *arrays: (kernels.rms_norm(*arrays[:2], NORM_EPS), kernels.rms_norm_backward(*arrays, NORM_EPS))
+    )
+    assert "triton" in run.lower(*arrays).as_text()
+    assert_norm(*run(*arrays), arrays)
+
+
+@needs_gpu
+def test_rms_norm_rounds_where_the_twin_does_on_the_gpu() -> None:
+    x, weight = small_integers(100, 4096)
+    with jax.disable_jit():  # compiled as one, XLA leaves out the rounding in the middle
+        expected = kernels.plain_rms_norm(x, weight, NORM_EPS)
+    np.testing.assert_array_equal(bits(kernels.rms_norm(x, weight, NORM_EPS)), bits(expected))
 
 
 @needs_gpu

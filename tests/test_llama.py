@@ -18,12 +18,42 @@ from qlora_jax import nf4
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Engine, Weights
 from qlora_jax.errors import InputError
-from qlora_jax.llama import LlamaConfig, rotate
+from qlora_jax.llama import LlamaConfig, RMSNorm, rotate
 from tests import tiny
 
 F32_EPS = float(np.finfo(np.float32).eps)
 BF16_ROUNDING = 2.0**-8  # half a step of an 8-bit significand, relative
 LOGITS_RTOL = 1e-4  # of the largest logit; float32 sums in another order through every layer
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+def test_a_norm_and_what_goes_past_it(dtype: Any, jitted: bool) -> None:
+    """The same function and the same gradient as without a backward pass of its own."""
+    rng = np.random.default_rng(0)
+    norm = RMSNorm(64, 1e-5)
+    norm.weight[...] = jnp.asarray(1 + 0.1 * rng.standard_normal(64), jnp.bfloat16)
+    x, *grads = (jnp.asarray(rng.standard_normal((2, 5, 64)), dtype) for _ in range(3))
+
+    def run(both: Any) -> Any:
+        outputs, pull = jax.vjp(both, x)
+        return *outputs, *pull(tuple(grads))
+
+    found, expected = (
+        (jax.jit(run, static_argnums=0) if jitted else run)(both) for both in (norm.and_skip, lambda x: (norm(x), x))
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_norm_keeps_what_it_was_given() -> None:
+    norm, x = RMSNorm(64, 1e-5), jnp.ones((2, 5, 64), jnp.bfloat16)
+
+    def kept(function: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.vjp(function, x)[1]))
+
+    assert kept(norm.and_skip) == x.size + 64  # and its weight
+    assert kept(norm) > kept(norm.and_skip)
 
 
 def load_model(path: Path) -> tuple[Engine, Weights]:

@@ -29,6 +29,8 @@ __all__ = [
     "plain_rotate",
     "plain_swiglu",
     "quantize",
+    "rms_norm",
+    "rms_norm_backward",
     "swiglu",
     "swiglu_backward",
 ]
@@ -219,6 +221,36 @@ def _plain_sums(gated: Gated) -> list[jax.Array]:
     ]
 
 
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x [..., D] / rms(x) in float32, rounded to x's dtype, times `weight` [D] in that dtype."""
+    if available():
+        from qlora_jax.kernels import norm as kernel
+
+        rows, scale = x.reshape(-1, x.shape[-1]), weight.astype(x.dtype)
+        if kernel.supported(rows, scale):
+            return kernel.forward(rows, scale, eps).reshape(x.shape)
+    return plain_rms_norm(x, weight, eps)
+
+
+def rms_norm_backward(x: jax.Array, weight: jax.Array, dnormed: jax.Array, dskip: jax.Array, eps: float) -> jax.Array:
+    """From the gradient of what `rms_norm` gives, that of x, plus `dskip`; all [..., D]. The kernel rounds once, the twin every step."""
+    if available():
+        from qlora_jax.kernels import norm as kernel
+
+        rows, dnormed_rows, dskip_rows = (array.reshape(-1, x.shape[-1]) for array in (x, dnormed, dskip))
+        if kernel.supported(rows, scale := weight.astype(x.dtype)):
+            return kernel.backward(rows, scale, dnormed_rows, dskip_rows, eps).reshape(x.shape)
+    _, pull = jax.vjp(lambda x: (plain_rms_norm(x, weight, eps), x), x)
+    return pull((dnormed, dskip))[0]
+
+
+def plain_rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """The twin of `rms_norm`; the weight may be any that broadcasts against x [..., D]."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * jnp.broadcast_to(weight.astype(x.dtype), x.shape)
+
+
 @functools.cache
 def available() -> bool:
     """Whether this process's GPU runs the kernels: tried once, on small arrays, and compared with what they should give."""
@@ -241,7 +273,7 @@ def _try_out() -> str:
     """What is wrong with the kernels here; empty if nothing is."""
     try:
         from qlora_jax.kernels import dequantization as kernel
-        from qlora_jax.kernels import low_rank
+        from qlora_jax.kernels import low_rank, norm
 
         weight = nf4.quantize(jnp.asarray(np.random.default_rng(0).standard_normal((64, 256)), jnp.bfloat16))
         found, expected = kernel.dequantize(weight, "bfloat16"), nf4.dequantize(weight)
@@ -257,6 +289,8 @@ def _try_out() -> str:
         )  # that they compile
         same = np.array_equal(np.asarray(found), np.asarray(expected)) and (np.asarray(sums[0]) == 65).all()
         same = same and (np.abs(np.asarray(sums[1])) == 129).all()
+        norms = norm.forward(ones, ones[0], 0.0), norm.backward(ones, ones[0], ones, ones, 0.0)  # whose rms is 1
+        same = same and all((np.asarray(each) == 1).all() for each in norms)
         return "" if same else "their results differ from XLA's"
     except Exception as error:  # whatever a missing backend, compiler or driver raises
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
