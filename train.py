@@ -27,6 +27,7 @@ from qlora_jax.changes import check_changes, check_identity, work_changes
 from qlora_jax.checkpoint import Checkpoint
 from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
+from qlora_jax.commands.space import show_space, space_of
 from qlora_jax.config import Config, load_config
 from qlora_jax.corpus import Corpus, load_corpus
 from qlora_jax.data import Batches, save_template
@@ -40,6 +41,7 @@ from qlora_jax.placement import Tree, nbytes, put
 from qlora_jax.plan import make_engine
 from qlora_jax.preview import preview
 from qlora_jax.samples import Samples
+from qlora_jax.space import Space
 from qlora_jax.trackers import check_trackers, open_trackers
 from qlora_jax.trainer import Hooks, Trainer, check_evaluation
 
@@ -87,13 +89,16 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         plan = plan_as_before(config, model.config, training.longest, resumed)
         show(plan, console, len(training))
         config = resolved(config, plan)
+        space = space_of(config, plan.job, len(training), model.folder, model.name_or_path)
+        show_space(space, console)
+        space.check()
         about = about_run(config, model, training, plan)
         if resumed:
             continued(resumed, about, console)
         checkpoints = folder.claim(resumed)
-        for line in folder.begin(config, command, resumed, plan.as_dict(len(training))):
+        for line in folder.begin(config, command, resumed, {**plan.as_dict(len(training)), "disk": space.as_dict()}):
             console.print(line)
-        weights = load(config, model, plan, console, phases)
+        weights = load(config, model, plan, space, console, phases)
         engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
         adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
         adapters = [put(in_dtype(layer, config.lora.dtype), plan.layout.adapters) for layer in adapters]
@@ -218,10 +223,11 @@ def settle_quantization(config: Config, model: BaseModel, console: Console) -> C
     return config.model_copy(update={"quantization": quantization})
 
 
-def load(config: Config, model: BaseModel, plan: Plan, console: Console, phases: Phases) -> Weights:
+def load(config: Config, model: BaseModel, plan: Plan, space: Space, console: Console, phases: Phases) -> Weights:
     """The base model in 4 bits, each layer where the plan wants it."""
     with phases.time("quantizing"):
-        in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console)
+        reserved = space.beside(cache_dir() / "quantized")
+        in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console, leave_free=reserved)
     with phases.time("loading"), byte_bar(console) as progress:
         task = progress.add_task(
             "loading", total=total_bytes(model.config, config.quantization, config.memory.base_weights)

@@ -24,19 +24,29 @@ from convert.job import DestinationError, in_use
 from convert.load import read_config
 from convert.prequantized import settle
 from convert.quantize import job_of, quantize
+from convert.sizes import companion_bytes, quantized_bytes, tensors_of
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import byte_bar, make_console
 from qlora_jax.errors import InputError, exit_status
+from qlora_jax.files import describe_size
 
 KEY_DIGITS = 16
 
 
 def cached_folder(
-    folder: ModelFolder, name_or_path: str, quantization: QuantizationSettings, console: Console
+    folder: ModelFolder,
+    name_or_path: str,
+    quantization: QuantizationSettings,
+    console: Console,
+    *,
+    leave_free: int = 0,
 ) -> ModelFolder:
     """The model in 4 bits: from the cache, quantized into it first if it is not there. To the bit what loading `folder` gives.
 
     A folder that is in 4 bits already is returned as it is; so is `folder` where the cache cannot be written, after a line that says so.
+
+    Args:
+        leave_free: bytes of the cache's disk that are for others: if they would not be left over, nothing is written.
 
     Raises:
         InputError: a weight is not finite.
@@ -50,11 +60,13 @@ def cached_folder(
         return found
     total = sum(spec.nbytes for shard in folder.shards for spec in folder.specs(shard))
     try:
+        if leave_free:
+            _require_room(entry, folder, quantization, leave_free)
         with byte_bar(console) as progress:
             task = progress.add_task("quantizing", total=total)
             quantize(folder, entry, quantization, lambda nbytes: progress.advance(task, nbytes), console.print)
     except (DestinationError, OSError) as error:
-        reason = error.found if isinstance(error, DestinationError) else error
+        reason = f"{error.found}; {error.expected}" if isinstance(error, DestinationError) else error
         console.print(f"quantizing in memory, for this run only: {entry}: {reason}")
         return folder
     size = f"{_bytes(entry) / 2**30:.2f} GiB, {sum(map(_bytes, entries())) / 2**30:.2f} with all others"
@@ -67,6 +79,11 @@ def entry_of(folder: ModelFolder, name_or_path: str, quantization: QuantizationS
     name = re.sub(r"[^\w.-]+", "-", name_or_path if not Path(name_or_path).exists() else Path(name_or_path).name)
     key = hashlib.sha256(json.dumps(job_of(folder, quantization), sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
     return _place() / f"{name.strip('.-')}-{key}"
+
+
+def unfinished_bytes(entry: Path) -> int:
+    """What a run that was stopped has written of an entry."""
+    return _bytes(entry.with_name(f".{entry.name}.partial"))
 
 
 def entries() -> list[Path]:
@@ -89,6 +106,20 @@ def remove(names: Sequence[str]) -> None:
         raise InputError(_place(), found="; ".join(problems), expected="entries of the cache", fix=fix)
     for name in names:
         shutil.rmtree(there[name])
+
+
+def _require_room(entry: Path, folder: ModelFolder, quantization: QuantizationSettings, leave_free: int) -> None:
+    """Raises DestinationError: the entry would take room that is for others."""
+    missing = quantized_bytes(tensors_of(folder), quantization) + companion_bytes(folder) - unfinished_bytes(entry)
+    place = entry.parent
+    place.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place).free
+    if missing + leave_free > free:
+        raise DestinationError(
+            entry,
+            found=f"{describe_size(free)} free on this disk",
+            expected=f"{describe_size(missing)} for it beside {describe_size(leave_free)} for the run",
+        )
 
 
 def _place() -> Path:

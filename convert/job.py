@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from convert.folder import ModelFolder
-from qlora_jax.errors import InputError
-from qlora_jax.files import FULL, describe_size, publish, try_lock, write_json
+from qlora_jax.errors import FULL, InputError
+from qlora_jax.files import describe_size, publish, try_lock, write_json
 
 FORMAT = 2
 """Raised whenever the same job makes other bytes: what an older version left is then not continued."""

@@ -51,7 +51,7 @@ def quantize(
 
     def change(shard: str) -> Shard:
         kept = [spec for spec in folder.specs(shard) if not names.is_ignored(spec.name)]
-        specs = [new for spec in kept for new in _specs(spec, quantization)]
+        specs = [new for spec in kept for new in quantized_specs(spec, quantization)]
         work = sum(spec.nbytes for spec in kept)
         return Shard(specs, _pieces(folder, kept, quantization, advance), work)
 
@@ -80,8 +80,8 @@ def refuse_quantized(folder: ModelFolder) -> None:
         )
 
 
-def _specs(spec: TensorSpec, quantization: QuantizationSettings) -> list[TensorSpec]:
-    """What becomes of one tensor."""
+def quantized_specs(spec: TensorSpec, quantization: QuantizationSettings) -> list[TensorSpec]:
+    """What becomes of one tensor of an unquantized folder."""
     if names.parse_linear(spec.name) is None:
         return [TensorSpec(spec.name, "BF16", spec.shape)]
     return bitsandbytes.specs(spec.name, spec.shape, quantization)

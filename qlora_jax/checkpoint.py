@@ -27,8 +27,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax.errors import InputError
-from qlora_jax.files import FULL, describe_size, publish, write_json
+from qlora_jax.errors import FULL, InputError
+from qlora_jax.files import describe_size, publish, write_json
 from qlora_jax.placement import Tree, put
 
 FORMAT = 1
@@ -171,10 +171,6 @@ class Checkpoints:
             fix = "restore one from a copy, or start again: training.resume=never training.overwrite_output_dir=true"
             raise InputError(self.folder, found=f"no checkpoint that is not damaged{reasons}", fix=fix)
         return None
-
-    def space_needed(self, layers: Layers) -> int:
-        """Bytes that saves of these arrays, or of arrays so described, will still take on the disk: one more than `keep` at a time."""
-        return max(0, self.keep + 1 - len(_steps(self.folder))) * checkpoint_bytes(layers)
 
     def _write(
         self, step: int, columns: dict[str, list[jax.Array]], about: dict[str, Json], files: dict[str, bytes]

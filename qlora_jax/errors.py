@@ -1,5 +1,6 @@
 """Errors for people: what the user gave, what was expected, what to do. A traceback is for our bugs."""
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -11,6 +12,14 @@ EXIT_SIGNAL = 128
 
 MAX_LINES, MAX_LINE = 80, 2000
 """Of a message."""
+
+
+FULL = {
+    errno.ENOSPC: "the disk became full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file became larger than the file system or a limit of this process (ulimit -f) allows",
+}
+"""What is said of the errors of a disk that takes no more."""
 
 
 class InputError(Exception):
@@ -50,6 +59,13 @@ def _clipped(text: str) -> str:
     )  # half of a surrogate pair cannot be printed
 
 
+def disk_full(error: OSError, where: object = None) -> InputError:
+    """Of a file that could not be written, because the disk takes no more (`FULL`)."""
+    place = where or error.filename or "writing a file"
+    fix = "make room and run the same command again: a run goes on from what was saved"
+    return InputError(place, found=f"{FULL[error.errno]}: {error.strerror}", fix=fix)
+
+
 class InterruptedRunError(Exception):
     """A signal asked the run to stop, and it has saved what it did; the message says how to continue."""
 
@@ -59,7 +75,7 @@ class InterruptedRunError(Exception):
 
 
 def exit_status(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Turn a command's `main` into one that returns an exit status: `InputError` becomes one message and status 2."""
+    """Turn a command's `main` into one that returns an exit status: `InputError`, or a full disk, becomes one message and status 2."""
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
@@ -67,6 +83,11 @@ def exit_status(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            print(f"error: {disk_full(error)}", file=sys.stderr)
             return EXIT_BAD_INPUT
         except InterruptedRunError as stopped:
             print(stopped, file=sys.stderr)

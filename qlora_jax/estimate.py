@@ -20,7 +20,7 @@ from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSetting
 from qlora_jax.llama import MLP_TOKENS, Attention, DecoderLayer, LlamaConfig
 from qlora_jax.loss import LOGIT_BYTES
 from qlora_jax.optimizer import abstract_moments
-from qlora_jax.placement import READ_AHEAD, SLOTS, LayerPlace, Where, nbytes, spread
+from qlora_jax.placement import READ_AHEAD, SLOTS, LayerPlace, Tree, Where, nbytes, spread
 from qlora_jax.rates import Rates
 
 PROCESS_BYTES = {True: 6 * 2**30, False: 0.7 * 2**30}
@@ -60,20 +60,29 @@ class Job:
         return compiled.describe(DecoderLayer, self.config, self.lora, self.quantization, self.attention)[1:]
 
     @property
+    def adapter(self) -> Tree:
+        """Shapes of one layer's adapter."""
+        return self._layer[0]
+
+    @functools.cached_property
+    def moments(self) -> Tree:
+        """Shapes of one layer's AdamW moments."""
+        return abstract_moments(TrainingSettings(output_dir="unused", optim=self.optim), self.adapter)
+
+    @property
     def adapter_bytes(self) -> int:
         """One layer's adapter; its gradient takes the same."""
-        return nbytes(self._layer[0])
+        return nbytes(self.adapter)
 
     @property
     def layer_bytes(self) -> int:
         """One layer's frozen weights: 441 MB for Llama-2-70B."""
         return nbytes(self._layer[1])
 
-    @functools.cached_property
+    @property
     def moments_bytes(self) -> int:
         """One layer's AdamW moments."""
-        settings = TrainingSettings(output_dir="unused", optim=self.optim)
-        return nbytes(abstract_moments(settings, self._layer[0]))
+        return nbytes(self.moments)
 
     @property
     def vocabulary_bytes(self) -> int:

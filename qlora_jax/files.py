@@ -1,20 +1,12 @@
 """Files that are whole or not there, and locks that no crash leaves behind."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
-
-FULL = {
-    errno.ENOSPC: "the disk became full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file became larger than the file system or a limit of this process (ulimit -f) allows",
-}
-"""What is said of the errors of a disk that takes no more."""
 
 
 @contextlib.contextmanager

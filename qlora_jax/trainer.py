@@ -7,7 +7,6 @@ of it. So a run that goes on from a checkpoint makes the steps that it would hav
 import contextlib
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,17 +15,16 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from qlora_jax.checkpoint import Checkpoint, Checkpoints, checkpoint_bytes
+from qlora_jax.checkpoint import Checkpoint, Checkpoints
 from qlora_jax.config import TrainingSettings
 from qlora_jax.data import Batch, Batches
 from qlora_jax.display import Phases, RunDisplay
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, InterruptedRunError
 from qlora_jax.faults import find_fault
-from qlora_jax.files import describe_size
 from qlora_jax.metrics import MetricsLog, Record, Tracker, peak_device_gib, peak_host_gib, plot_loss
 from qlora_jax.optimizer import AdamW, schedule
-from qlora_jax.placement import Where, nbytes, put
+from qlora_jax.placement import Where, put
 from qlora_jax.progress import Progress
 from qlora_jax.signals import Signals
 
@@ -103,7 +101,6 @@ class Trainer:
         if resumed:
             adapters, optimizer.moments = self._restore(resumed, adapters, optimizer)
             before = resumed.file("metrics.jsonl")
-        self._check_space(adapters, optimizer)
         self.metrics = MetricsLog(self.output_dir / "metrics.jsonl", before, self.trackers)
         with contextlib.closing(self.metrics), self.display.live():
             try:
@@ -259,23 +256,6 @@ class Trainer:
         self.display.done(self.progress.step)
         self.display.note(f"continuing after step {self.progress.step}, from {resumed.path}")
         return restored["adapters"], restored["moments"]
-
-    def _check_space(self, adapters: Adapters, optimizer: AdamW) -> None:
-        """Refuse to begin what cannot be saved."""
-        arrays = {"adapters": adapters, "moments": optimizer.moments}
-        needed = self.checkpoints.space_needed(arrays) + 2 * nbytes(adapters)  # adapter/ and best/
-        free = shutil.disk_usage(self.output_dir).free
-        size, kept = checkpoint_bytes(arrays), self.settings.save_total_limit
-        self.display.note(
-            f"checkpoints: {size / 2**20:,.1f} MiB each, the newest {kept} kept, {free / 2**30:,.1f} GiB free"
-        )
-        if needed > free:
-            raise InputError(
-                self.output_dir,
-                found=f"{describe_size(free)} free on this disk",
-                expected=f"{describe_size(needed)} for {kept + 1} checkpoints and the adapter",
-                fix="make room, lower training.save_total_limit, or name a training.output_dir on another disk",
-            )
 
     def _interrupted(self, signal: int) -> InterruptedRunError:
         self.checkpoints.wait()

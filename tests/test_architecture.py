@@ -17,7 +17,7 @@ ORDER = (
     "errors", "files", "machine", "section", "data_settings", "config", "changes", "nf4", "blockwise", "kernels", "dropout", "linear",
     "feed_forward", "norm",
     "llama_config", "llama",
-    "data", "loss", "placement", "rates", "compiled", "engine", "optimizer", "estimate", "budget", "plan", "checkpoint", "metrics",
+    "data", "loss", "placement", "rates", "compiled", "engine", "optimizer", "estimate", "budget", "plan", "space", "checkpoint", "metrics",
     "trackers", "display", "corpus", "preview", "samples", "output_dir", "signals", "progress", "faults", "trainer", "generate",
     "compare", "commands", "__main__",
 )  # fmt: skip

@@ -160,7 +160,7 @@ def test_a_run_with_it_is_the_run_without(place: Path, monkeypatch: pytest.Monke
     for number in range(3):  # without, first and second with
         with monkeypatch.context() as patch:
             if number == 0:
-                patch.setattr(train, "cached_folder", lambda folder, *args: folder)
+                patch.setattr(train, "cached_folder", lambda folder, *args, **options: folder)
             if number == 2:
                 patch.setattr(cache_module, "quantize", never)
             out = place / str(number)

@@ -158,13 +158,6 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, 2).newest(no_log).step == 100
 
 
-def test_space_needed_counts_what_is_there(saved: Path, tmp_path: Path) -> None:
-    arrays = {"adapters": adapters()}
-    one = checkpoint_bytes(arrays)
-    assert Checkpoints(tmp_path, 2).space_needed(arrays) == 3 * one
-    assert Checkpoints(saved, 2).space_needed(arrays) == one
-
-
 def test_the_same_step_is_not_written_twice(tmp_path: Path) -> None:
     checkpoints = save(tmp_path, 5)
     before = (tmp_path / "step-5" / ABOUT).stat().st_mtime_ns

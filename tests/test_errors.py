@@ -1,6 +1,11 @@
 """Messages are for people: what no one would read is counted, not shown."""
 
-from qlora_jax.errors import MAX_LINE, MAX_LINES, InputError
+import errno
+import os
+
+import pytest
+
+from qlora_jax.errors import EXIT_BAD_INPUT, FULL, MAX_LINE, MAX_LINES, InputError, exit_status
 
 
 def test_a_short_message_is_whole() -> None:
@@ -25,3 +30,18 @@ def test_faults_without_number() -> None:
 
 def test_what_cannot_be_printed() -> None:
     assert str(InputError("file", found="\ud800")).encode() == rb"file" + b"\n  found:    " + rb"\ud800"
+
+
+@pytest.mark.parametrize("number", [*FULL, errno.EACCES])
+def test_a_full_disk_is_not_our_bug(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_status
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "runs/metrics.jsonl")
+
+    if number not in FULL:
+        with pytest.raises(OSError, match="denied"):
+            main()
+        return
+    assert main() == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: runs/metrics.jsonl\n  found:    {FULL[number]}") and "make room" in error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from convert.adapter import load_adapter
 from convert.cache import cached_folder
 from convert.folder import ModelFolder
@@ -20,7 +21,9 @@ from convert.quantize import quantize
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import make_console
 from qlora_jax.errors import EXIT_BAD_INPUT
+from qlora_jax.metrics import MetricsLog, Record
 from tests import tiny
+from tests.runs import assert_same, outcome, train_main, write_place
 from tests.test_job import SHARDS, contents, partial
 from tests.test_merge import make_adapter
 
@@ -130,6 +133,45 @@ def test_a_cache_that_something_else_fills(
     assert entry.parent == entries
     assert "continuing: 2 of 5 shards" in capsys.readouterr().out
     assert contents(entry) == contents(tmp_path / "whole")
+
+
+def test_tokens_for_which_there_is_no_room(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = write_place(tmp_path / "place", max_steps=1)
+    monkeypatch.setattr(train, "cache_dir", lambda: small_disk)
+    (small_disk / "tokenized").mkdir()
+    fill(small_disk)
+    assert train_main(place, tmp_path / "out") == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert f"error: {small_disk / 'tokenized'}" in error and "the disk became full: No space left on device" in error
+    assert list((small_disk / "tokenized").iterdir()) == [], "nothing half-made is left"
+    (small_disk / "other").unlink()
+    assert train_main(place, tmp_path / "out") == 0
+
+
+def test_a_run_whose_disk_something_else_fills(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While a line of metrics is written: what was saved before is whole, and the same command goes on from it."""
+    place, out, real = write_place(tmp_path / "place", max_steps=4), small_disk / "out", MetricsLog.write
+    settings = ["training.save_steps=1", "lora.target_modules=[q_proj]"]
+
+    def write(self: MetricsLog, record: Record) -> None:
+        if record["step"] == 3:
+            fill(small_disk)
+        real(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", write)
+        assert train_main(place, out, *settings) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert "the disk became full" in error and "make room and run the same command again" in error
+    (small_disk / "other").unlink()
+    assert train_main(place, out, *settings) == 0
+    assert "continuing after step" in capsys.readouterr().out
+    assert train_main(place, tmp_path / "whole", *settings) == 0
+    assert_same(outcome(out), outcome(tmp_path / "whole"))
 
 
 LIMITED = """

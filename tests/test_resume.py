@@ -307,17 +307,6 @@ def test_a_finished_run_has_nothing_left_to_do(capsys: pytest.CaptureFixture[str
     assert "a finished run" in error and "a larger training.max_steps or num_train_epochs continues this run" in error
 
 
-def test_no_space(
-    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage)
-    assert train_main(place, tmp_path / "out", *PLAIN) == EXIT_BAD_INPUT
-    error = capsys.readouterr().err
-    assert "1,000 bytes (0.00 GiB) free on this disk" in error
-    assert "for 3 checkpoints and the adapter" in error and "lower training.save_total_limit" in error
-
-
 # Two processes
 
 
@@ -429,7 +418,7 @@ def test_the_log_tells_what_changed_and_how_long_it_took(
     assert "changed: training.learning_rate: 0.01 → 0.001, from here on\n" in printed
     assert "changed: training.logging_steps: 1 → 2\n" in printed
     assert re.search(r"version of jax: [\d.]+ → 99.0, so the last bits may differ\n", printed)
-    assert re.search(r"checkpoints: \d+\.\d MiB each, the newest 2 kept, [\d.,]+ GiB free\n", printed)
+    assert re.search(r"checkpoints: 2 kept, one being written, \d+\.\d MiB each +0\.00", printed)
     assert re.search(
         r"time: [\d.]+ s \(checking [\d.]+ s, model [\d.]+ s, .*first step [\d.]+ s, .*export [\d.]+ s\)\n", printed
     )

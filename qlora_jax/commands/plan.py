@@ -15,6 +15,7 @@ from convert.hub import cache_dir
 from convert.model import open_shape
 from qlora_jax import machine
 from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.commands.space import local_folder, show_space, space_of, with_guessed_tokens
 from qlora_jax.config import Config, load_config
 from qlora_jax.data.batches import LENGTH_MULTIPLE
 from qlora_jax.display import make_console
@@ -28,7 +29,12 @@ from qlora_jax.rates import measured, published
 
 EPILOG = """\
 The longest row is taken to have data.max_seq_length tokens; train.py takes the longest there is. Without --gpu-memory the plan is for
-this machine's GPU, and the workspace is that of the compiled layer; with it, for a card of that size, from estimates."""
+this machine's GPU, and the workspace is that of the compiled layer; with it, for a card of that size, from estimates. What the hub's own
+cache takes of the disk is not counted, nor the tokens of its datasets: 5 bytes each."""
+
+
+SIZES = ("gpu-memory", "host-memory", "disk-space")
+"""Options that are a number of bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-memory", metavar="SIZE", help="plan for a host with so much memory to spare, e.g. 64GiB"
     )
+    parser.add_argument("--disk-space", metavar="SIZE", help="plan for disks with so much free, e.g. 200GiB")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -52,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     shape = open_shape(config.model.name_or_path, log=console.print)
     length = LENGTH_MULTIPLE * -(-config.data.max_seq_length // LENGTH_MULTIPLE)
-    sizes = {name: _size(name, getattr(options, name.replace("-", "_"))) for name in ("gpu-memory", "host-memory")}
+    sizes = {name: _size(name, getattr(options, name.replace("-", "_"))) for name in SIZES}
     if sizes["gpu-memory"] is None:
         plan = plan_run(config, shape, length, host_bytes=sizes["host-memory"])
     else:
@@ -63,10 +70,15 @@ def run(options: argparse.Namespace) -> None:
         rates = published(options.gpu or "")
         plan = make_plan(job, config.memory, config.training.gradient_checkpointing, limits, rates)
     steps = config.training.max_steps if config.training.max_steps > 0 else None
+    name = config.model.name_or_path
+    space = with_guessed_tokens(space_of(config, plan.job, steps, local_folder(name), name))
+    space = dataclasses.replace(space, free=sizes["disk-space"])
+    space.check()
     if options.json:
-        print(json.dumps(plan.as_dict(steps), indent=2))
+        print(json.dumps({**plan.as_dict(steps), "disk": space.as_dict()}, indent=2))
     else:
         show(plan, console, steps)
+        show_space(space, console)
 
 
 def _size(option: str, text: str | None) -> int | None:

@@ -18,7 +18,7 @@ from qlora_jax.data.rows import RowError
 from qlora_jax.data.sources import Source
 from qlora_jax.data.tokenization import Example, Recipe, Tokens
 from qlora_jax.data_settings import DataSettings
-from qlora_jax.errors import InputError
+from qlora_jax.errors import FULL, InputError, disk_full
 
 PROBLEMS_AT_ONCE = 10
 """So many bad rows are named before reading stops."""
@@ -169,14 +169,16 @@ class Kept:
             progress: called with the number of rows done.
 
         Raises:
-            InputError: rows that cannot be used, or none that can.
+            InputError: rows that cannot be used, or none that can; or the disk became full.
         """
         entry = self._entry(source, recipe, settings)
         place = self._writable(entry)
         try:
             _write(place, Gate(source.name, settings), chunks, progress)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(place, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise disk_full(error, place.parent) from None
             raise
         if entry is None or place.parent != entry.parent:
             return TokenStore(place)
