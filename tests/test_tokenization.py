@@ -27,7 +27,6 @@ from qlora_jax.data import (
     make_recipe,
     tokenize,
 )
-from qlora_jax.data.jinja import JinjaTemplate
 from qlora_jax.data.tokenization import RowTokenizer
 from qlora_jax.data_settings import DataSettings
 from qlora_jax.errors import InputError
@@ -427,33 +426,3 @@ def test_a_real_tokenizer(smollm2_folder: Path) -> None:
         assert tokenizer.decode(example.input_ids).startswith("<|im_start|>system\n")
     completion = one({"prompt": "2 + 2 =", "completion": " 4"}, tokenizer)
     assert supervised(completion, tokenizer) == [" 4" + tokenizer.eos_token]
-
-
-def test_what_is_rendered_here_is_what_transformers_renders() -> None:
-    """With and without what it changes on the way: reasoning, calls of tools, values that are not strings."""
-    template = "{% for m in messages %}{% generation %}{% for k in m | sort %}{{ k }}={{ m[k] }};{% endfor %}"
-    template += "{% endgeneration %}{% endfor %}"
-    template += "{{ tools | tojson }}{{ bos_token }}{{ add_generation_prompt }}{{ documents is none }}{{ dict(a=1) }}"
-    tokenizer = make_tokenizer(template)
-    ours = JinjaTemplate(template, {"bos_token": "<s>"})
-    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
-    said = {"role": "user", "content": "hi"}
-    for extra in (
-        {},
-        {"name": "Ann"},
-        {"thinking": "so"},
-        {"reasoning_content": "so"},
-        {"tool_calls": call},
-        {"n": 1.5},
-    ):
-        for tools in (None, call):
-            messages = [said, {"role": "assistant", "content": "é😀", **extra}]
-            options = {"tools": tools, "tokenize": False}
-            for prompt in (False, True):
-                expected = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, **options)
-                assert ours.render(messages, tools, add_generation_prompt=prompt) == expected
-            text, spans = ours.render_marked(messages, tools)
-            assert text == tokenizer.apply_chat_template(messages, **options)
-            start, end = spans[0]
-            assert text[start:end] == "content=hi;role=user;"
-            assert len(spans) == len(messages) and spans[0][1] == spans[1][0]

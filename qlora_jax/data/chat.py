@@ -9,18 +9,15 @@ from the whole conversation, where it is not what the model wrote. It becomes a 
 as the model will see it, with that turn alone supervised.
 """
 
-import contextlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_jax.data.formats import Chat
-from qlora_jax.data.jinja import JinjaTemplate, Span
+from qlora_jax.data.jinja import JinjaTemplate, RenderError, Span
 from qlora_jax.data.messages import Message
 from qlora_jax.data.rows import RowError
 from qlora_jax.data_settings import LossOn
 
-GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKS_FIX = "put {% generation %} ... {% endgeneration %} around the assistant's text in the chat template"
 PROBE = "zqxprobezqx"
 
@@ -40,11 +37,14 @@ class Renderer:
         template: a Jinja template as transformers reads it.
         special_tokens: `bos_token` and others that templates use, by name.
         end_tokens: the texts of all tokens that are never plain text; one of them ends a turn.
+        by_transformers: see `JinjaTemplate`.
     """
 
-    def __init__(self, template: str, special_tokens: dict[str, str], end_tokens: Sequence[str]) -> None:
-        self._template, self._end_tokens = JinjaTemplate(template, special_tokens), tuple(end_tokens)
-        self._marked = bool(GENERATION_MARK.search(template))
+    def __init__(
+        self, template: str, special_tokens: dict[str, str], end_tokens: Sequence[str], *, by_transformers: bool = False
+    ) -> None:
+        self._template = JinjaTemplate(template, special_tokens, by_transformers=by_transformers)
+        self._end_tokens = tuple(end_tokens)
         self._leaves_out: dict[str, bool] = {}
 
     def render(self, chat: Chat, loss_on: LossOn, where: str) -> list[Rendered]:
@@ -59,29 +59,35 @@ class Renderer:
             RowError: the template cannot render the row or leaves one of its roles out, or the turns cannot be told apart.
         """
         messages = [{key: value for key, value in message.items() if value is not None} for message in chat.messages]
-        self._check_roles(messages, where)
-        if loss_on == "all":
-            (text,) = self._render([messages], chat, where)
-            return [Rendered(text, ((0, len(text)),))]
-        if self._marked:
-            return [self._render_marked(messages, chat, loss_on, where)]
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.num_prompt]
+        try:
+            self._check_roles(messages, where)
+            if loss_on == "all":
+                text = self._template.writer(messages, chat.tools)(len(messages), False)
+                return [Rendered(text, ((0, len(text)),))]
+            if self._template.is_marked:
+                return [self._render_marked(messages, chat, loss_on)]
+            return self._by_turns(messages, chat, loss_on, where)
+        except RenderError as error:
+            found = f"messages the chat template cannot render: {error}"
+            fix = "mend the row: templates may ask for alternating roles, or refuse `system`"
+            raise RowError(where, "template", found=found, fix=fix) from error
+
+    def _by_turns(self, messages: list[Message], chat: Chat, loss_on: LossOn, where: str) -> list[Rendered]:
+        turns = [i for i in range(chat.num_prompt, len(messages)) if messages[i]["role"] == "assistant"]
         if loss_on == "last_assistant" or (loss_on == "completion" and not chat.num_prompt):
             turns = turns[-1:]
-        return self._by_turns(messages, turns, chat, where)
-
-    def _by_turns(self, messages: list[Message], turns: list[int], chat: Chat, where: str) -> list[Rendered]:
         if turns == [0]:
             found = "the assistant alone speaks, and the chat template does not mark where its text starts"
             fix = f"drop the row, add a user's turn, or {MARKS_FIX}"
             raise RowError(where, "template", found=found, expected="a user's turn first", fix=fix)
-        turns = [turn for turn in turns if turn]  # what is said before anyone asked is read, not learned
-        befores = self._render([messages[:i] for i in turns], chat, where, add_generation_prompt=True)
-        ends = [messages[: i + 1] for i in turns if i + 1 < len(messages)]
-        *afters, text = self._render([*ends, messages], chat, where)
-        afters += [text] * (len(turns) - len(ends))  # the last turn's, where nothing follows it
+        write = self._template.writer(messages, chat.tools)
+        text = write(len(messages), False)
         spans, alone = [], []
-        for turn, before, after in zip(turns, befores, afters, strict=True):
+        for turn in turns:
+            if turn == 0:  # what is said before anyone asked is read, not learned
+                continue
+            before = write(turn, True)
+            after = write(turn + 1, False) if turn + 1 < len(messages) else text
             if not after.startswith(before):
                 found = f"this chat template rewrites its own prompt: messages[{turn}] does not begin where that ends"
                 expected = "a template whose add_generation_prompt writes the start of an assistant's turn"
@@ -98,18 +104,17 @@ class Renderer:
         stripped = after[start:].rstrip()
         return (start, start + len(stripped)) if stripped.endswith(self._end_tokens) else (start, len(after))
 
-    def _render_marked(self, messages: list[Message], chat: Chat, loss_on: LossOn, where: str) -> Rendered:
+    def _render_marked(self, messages: list[Message], chat: Chat, loss_on: LossOn) -> Rendered:
         """Render a template that has marks; the spans are what transformers' `return_assistant_tokens_mask` starts from.
 
         Its token mask is not used: it looks up the tokens of a span's first and last character, which leaves out part of
         an emoji at the end, and all later turns when a tokenizer's offsets leave out the space a turn starts with.
         """
-        with _in_words(where):
-            text, spans = self._template.render_marked(messages, chat.tools)
-            if chat.num_prompt:
-                _, prompt = self._template.render_marked(messages[: chat.num_prompt], chat.tools)
-                spans = spans[len(prompt) :]
-        if not chat.num_prompt and loss_on in ("last_assistant", "completion"):
+        text, spans = self._template.render_marked(messages, chat.tools)
+        if chat.num_prompt:
+            _, prompt = self._template.render_marked(messages[: chat.num_prompt], chat.tools)
+            spans = spans[len(prompt) :]
+        elif loss_on in ("last_assistant", "completion"):
             spans = spans[-1:]
         return Rendered(text, tuple(spans))
 
@@ -131,24 +136,6 @@ class Renderer:
         probe = {"role": role, "content": PROBE}
         chat = [probe, asked, answered] if role in ("system", "developer") else [asked, answered, probe, answered]
         try:
-            (text,) = self._render([chat], Chat(chat), "")
-        except RowError:
-            return False  # it is not silent about it: the row itself will tell
-        return PROBE not in text
-
-    def _render(self, chats: list[list[Message]], chat: Chat, where: str, **options: bool) -> list[str]:
-        with _in_words(where):
-            return [self._template.render(messages, chat.tools, **options) for messages in chats]
-
-
-@contextlib.contextmanager
-def _in_words(where: str) -> Iterator[None]:
-    """What a template raises, as the row's error."""
-    try:
-        yield
-    except ImportError:  # jinja2 is missing: the installation's fault, not the row's
-        raise
-    except Exception as error:  # a template is a program: it can raise what it likes
-        found = f"messages the chat template cannot render: {type(error).__name__}: {error}"
-        fix = "mend the row: templates may ask for alternating roles, or refuse `system`"
-        raise RowError(where, "template", found=found, fix=fix) from error
+            return PROBE not in self._template.writer(chat, None)(len(chat), False)
+        except RenderError:  # it is not silent about it: the row itself will tell
+            return False

@@ -63,9 +63,10 @@ def _message(
     if not isinstance(message, dict):
         fix = "mend the row, or drop it"
         raise RowError(row.where, "fields", found=f"`{name}` is {kind_of(message)}", expected=expected, fix=fix)
-    role_key, content_key = (_key(row, name, message, key, keys, expected) for key in ("role", "content"))
+    role_key = _key(row, name, message, "role", keys, expected)
+    content_key = _key(row, name, message, "content", keys, expected)
     said, content = message[role_key], message.get(content_key)
-    role = {**ROLES, **roles}.get(said) if isinstance(said, str) else None
+    role = roles.get(said, ROLES.get(said)) if isinstance(said, str) else None
     if role is None:
         fix = f"use the roles {', '.join(KNOWN_ROLES[:5])}, or say what it is with data.roles, e.g. {{{said!s}: user}}"
         raise RowError(row.where, "roles", found=f"`{name}` has the role {said!r}", expected=expected, fix=fix)
@@ -117,6 +118,8 @@ def check_text(row: Row, name: str, value: object, expected: str, *, may_be_empt
     if not value and not may_be_empty:
         found = f"`{name}` is an empty string"
         raise RowError(row.where, "empty", found=found, expected=expected, fix="fill it, or drop the row")
+    if value.isascii():
+        return
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair; no tokenizer can read it

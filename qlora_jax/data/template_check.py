@@ -20,13 +20,18 @@ def check_template(recipe: Recipe, template: ChatTemplate, log: Callable[[str], 
     Raises:
         InputError: a conversation starts with BOS twice.
     """
+    where = f"chat template ({template.name})"
+    if recipe.by_transformers:
+        log(
+            f"{where}: transformers renders it differently than qlora_jax would, so it renders every row, which takes longer"
+        )
     recipe = dataclasses.replace(recipe, layout=Layout("chat"), loss_on="assistant", max_seq_length=2**20)
     try:
         (example,) = tokenize([RawRow("a probe", PROBE)], recipe)
     except RowError:
         return  # a template for other conversations than this: the rows will tell
     plain = tokenizers.Tokenizer.from_str(recipe.tokenizer)
-    ids, where = example.input_ids.tolist(), f"chat template ({template.name})"
+    ids = example.input_ids.tolist()
     bos = recipe.special_tokens.get("bos_token")
     bos_id = None if bos is None else plain.token_to_id(bos)
     if bos_id is not None and ids[:2] == [bos_id, bos_id]:

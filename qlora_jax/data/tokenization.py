@@ -15,6 +15,7 @@ import tokenizers
 from qlora_jax.data.chat import Rendered, Renderer
 from qlora_jax.data.encoding import Encoded, Encoder
 from qlora_jax.data.formats import Chat, Completion, Layout, Sample, Text
+from qlora_jax.data.jinja import agrees_with_transformers
 from qlora_jax.data.rows import RawRow, RowError
 from qlora_jax.data.templates import ChatTemplate
 from qlora_jax.data_settings import DataSettings, LossOn
@@ -55,6 +56,8 @@ class Recipe:
     loss_on: LossOn
     max_seq_length: int
     too_long: Literal["truncate", "skip", "stop"]
+    by_transformers: bool = False
+    """Whether transformers renders every chat, because it renders the template differently."""
 
     def identity(self) -> str:
         """Equal for recipes that do the same."""
@@ -85,10 +88,11 @@ def make_recipe(
     if layout.format == "text" and settings.loss_on not in ("auto", "all"):
         expected = "auto or all: a text has neither turns nor a completion"
         raise InputError("data.loss_on", found=f"{settings.loss_on} for rows of format text", expected=expected)
+    special_tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     return Recipe(
         layout,
         _plain_tokenizer(tokenizer).to_str(),
-        {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
+        special_tokens,
         tuple(token.content for token in tokenizer.added_tokens_decoder.values()),
         _start_ids(tokenizer),
         -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
@@ -96,6 +100,7 @@ def make_recipe(
         settings.loss_on,
         settings.max_seq_length,
         settings.too_long,
+        by_transformers=template is not None and not agrees_with_transformers(template.text, special_tokens),
     )
 
 
@@ -154,7 +159,9 @@ class RowTokenizer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._encode = Encoder(recipe.tokenizer)
-        self._renderer = Renderer(recipe.template, recipe.special_tokens, recipe.end_tokens)
+        self._renderer = Renderer(
+            recipe.template, recipe.special_tokens, recipe.end_tokens, by_transformers=recipe.by_transformers
+        )
         self._start_ids = np.array(recipe.start_ids, np.int32)
 
     def __call__(self, rows: Sequence[RawRow]) -> Tokens:
