@@ -22,9 +22,25 @@ def cross_entropy(head: Head, h: jax.Array, targets: jax.Array) -> tuple[jax.Arr
     """
     logits = head(h)
     counted = targets != IGNORED_LABEL
-    picked = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[:, None], axis=1)[:, 0]
+    picked = _pick(logits, jnp.where(counted, targets, 0))
     losses = jax.nn.logsumexp(logits, axis=1) - picked
     return jnp.sum(jnp.where(counted, losses, 0)), jnp.sum(counted, dtype=jnp.float32)
+
+
+@jax.custom_vjp
+def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """logits [N, V] and targets [N] → each row's logit of its target [N].
+
+    The gradient is a comparison with every column. As the scatter that it would be otherwise, it wants an array of float32 to add to, and
+    the softmax's gradient is then written in float32, and once more when it is rounded; so it is one pass, in the head's dtype.
+    """
+    return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+
+
+_pick.defvjp(
+    lambda logits, targets: (_pick(logits, targets), (targets[:, None], jnp.arange(logits.shape[1])[None])),
+    lambda kept, dy: (jnp.where(kept[0] == kept[1], dy[:, None], 0), None),
+)
 
 
 def chunked_loss(head: Head, h: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -163,16 +163,37 @@ def test_a_micro_batch_without_supervised_tokens_is_zero(
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def shapes_in(jaxpr: Any) -> Iterator[jax.ShapeDtypeStruct]:
-    """What every equation puts out, at any depth."""
+def equations_in(jaxpr: Any) -> Iterator[Any]:
+    """At any depth."""
     for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            yield variable.aval
+        yield equation
         for value in equation.params.values():
             for inner in value if isinstance(value, list | tuple) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from shapes_in(inner)
+                    yield from equations_in(inner)
+
+
+def shapes_in(jaxpr: Any) -> Iterator[jax.ShapeDtypeStruct]:
+    """What every equation puts out, at any depth."""
+    for equation in equations_in(jaxpr):
+        for variable in equation.outvars:
+            yield variable.aval
+
+
+def test_no_scatter_stands_between_the_gradient_of_the_logits_and_its_rounding(
+    head: Head, h: jax.Array, labels: jax.Array
+) -> None:
+    def operations(run: Callable[..., Any], *args: Any) -> set[str]:
+        return {equation.primitive.name for equation in equations_in(jax.make_jaxpr(run)(*args))}
+
+    found = operations(lambda h: chunked_loss_and_grad(head, h, labels, jnp.float32(WEIGHT)), h)
+    assert "dot_general" in found
+    assert not {name for name in found if "scatter" in name}
+    picked = operations(
+        jax.grad(lambda x: jnp.take_along_axis(x, jnp.zeros((3, 1), int), axis=1).sum()), jnp.ones((3, 5))
+    )
+    assert "scatter-add" in picked  # as it would show
 
 
 def test_no_array_of_all_tokens_and_the_vocabulary_exists() -> None:
