@@ -181,7 +181,7 @@ def _malformed(settings: Mapping[str, Any]) -> list[str]:
         [] if isinstance(base_model, str | None) else [f"base_model_name_or_path is {base_model!r}, expected a name"]
     )
     problems += [
-        f"{key} is {settings.get(key)!r}, expected a positive number"
+        f"{key} is {settings.get(key)!r}, expected {_POSITIVE[key == 'r']}"
         for key in ("r", "lora_alpha")
         if not _positive(settings.get(key), whole=key == "r")
     ]
@@ -189,7 +189,7 @@ def _malformed(settings: Mapping[str, Any]) -> list[str]:
         value = settings.get(key) or {}
         whole = key == "rank_pattern"
         if not isinstance(value, dict) or not all(_positive(number, whole=whole) for number in value.values()):
-            problems.append(f"{key} is {value!r}, expected an object of positive numbers")
+            problems.append(f"{key} is {value!r}, expected an object, each value {_POSITIVE[whole]}")
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         value = settings.get(key)
         text = isinstance(value, str) and key != "modules_to_save"
@@ -229,8 +229,14 @@ def _bad_patterns(settings: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+_MAX_RANK, _MAX_ALPHA = 2**27, 1e30
+_POSITIVE = {True: f"a whole number from 1 to {_MAX_RANK}", False: f"a positive number up to {_MAX_ALPHA:.0e}"}
+"""By whether it has to be whole. JSON's integers have no end: a larger one would not fit a float, or any machine."""
+
+
 def _positive(value: Any, *, whole: bool = False) -> bool:
-    return isinstance(value, int if whole else int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    kind, most = (int, _MAX_RANK) if whole else (int | float, _MAX_ALPHA)
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value <= most
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

@@ -25,6 +25,8 @@ OTHER_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 SHOWN_NAMES = 5
 XLA_ALIGNMENT = 64
 """Bytes."""
+MAX_DIMENSIONS, MAX_DIMENSION = 64, 2**63 - 1
+"""Of a shape: numpy's most, and what 64 bits hold. More would be a product without end."""
 
 
 class ModelFolder:
@@ -242,7 +244,7 @@ def _entry(name: str, value: Any) -> _Entry | str:
             return f"damaged: {name} has no dtype, shape and data_offsets"
     if dtype not in NUMPY_DTYPES:
         return f"{name} has dtype {dtype}, which cannot be read; known: {', '.join(NUMPY_DTYPES)}"
-    if not all(type(n) is int and n >= 0 for n in shape) or begin < 0:
+    if not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape) or len(shape) > MAX_DIMENSIONS or begin < 0:
         return f"damaged: {name} has shape {shape} at byte {begin}"
     nbytes = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
     if end - begin != nbytes:

@@ -142,7 +142,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         shards = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
         return all((folder / shard).is_file() for shard in shards)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
 
 

@@ -48,7 +48,7 @@ def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> Ll
     path = resolve_config(name_or_path, log=log)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(path, found=f"not JSON: {error}", fix="fetch the model again") from None
     if not isinstance(config, dict):
         raise InputError(path, found="JSON that is not an object", fix="fetch the model again")
@@ -83,12 +83,20 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+MAX_UNUSED = 2**16
+"""Numbers without a token below the largest. A tokenizer that is copied or written makes room for each of them, up to 2³² of them."""
+
+
 def _try(tokenizer: PreTrainedTokenizerBase) -> None:
     """Use it once: some damage shows only then.
 
     Raises:
         ValueError, or whatever the tokenizer raises: it does not work.
     """
+    numbers = tokenizer.get_vocab()
+    token = max(numbers, key=numbers.get, default=None)
+    if token is not None and numbers[token] > len(numbers) + MAX_UNUSED:
+        raise ValueError(f"its token {token[:100]!r} is number {numbers[token]}, and it has {len(numbers)} tokens")
     plain, whole = tokenizer("x", add_special_tokens=False)["input_ids"], tokenizer("x")["input_ids"]
     if not plain or plain not in [whole[start : start + len(plain)] for start in range(len(whole))]:
         raise ValueError(f"it makes {plain} of a letter, and {whole} of a text of that letter")

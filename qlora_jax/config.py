@@ -214,7 +214,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad UTF-8, or a number of too many digits
         raise InputError(path, found=f"not YAML: {error}", fix="mend the file; see configs/quickstart.yaml") from None
     if not isinstance(settings, dict):
         raise InputError(
@@ -244,7 +244,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         )
     try:
         group[key] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(
             override, found=f"{value!r} is not a YAML value", fix="quote it, e.g. key='\"text\"'"
         ) from None

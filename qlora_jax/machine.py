@@ -83,6 +83,10 @@ def available_host_bytes(root: Path = Path("/")) -> int:
     return available
 
 
+MAX_BYTES = 2**63 - 1
+"""Of any memory or file."""
+
+
 def parse_bytes(text: str) -> int:
     """`24GiB`, `24 GB`, `512MiB` or a plain number of bytes.
 
@@ -94,7 +98,10 @@ def parse_bytes(text: str) -> int:
         raise ValueError("expected a size such as 24GiB")
     unit = (match[2] or "B").upper()
     power = "BKMGT".index(unit[0])
-    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** power)
+    size = float(match[1]) * (1024 if "I" in unit else 1000) ** power
+    if size > MAX_BYTES:
+        raise ValueError(f"expected a size such as 24GiB, at most {MAX_BYTES} bytes")
+    return int(size)
 
 
 def usable_bytes(gpu: Gpu, asked: int | None) -> int:

@@ -8,6 +8,7 @@ import yaml
 
 from qlora_jax.config import LINEAR_NAMES, NOT_YET, Config, LoraSettings, load_config
 from qlora_jax.errors import InputError
+from qlora_jax.section import MAX_WHOLE
 
 REPOSITORY = Path(__file__).parent.parent
 MINIMAL: dict[str, Any] = {
@@ -316,3 +317,25 @@ def test_sources_and_what_is_held_out(tmp_path: Path) -> None:
     several = load_config(write(tmp_path / "two.yaml", changes)).data
     assert [source.path for source in several.all_sources] == ["a", "b"]
     assert several.eval_source is None
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["lora.r", "lora.lora_alpha", "training.seed", "training.learning_rate", "training.max_steps", "data.max_seq_length",
+        "memory.resident_layers"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "value", ["9" * 400, "9" * 5000, "1.0e+400", ".nan"], ids=["400 digits", "5000 digits", "1e400", "NaN"]
+)
+def test_numbers_have_an_end(file: Path, setting: str, value: str) -> None:
+    """A larger one would be a traceback wherever it becomes a float, a shape or a seed."""
+    error = refusal(file, f"{setting}={value}")
+    assert setting in error and len(error) < 5000
+
+
+def test_the_largest_whole_number(file: Path) -> None:
+    assert load_config(file, [f"training.seed={MAX_WHOLE}"]).training.seed == MAX_WHOLE
+    assert f"training.seed: expected at most {MAX_WHOLE}" in refusal(file, f"training.seed={MAX_WHOLE + 1}")
+    (section := file.with_name("wrong.yaml")).write_text(f"lora: {{r: {'9' * 5000}}}")
+    assert "not YAML" in refusal(section)
+    assert "expected a size such as 24GiB" in refusal(file, f"memory.device_memory='{'9' * 400}'")

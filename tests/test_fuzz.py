@@ -2,20 +2,26 @@
 
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from convert.adapter import save_adapter
+from convert.adapter import load_adapter, save_adapter
 from convert.folder import ModelFolder
 from convert.load import read_config
+from convert.model import MAX_UNUSED, open_tokenizer
 from convert.quantize import quantize
 from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine import Engine
+from qlora_jax.errors import InputError
+from qlora_jax.llama import LlamaConfig
 from qlora_jax.placement import put
 from tests import tiny
 
@@ -43,7 +49,8 @@ from qlora_jax.corpus import tokenize_rows
 from qlora_jax.data.rows import RawRow
 from qlora_jax.errors import InputError
 
-NASTY = [None, True, False, 0, -1, 1, 3, 2**31, 2**63, -2**63, 10**400, 1e308, float("nan"), float("inf"), 0.5, "", "\0", "\ud800",
+NASTY = [None, True, False, 0, -1, 1, 3, 2**31, 2**32 - 1, 2**63, -2**63, 10**400, 10**4299, -10**4299, "1e400", 1e308, 5e-324,
+    float("nan"), float("inf"), 0.5, "", "\0", "\ud800",
     "../../../etc/passwd", "/etc/passwd", "a" * 100_000, "model.safetensors", "model.embed_tokens.weight",
     "F64", "I4", "(a+)+$", "(.|.)*Z", ".*.*.*.*.*.*.*Z", "[",
     [], {}, [0], [[]],
@@ -77,7 +84,7 @@ def changed_json(text, random):
             parent[str(random.choice(NASTY))[:50]] = nasty
         if not paths_of(value):
             break
-    data = json.dumps(value).encode("utf-8", "surrogatepass")
+    data = json.dumps(value).encode("utf-8", "surrogatepass").replace(b'"1e400"', b"1e400")
     if random.random() < 0.1:
         depth = random.choice((50, 2000, 100_000))
         data = data[:-1] + b', "deep": ' + b'[' * depth + b']' * depth + b'}'
@@ -210,3 +217,107 @@ def test_damaged_files(place: Path, times: int) -> None:
         "or nothing was damaged"
     )
     assert refused["checkpoint"] + refused["about"] > times, "a checkpoint knows every byte"
+
+
+# Numbers without end: what JSON can write, and no float, array or machine can hold
+
+HUGE = [10**400, 10**4299, -(10**400), float("inf"), "1e400"]
+NUMBERS = {
+    "config.json": ["vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "rms_norm_eps", "rope_theta"],
+    "adapter_config.json": ["r", "lora_alpha"],
+}
+
+
+def damage(path: Path, *keys: Any, value: Any) -> Path:
+    """Put a value into a JSON file; `1e400` as it stands, which `json` reads as infinity."""
+    settings = json.loads(path.read_text())
+    inner = settings
+    for key in keys[:-1]:
+        inner = inner.setdefault(key, {}) if isinstance(key, str) else inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(settings).replace('"1e400"', "1e400"))
+    return path
+
+
+@pytest.mark.parametrize("value", HUGE, ids=["400 digits", "4300 digits", "below nothing", "infinity", "1e400"])
+@pytest.mark.parametrize(("file", "key"), [(file, key) for file, keys in NUMBERS.items() for key in keys])
+def test_a_number_without_end(place: Path, tmp_path: Path, file: str, key: str, value: Any) -> None:
+    folder = shutil.copytree(place / ("plain" if file == "config.json" else "adapter"), tmp_path / "folder")
+    damage(folder / file, key, value=value)
+    with pytest.raises(InputError) as caught:
+        read_config(ModelFolder(folder)) if file == "config.json" else load_adapter(folder, shape_of(place))
+    assert key in str(caught.value) and len(str(caught.value)) < 5000
+
+
+@pytest.mark.parametrize(("pattern", "value"), [("rank_pattern", 10**400), ("rank_pattern", 2**27 + 1),
+    ("alpha_pattern", 10**400), ("alpha_pattern", 1e31), ("layers_to_transform", 10**400)])  # fmt: skip
+def test_an_adapters_pattern_without_end(place: Path, tmp_path: Path, pattern: str, value: Any) -> None:
+    folder = shutil.copytree(place / "adapter", tmp_path / "adapter")
+    damage(folder / "adapter_config.json", pattern, value=value if "layers" in pattern else {"q_proj": value})
+    with pytest.raises(InputError, match=pattern if "layers" not in pattern else "match no linear"):
+        load_adapter(folder, shape_of(place))
+
+
+@pytest.mark.parametrize(
+    "shape", [[10**4000] * 2, [2**62] * 1000, [2**63], [0] * 65], ids=["digits", "many", "64 bits", "dimensions"]
+)
+def test_a_shape_without_end(place: Path, tmp_path: Path, shape: list[int]) -> None:
+    """Their product has more digits than Python would print, or takes for ever."""
+    folder = shutil.copytree(place / "plain", tmp_path / "folder")
+    data = (folder / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["shape"] = shape
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    with pytest.raises(InputError, match=r"damaged: model\.norm\.weight has shape"):
+        ModelFolder(folder)
+
+
+def test_an_index_with_numbers_without_end(place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "sharded", tmp_path / "folder")
+    index = folder / "model.safetensors.index.json"
+    damage(index, "metadata", "total_size", value=10**4299)
+    read_config(ModelFolder(folder))  # nobody believes it
+    damage(index, "weight_map", "model.norm.weight", value=10**4299)
+    with pytest.raises(InputError, match="not a safetensors file inside the folder"):
+        ModelFolder(folder)
+
+
+@pytest.mark.parametrize(
+    "value", [2**31, 2**32 - 1, MAX_UNUSED + 1000, 10**400], ids=["31 bits", "32 bits", "a few", "digits"]
+)
+def test_a_tokens_number_without_end(place: Path, tmp_path: Path, value: int) -> None:
+    """The tokenizer's library makes room for every number below it, as soon as the tokenizer is copied or written: 16 GiB."""
+    folder = shutil.copytree(place / "plain", tmp_path / "folder")
+    token = next(iter(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]))
+    damage(folder / "tokenizer.json", "model", "vocab", token, value=value)
+    with pytest.raises(InputError, match="a tokenizer that cannot be loaded") as caught:
+        open_tokenizer(str(folder))
+    if value < 2**32:
+        assert f"its token {token!r} is number {value}" in str(caught.value)
+
+
+def test_tokens_may_leave_some_numbers_out(place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "plain", tmp_path / "folder")
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    damage(folder / "tokenizer.json", "model", "vocab", next(iter(vocabulary)), value=len(vocabulary) + 1000)
+    assert open_tokenizer(str(folder)).eos_token_id == 257
+
+
+@pytest.mark.parametrize("key", ["id", "decoder"])
+def test_an_added_tokens_number_without_end(place: Path, tmp_path: Path, key: str) -> None:
+    """The library gives them the next numbers, whatever the files say; or refuses them."""
+    folder = shutil.copytree(place / "plain", tmp_path / "folder")
+    if key == "id":
+        damage(folder / "tokenizer.json", "added_tokens", -1, "id", value=2**32 - 1)
+    else:
+        damage(folder / "tokenizer_config.json", "added_tokens_decoder", str(2**40), value={"content": "<new>"})
+    try:
+        assert max(open_tokenizer(str(folder)).get_vocab().values()) < 300
+    except InputError as error:
+        assert "a tokenizer that cannot be loaded" in str(error)
+
+
+def shape_of(place: Path) -> LlamaConfig:
+    return read_config(ModelFolder(place / "plain"))
