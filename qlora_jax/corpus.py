@@ -108,7 +108,10 @@ def load_corpus(config: Config, tokenizer: PreTrainedTokenizerBase, cache: Path,
     opened = [*sources, *([held_out_source] if held_out_source else [])]
     asked = [*data.all_sources, *([data.eval_source] if data.eval_source else [])]
     layouts, chats = zip(
-        *(_settle(source.name, source.rows(), settings) for source, settings in zip(opened, asked, strict=True)),
+        *(
+            _settle(source.name, source.rows(), settings, skips=data.bad_rows == "skip")
+            for source, settings in zip(opened, asked, strict=True)
+        ),
         strict=True,
     )
     template = None
@@ -154,15 +157,22 @@ def tokenize_rows(
     return tokenize(rows, make_recipe(tokenizer, layout, data, template))
 
 
-def _settle(name: str, first: Iterable[RawRow], settings: SourceSettings) -> tuple[Layout, bool]:
-    """How a source's rows are to be read, as its first ones say, and whether they become chats."""
+def _settle(
+    name: str, first: Iterable[RawRow], settings: SourceSettings, *, skips: bool = False
+) -> tuple[Layout, bool]:
+    """How a source's rows are to be read, as its first ones say, and whether they become chats.
+
+    Where rows that cannot be read are left out (`skips`), the first ones that can tell.
+    """
     rows: list[Row] = []
     problem: RowError | None = None
-    for raw in islice(first, SEEN_FOR_DETECTION):
+    for raw in first if skips else islice(first, SEEN_FOR_DETECTION):
         try:
             rows.append(raw.parse())
         except RowError as error:
             problem = problem or error
+        if len(rows) == SEEN_FOR_DETECTION:
+            break
     if not rows:
         raise problem or InputError(
             name, found="no rows", expected="at least one", fix="check that the file was written completely"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
@@ -139,6 +140,86 @@ BAD = [
     chat("long", "x" * 600),
     chat("x" * 600, "hidden"),
 ]
+
+
+def named(name: str) -> dict[str, Any]:
+    user, assistant = chat("a", "b")["messages"]
+    return {"messages": [user | {"name": name}, assistant]}
+
+
+ROWS_APART = {
+    "malformed": ('{"messages": [}', "not JSON: Expecting value at column 15", "bad_rows"),
+    "cut off": ('{"messages":', "not JSON: Expecting value at column 13", "bad_rows"),
+    "not an object": ("[1]", "a JSON list", "bad_rows"),
+    "another kind": ({"text": "hi"}, "no `messages`", "bad_rows"),
+    "empty": (chat("a", ""), "`messages[1].content` is an empty string", "bad_rows"),
+    "unknown role": ({"messages": [{"role": "poet", "content": "a"}]}, "the role 'poet'", "bad_rows"),
+    "not alternating": ({"messages": [*chat("a")["messages"], *chat("a", "b")["messages"]]}, "must alternate", "bad_rows"),
+    "no answer": (chat("a"), "no assistant turn", "bad_rows"),
+    "long": (chat("a", "b" * 99), "tokens\n  expected: at most 40 (data.max_seq_length)", "too_long"),
+    "a million characters": (chat("a" * 10**6, "b"), "expected: at most 40 (data.max_seq_length)", "too_long"),
+    "nothing left to learn": (chat("a" * 10**6, "b"), "none of the first 40 (data.max_seq_length)", "bad_rows"),
+    "repeated": (chat("a", "b"), "the same tokens as", "duplicates"),
+    "half a character": (named("\ud800"), "half of a surrogate pair, '\\ud800', at character 0", "bad_rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROWS_APART)
+def test_every_bad_row_is_named_and_so_is_the_setting_that_leaves_it_out(tmp_path: Path, kind: str) -> None:
+    bad, found, setting = ROWS_APART[kind]
+    path = write(tmp_path / "a.jsonl", [chat("a", "b"), bad])
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}"
+        "{% endif %}{{ m.name }}[{{ m.content }}{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+    )
+    settings = {"format": "chat", "chat_template": str(template), "max_seq_length": 40}
+    stop = "truncate" if kind == "nothing left to learn" else "stop"
+    with pytest.raises(InputError) as error:
+        load(path, tmp_path / "cache", **{"duplicates": "stop", "too_long": stop} | settings)
+    assert str(error.value).startswith(f"{path}:2\n")
+    assert found in str(error.value)
+    assert str(error.value).endswith(f"leave such rows out with data.{setting}=skip")
+    corpus, said = load(path, tmp_path / "cache", **{setting: "skip"} | settings)
+    assert wheres(corpus.rows) == ["a.jsonl:1"]
+    assert "skipped 1: " in said and f"first {path}:2: " in said
+
+
+def test_rows_of_several_kinds_of_trouble_name_each_setting(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [chat("a", "b"), chat("a", "b"), chat("a", ""), chat("a", "b" * 99)])
+    with pytest.raises(InputError) as error:
+        load(path, tmp_path / "cache", duplicates="stop", too_long="stop", max_seq_length=60)
+    names = ("bad_rows", "duplicates", "too_long")
+    assert all(f"data.{name}=skip" in str(error.value) for name in names)
+    with pytest.raises(InputError) as error:
+        load(write(tmp_path / "b.jsonl", [chat("a", "b")] * 3), tmp_path / "cache", duplicates="stop")
+    assert "data.duplicates=skip" in str(error.value) and "data.bad_rows" not in str(error.value)
+
+
+def test_a_source_that_begins_with_damage(tmp_path: Path) -> None:
+    """What its rows are, the first that can be read tell, however late they come."""
+    path = write(tmp_path / "a.jsonl", ["{"] * 25 + [chat("a", "b")])
+    corpus, said = load(path, tmp_path / "cache", bad_rows="skip")
+    assert wheres(corpus.rows) == ["a.jsonl:26"] and "skipped 25: unreadable" in said
+    with pytest.raises(InputError, match=r"a.jsonl:1\n.*not JSON"):
+        load(path, tmp_path / "cache")
+
+
+def test_a_chunk_of_bad_rows_alone(tmp_path: Path) -> None:
+    """With a tokenizer that says its offsets, and one whose tokens tile the text."""
+    path = write(tmp_path / "a.jsonl", [*[{"text": ""}] * workers.ROWS_AT_ONCE, {"text": "good"}])
+    offsets = tiny.make_tokenizer()
+    offsets.backend_tokenizer.normalizer = tokenizers.normalizers.NFC()
+    for name, tokenizer in (("bytes", tiny.make_tokenizer()), ("offsets", offsets)):
+        corpus, _ = load(path, tmp_path / name, tokenizer, bad_rows="skip")
+        assert wheres(corpus.rows) == [f"a.jsonl:{workers.ROWS_AT_ONCE + 1}"]
+
+
+def test_a_template_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}\n{% endif %}")
+    path = write(tmp_path / "a.jsonl", [chat("a", "b")])
+    with pytest.raises(InputError, match=r"chat template \(.*t.jinja\)\n.*line 2: .*endif(?s:.*)data.chat_template"):
+        load(path, tmp_path / "cache", chat_template=str(tmp_path / "t.jinja"))
 
 
 def test_bad_rows_are_named_together(tmp_path: Path) -> None:

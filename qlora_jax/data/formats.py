@@ -113,7 +113,7 @@ class Layout:
         name = REQUIRED[self.format][0]
         messages = self._messages(row, name, fields[name])
         if fields.get("system"):
-            check_text(row, "system", fields["system"], EXPECTED[self.format])
+            check_text(row, self.fields.get("system", "system"), fields["system"], EXPECTED[self.format])
             messages = [{"role": "system", "content": fields["system"]}, *messages]
         _check_answered(row, messages, self.format)
         return Chat(messages, _tools(row, fields.get("tools")))
@@ -127,7 +127,10 @@ class Layout:
             check_text(row, self.fields.get("input", "input"), fields["input"], EXPECTED["alpaca"])
             user |= {"content": f"{fields['instruction']}\n\n{fields['input']}"}
             user |= {"instruction": fields["instruction"], "input": fields["input"]}
-        system = [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
+        system: list[Message] = []
+        if fields.get("system"):
+            check_text(row, self.fields.get("system", "system"), fields["system"], EXPECTED["alpaca"])
+            system = [{"role": "system", "content": fields["system"]}]
         return Chat([*system, user, {"role": "assistant", "content": fields["output"]}])
 
     def _completion(self, row: Row, fields: dict[str, Any]) -> Sample:

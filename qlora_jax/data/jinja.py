@@ -141,6 +141,20 @@ def _failed(error: Exception) -> Exception:
     return error if isinstance(error, ImportError) else RenderError(f"{type(error).__name__}: {error}")
 
 
+def syntax_problem(text: str) -> str | None:
+    """What keeps a text from being a template, here and in transformers; None where nothing does."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template([[]], chat_template=text)
+    except jinja2.TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    except Exception:  # what it makes of no messages at all is its own affair
+        return None
+    return None
+
+
 def agrees_with_transformers(text: str, special_tokens: dict[str, str]) -> bool:
     """Whether a template writes some small conversations here as it does through transformers; complaints count as well."""
     ours, theirs = (JinjaTemplate(text, special_tokens, by_transformers=way) for way in (False, True))

@@ -89,7 +89,7 @@ def _key(row: Row, name: str, message: Message, key: str, keys: Mapping[str, str
             return candidate
     if key == "content" and message.get("tool_calls"):
         return names[0]
-    found = f"`{name}` has no `{names[0]}`; its fields: {', '.join(message) or 'none'}"
+    found = f"`{name}` has no `{'` or `'.join(names)}`; its fields: {', '.join(message) or 'none'}"
     raise RowError(
         row.where, "fields", found=found, expected=expected, fix="mend the row, or map names with data.fields"
     )
@@ -118,14 +118,23 @@ def check_text(row: Row, name: str, value: object, expected: str, *, may_be_empt
     if not value and not may_be_empty:
         found = f"`{name}` is an empty string"
         raise RowError(row.where, "empty", found=found, expected=expected, fix="fill it, or drop the row")
-    if value.isascii():
+    check_characters(row.where, f"`{name}`", value, expected)
+
+
+def check_characters(where: str, name: str, text: str, expected: str = "") -> None:
+    """Check that a text has only whole characters: JSON can write half of a surrogate pair, and no tokenizer can read it.
+
+    Raises:
+        RowError: it has half of one.
+    """
+    if text.isascii():
         return
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair; no tokenizer can read it
-        found = f"`{name}` has half of a surrogate pair, {value[error.start]!r}, at character {error.start}"
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"{name} has half of a surrogate pair, {text[error.start]!r}, at character {error.start}"
         fix = "write the whole character, or drop it"
-        raise RowError(row.where, "unreadable", found=found, expected=expected, fix=fix) from None
+        raise RowError(where, "unreadable", found=found, expected=expected, fix=fix) from None
 
 
 def read_json(value: Any) -> Any:
@@ -136,6 +145,16 @@ def read_json(value: Any) -> Any:
         return None
 
 
+KINDS = {
+    type(None): "null",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    dict: "an object",
+}
+
+
 def kind_of(value: object) -> str:
     """What a value is, in a message: `null`, `a list`."""
-    return "null" if value is None else f"a {type(value).__name__}"
+    return KINDS.get(type(value), f"a {type(value).__name__}")

@@ -66,8 +66,13 @@ def parse_json(line: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or an integer of too many digits
+        reason = (
+            f"{error.msg} at column {min(error.pos, len(text.rstrip())) + 1}"
+            if isinstance(error, json.JSONDecodeError)
+            else error
+        )
         fix = "write each row on one line, without commas or brackets around the rows"
-        raise RowError(where, "unreadable", found=f"not JSON: {error}", expected=EXPECTED_LINE, fix=fix) from None
+        raise RowError(where, "unreadable", found=f"not JSON: {reason}", expected=EXPECTED_LINE, fix=fix) from None
     return as_object(value, where)
 
 

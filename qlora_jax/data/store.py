@@ -110,7 +110,7 @@ class Gate:
                 report.num_duplicates += 1
                 if self._settings.duplicates != "keep":
                     kept[row] = False
-                    fix = "drop one of them, or set data.duplicates to keep or skip"
+                    fix = "drop one of them, or set data.duplicates=keep"
                     self._refuse(RowError(where, "duplicate", found=f"the same tokens as {first}", fix=fix))
         if len(self._stopping) >= PROBLEMS_AT_ONCE:
             self.stop_if_refused()
@@ -122,22 +122,29 @@ class Gate:
         Raises:
             InputError: something was.
         """
-        if len(self._stopping) == 1:
-            raise self._stopping[0]
-        if self._stopping:
-            shown = self._stopping[:PROBLEMS_AT_ONCE]
-            lines = "".join(f"\n    {problem.where}: {problem.found}" for problem in shown)
-            found = f"rows that cannot be used (of the first {self.report.num_read:,} read):{lines}"
-            fix = f"as for the first: {shown[0].fix}; or leave such rows out with data.bad_rows=skip"
-            raise InputError(self.name, found=found, fix=fix)
+        if not self._stopping:
+            return
+        shown = self._stopping[:PROBLEMS_AT_ONCE]
+        first = shown[0]
+        settings = " and ".join(f"data.{name}=skip" for name in dict.fromkeys(_setting(row) for row in shown))
+        fix = "; or ".join(filter(None, (first.fix, f"leave such rows out with {settings}")))
+        if len(shown) == 1:
+            raise RowError(first.where, first.kind, found=first.found, expected=first.expected, fix=fix)
+        lines = "".join(f"\n    {problem.where}: {problem.found}" for problem in shown)
+        found = f"rows that cannot be used (of the first {self.report.num_read:,} read):{lines}"
+        raise InputError(self.name, found=found, fix=f"as for the first: {fix}")
 
     def _refuse(self, problem: RowError) -> None:
-        policies = {"too long": self._settings.too_long, "duplicate": self._settings.duplicates}
-        if policies.get(problem.kind, self._settings.bad_rows) == "stop":
+        if getattr(self._settings, _setting(problem)) == "stop":
             self._stopping.append(problem)
         else:
             self.report.skipped[problem.kind] += 1
             self.report.first_skipped.setdefault(problem.kind, f"{problem.where}: {problem.found}")
+
+
+def _setting(problem: RowError) -> str:
+    """The setting that says what to do with such a row."""
+    return {"too long": "too_long", "duplicate": "duplicates"}.get(problem.kind, "bad_rows")
 
 
 class Kept:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import tokenizers
 
 from qlora_jax.data.formats import Layout
+from qlora_jax.data.jinja import syntax_problem
 from qlora_jax.data.rows import RawRow, RowError
 from qlora_jax.data.templates import ChatTemplate
 from qlora_jax.data.tokenization import Recipe, tokenize
@@ -18,9 +19,11 @@ def check_template(recipe: Recipe, template: ChatTemplate, log: Callable[[str], 
     """Tokenize a small conversation and look at its ends. What may be meant is told to `log`.
 
     Raises:
-        InputError: a conversation starts with BOS twice.
+        InputError: it is not a template, or a conversation starts with BOS twice.
     """
     where = f"chat template ({template.name})"
+    if problem := syntax_problem(template.text):
+        raise InputError(where, found=problem, fix="mend it, or choose another with data.chat_template")
     if recipe.by_transformers:
         log(
             f"{where}: transformers renders it differently than qlora_jax would, so it renders every row, which takes longer"

@@ -16,6 +16,7 @@ from qlora_jax.data.chat import Rendered, Renderer
 from qlora_jax.data.encoding import Encoded, Encoder
 from qlora_jax.data.formats import Chat, Completion, Layout, Sample, Text
 from qlora_jax.data.jinja import agrees_with_transformers
+from qlora_jax.data.messages import check_characters
 from qlora_jax.data.rows import RawRow, RowError
 from qlora_jax.data.templates import ChatTemplate
 from qlora_jax.data_settings import DataSettings, LossOn
@@ -209,7 +210,10 @@ class RowTokenizer:
     def _render(self, sample: Sample, where: str) -> list[Rendered]:
         loss_on = self.recipe.loss_on
         if isinstance(sample, Chat):
-            return self._renderer.render(sample, loss_on, where)
+            rendered = self._renderer.render(sample, loss_on, where)
+            for text in rendered:
+                check_characters(where, "what the chat template makes of it", text.text)
+            return rendered
         if isinstance(sample, Text):
             return [Rendered(sample.text, ((0, len(sample.text)),))]
         text = sample.prompt + sample.completion
@@ -241,7 +245,7 @@ class RowTokenizer:
         """Why a row cannot be used, from its mask before it is cut."""
         limit = self.recipe.max_seq_length
         if len(mask) > limit and self.recipe.too_long != "truncate":
-            fix = "raise data.max_seq_length, or choose data.too_long: truncate or skip"
+            fix = "raise data.max_seq_length, or cut such rows with data.too_long=truncate"
             expected = f"at most {limit} (data.max_seq_length)"
             return RowError(where, "too long", found=f"{len(mask)} tokens", expected=expected, fix=fix)
         if mask[1:].any():
