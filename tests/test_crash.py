@@ -2,10 +2,14 @@
 comes to its end has the result of the run that nobody killed."""
 
 import collections
+import contextlib
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,17 +84,21 @@ JAX is only used once they are forked. Their compilations are cached, or they wo
 all, the gradients may be made up: what a checkpoint has to hold is the same."""
 
 
+def environment_of(tmp_path: Path) -> dict[str, str]:
+    """Of the children: on a CPU, with every compilation cached."""
+    return {
+        **os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("kills", "gradients"), [(50, "made up"), pytest.param(200, "real", marks=pytest.mark.slow)])
 def test_killed_many_times(tmp_path: Path, kills: int, gradients: str) -> None:
     place = write_place(tmp_path / "place", max_steps=6, num_hidden_layers=1)
     out = tmp_path / "out"
     arguments = ["--config", str(place / "run.yaml"), *SETTINGS]
-    environment = {
-        **os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }  # fmt: skip
     command = [sys.executable, "-c", DIES, str(out), str(kills), gradients, *arguments]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=environment_of(tmp_path), stdout=subprocess.PIPE, text=True, check=True)
     log = (tmp_path / "out.log").read_text()
     ended = re.findall(r"ended: (\d+) (-?\d+)", done.stdout)
     assert {status for _, status in ended} == {"0"}, log[-3000:]
@@ -106,3 +114,75 @@ def test_killed_many_times(tmp_path: Path, kills: int, gradients: str) -> None:
     print(where)  # shown when what follows fails: too few kinds of moments
     assert any(".step-N.partial" in path for path in where), "while a checkpoint was written"
     assert any("adapter" in path or "merged" in path for path in where), "while results were exported"
+
+
+KILLS = 12
+AS_USERS_RUN_IT = ["training.max_steps=60", "training.save_steps=1", "training.logging_steps=3", "training.eval_steps=20",
+    "training.optim=paged_adamw_8bit", "training.export_merged=true", "training.sample_prompt=abc", "training.sample_max_new_tokens=4",
+    "data.packing=true", "data.preview_rows=0", "lora.lora_dropout=0.1"]  # fmt: skip
+
+
+class Command:
+    """`python train.py`, as a user starts it: a process of its own, killed from outside."""
+
+    def __init__(self, place: Path, environment: dict[str, str]) -> None:
+        self.arguments = [sys.executable, "train.py", "--config", str(place / "run.yaml"), *AS_USERS_RUN_IT]
+        self.arguments += [f"data.eval_path={place / 'eval.jsonl'}", "training.num_train_epochs=100"]
+        self.environment, self.log = environment, place / "log"
+
+    def start(self, out: Path) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [*self.arguments, f"training.output_dir={out}"],
+                cwd=REPOSITORY,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def until_it_trains(self, process: subprocess.Popen[bytes], out: Path) -> None:
+        """Until a line was added to the file of metrics that it began with, or it is over."""
+        path, begun = out / "metrics.jsonl", (0, 0)
+        while process.poll() is None:
+            now = (path.stat().st_ino, path.read_bytes().count(b"\n")) if path.exists() else (0, 0)
+            if now[0] == begun[0] and now[1] > begun[1]:
+                return
+            begun = now
+            time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_the_command_killed_at_random_moments(tmp_path: Path) -> None:
+    """Nothing made up: the command itself, its own engine, evaluations, samples and export. Every other kill comes while it starts."""
+    place = write_place(tmp_path / "place", max_steps=60)
+    command = Command(place, environment_of(tmp_path))
+    chance, whole = random.Random(0), tmp_path / "whole"
+    assert command.start(whole).wait() == 0, command.log.read_text()[-3000:]
+    started = time.monotonic()  # this time with everything compiled
+    process = command.start(tmp_path / "again")
+    command.until_it_trains(process, tmp_path / "again")
+    starting = time.monotonic() - started
+    assert process.wait() == 0
+    training = time.monotonic() - started - starting
+    assert_same(outcome(tmp_path / "again"), expected := outcome(whole))
+    kills, number, moments = 0, 0, []
+    while kills < KILLS or process.returncode != 0:
+        process = command.start(out := tmp_path / str(number))
+        if kills < KILLS:
+            early = kills % 2 == 0
+            if not early:
+                command.until_it_trains(process, out)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0, starting if early else training / 3))
+            if process.poll() is None:
+                process.kill()
+        status = process.wait()
+        if status == -signal.SIGKILL:
+            kills += 1
+            moments.append(max((int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")), default=0))
+        else:
+            assert status == 0, command.log.read_text()[-3000:]
+            assert_same(outcome(out), expected)
+            number += 1
+    print(f"killed after steps {moments}; {number} runs came to their end")
+    assert len({step for step in moments if 0 < step < 60}) >= KILLS // 4, "while it trained, at several moments"
