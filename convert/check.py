@@ -255,6 +255,8 @@ class _Layer(DecoderLayer):
         rotated: Sequence[bool] = (False,),
     ) -> list[jax.Array]:
         """As a `DecoderLayer`; its sharing is not for us."""
+        if x.ndim == 4:  # heads side by side
+            x = x.reshape(*x.shape[:2], -1)
         outputs = [self.linear(name, x) for name in names]
         if residual is not None:
             outputs[0] += residual

@@ -14,30 +14,30 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax import kernels
-from qlora_jax.linear import (
+from qlora_jax.linear import NF4Linear, how_to, project, weights_of
+from qlora_jax.products import (
+    Draw,
     How,
-    NF4Linear,
     Pair,
     Weight,
     adapter_output,
     dense,
+    drawn_again,
+    drawn_for,
     dropped,
     firsts,
-    how_to,
     input_gradient,
     matmul,
     pair_gradients,
-    project,
     seen_by_adapters,
     stacked,
     toward_input,
-    weights_of,
 )
 
 GATED_PRODUCTS = ("gate", "up")
 """The names of the two products that enter SwiGLU, for what chooses the values to keep for the backward pass."""
 
-Drawn = tuple[jax.Array | None, jax.Array | None]  # by dropout, for x [N, D] and for what SwiGLU gives [N, F]
+Draws = tuple[Draw | None, Draw | None]  # dropout's, for x [N, D] and for what SwiGLU gives [N, F]
 
 
 def feed_forward(
@@ -59,14 +59,10 @@ def feed_forward(
     """
     if not all(linear.adapter for linear in linears):
         return _one_by_one(linears, x, residual, keys, first, matrices)
-    how, features = how_to(linears), linears[2].adapter.lora_a.shape[1]
-    drawn = tuple(
-        None if key is None or how.dropout is None else how.dropout.draw((len(x), columns), key, first)
-        for key, columns in zip(keys, (x.shape[1], features), strict=True)
-    )
+    draws = tuple(None if key is None else (key, first) for key in keys)
     pairs = tuple(linear.adapter.pair() for linear in linears)
     x = jax.lax.optimization_barrier(x)  # or XLA makes it again for every product, instead of once
-    return _feed_forward(x, residual, weights_of(linears, matrices), pairs, drawn, how)
+    return _feed_forward(x, residual, weights_of(linears, matrices), pairs, draws, how_to(linears))
 
 
 def _one_by_one(
@@ -87,30 +83,36 @@ def _one_by_one(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _feed_forward(
-    x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], drawn: Drawn, how: How
+    x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], draws: Draws, how: How
 ) -> jax.Array:
-    return _forward(x, residual, weights, pairs, drawn, how)[0]
+    return _forward(x, residual, weights, pairs, draws, how)[0]
 
 
 def _forward(
-    x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], drawn: Drawn, how: How
+    x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], draws: Draws, how: How
 ) -> tuple[jax.Array, Any]:
     if how.share_dense:
         weights = tuple(map(dense, weights))
     products = tuple(
         checkpoint_name(matmul(x, weight), name) for weight, name in zip(weights, GATED_PRODUCTS, strict=False)
     )
-    u = adapter_output(x, pairs[:2], drawn[0], how.dropout)
-    inner = kernels.swiglu(_gated(products, u, pairs, how))
-    down = adapter_output(inner, pairs[2:], drawn[1], how.dropout)
+    drawn = drawn_for(x.shape, draws[0], how)
+    u = adapter_output(x, pairs[:2], drawn, how.dropout)
+    inner = kernels.swiglu(_gated(products, u, pairs, how), spent=how.share_dense)
+    inner_drawn = drawn_for(inner.shape, draws[1], how)
+    down = adapter_output(inner, pairs[2:], inner_drawn, how.dropout)
     bases, lora_b = [matmul(inner, weights[2]), residual], pairs[2][1].astype(x.dtype)
     out = kernels.low_rank_add(bases, down, lora_b, factor=how.scalings[2], transposed=True)
     # A forward that is run again for its backward pass alone need not come as far as `down`: `_backward` makes what SwiGLU gives anyway.
-    return out, (x, weights, pairs, drawn, products, u, None if how.share_dense else down)
+    again = tuple(zip(draws, (drawn, inner_drawn) if how.share_dense else (None, None), strict=True))
+    return out, (x, weights, pairs, again, products, u, None if how.share_dense else down)
 
 
 def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
-    x, weights, pairs, drawn, products, u, down = kept
+    x, weights, pairs, again, products, u, down = kept
+    drawn, inner_drawn = (
+        drawn_again(shape, each, how) for shape, each in zip((x.shape, products[0].shape), again, strict=True)
+    )
     outer, inmost = slice(2, 3), slice(2)
     (dinner,), ddown = toward_input([dy], weights[outer], pairs[outer], how.scalings[outer])
     inner, *dproducts = kernels.swiglu_backward(
@@ -118,15 +120,15 @@ def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
         dinner,
         ddown,
         stacked(pairs[outer], dy.dtype),
-        **dropped(drawn[1], how.dropout),
+        **dropped(inner_drawn, how.dropout),
     )
     if down is None:
-        down = adapter_output(inner, pairs[outer], drawn[1], how.dropout)
-    seen = seen_by_adapters(inner, drawn[1], how.dropout)
+        down = adapter_output(inner, pairs[outer], inner_drawn, how.dropout)
+    seen = seen_by_adapters(inner, inner_drawn, how.dropout)
     dpairs = pair_gradients([dy], ddown, seen, down, pairs[outer], how.scalings[outer])
     bases, du = toward_input(dproducts, weights[inmost], pairs[inmost], how.scalings[inmost])
-    dx = input_gradient(bases, du, pairs[inmost], drawn[0], how.dropout)
-    seen = seen_by_adapters(x, drawn[0], how.dropout)
+    dx = input_gradient(bases, du, pairs[inmost], drawn, how.dropout)
+    seen = seen_by_adapters(x, drawn, how.dropout)
     dpairs = pair_gradients(dproducts, du, seen, u, pairs[inmost], how.scalings[inmost]) + dpairs
     return dx, dy, None, dpairs, None  # weights are frozen: no cotangent
 

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.feed_forward import GATED_PRODUCTS, feed_forward
 from qlora_jax.kernels import Rotation, plain_rotate
-from qlora_jax.linear import ADAPTER_OUTPUT, FrozenParam, LoRA, NF4Linear, project
+from qlora_jax.linear import FrozenParam, LoRA, NF4Linear, project
 from qlora_jax.llama_config import LlamaConfig
 from qlora_jax.norm import RMSNorm
+from qlora_jax.products import ADAPTER_OUTPUT
 
 Attention = Literal["xla", "cudnn"]
 NOISE = 2**31 - 1
@@ -26,8 +26,8 @@ NOISE = 2**31 - 1
 MLP_TOKENS = 8192
 """Tokens the MLP works on at a time, by default: at 70B, 0.5 GB for each of its [N, F] arrays in bfloat16."""
 
-KEPT = jax.checkpoint_policies.save_only_these_names("middle", *GATED_PRODUCTS, ADAPTER_OUTPUT)
-"""What a layer that is not run again keeps besides its input, attention's inputs and its output."""
+KEPT = jax.checkpoint_policies.save_only_these_names(*GATED_PRODUCTS, ADAPTER_OUTPUT)
+"""What a layer that is not run again keeps of its projections and of its MLP, besides their inputs and attention's own."""
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values seen so far, each [B, S, K, P]
 
@@ -104,7 +104,8 @@ class DecoderLayer(nnx.Module):
         if segment_ids is not None:  # packed rows: no token sees another row's
             mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, S]
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=self.attention)
-        return around(lambda h, attended: self._rest(h, attended, keys))(h, attended)
+        h = self._joined(h, attended, keys)
+        return around(lambda h: self._chunked_mlp(h, keys))(h)
 
     def decode(self, h: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The same for generation: h [B, T, D] continues at positions[:, 0], after what `cache` holds; no dropout."""
@@ -118,7 +119,7 @@ class DecoderLayer(nnx.Module):
         slots = jnp.arange(cache[0].shape[1])
         mask = slots[None, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
         attended = jax.nn.dot_product_attention(q, *cache, mask=mask, implementation="xla")
-        return self._rest(h, attended, keys), cache
+        return self._chunked_mlp(self._joined(h, attended, keys), keys), cache
 
     def normed(self, name: str, h: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A norm of the layer on h [..., D] → (normed, h), see `RMSNorm.and_skip`."""
@@ -148,11 +149,13 @@ class DecoderLayer(nnx.Module):
         projected = self.project(("q_proj", "k_proj", "v_proj"), x, keys["q_proj"], **options)
         return tuple(y.reshape(*x.shape[:2], -1, config.head_dim) for y in projected)
 
-    def _rest(self, h: jax.Array, attended: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
-        """The layer after attention: attended [B, T, H, P] through o_proj, then SwiGLU, in chunks of tokens if they are many."""
-        joined = attended.reshape(*h.shape[:2], -1)
-        (h,) = self.project(("o_proj",), joined, keys["o_proj"], residual=h)
-        h = checkpoint_name(h, "middle")
+    def _joined(self, h: jax.Array, attended: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
+        """What attention gives [B, T, H, P] through o_proj and added to h [B, T, D]."""
+        (h,) = self.project(("o_proj",), attended, keys["o_proj"], residual=h)
+        return h
+
+    def _chunked_mlp(self, h: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
+        """`_mlp` on h [B, T, D], in chunks of tokens if they are many."""
         tokens = h.shape[0] * h.shape[1]
         if tokens <= self.mlp_tokens:
             return self._mlp(h.reshape(tokens, -1), keys).reshape(h.shape)

@@ -112,7 +112,7 @@ def low_rank_add(
 ) -> jax.Array:
     """bases [tokens, features] each, u [tokens, R'], v [R, features] → Σ bases + factor · u[:, first : first + R]·v, as the bases.
 
-    The kernel sums in float32 and rounds once; the twin rounds the product, and every sum.
+    The kernel sums in float32 and rounds once, and writes where the first base was; the twin rounds the product, and every sum.
 
     Args:
         transposed: v is [features, R].
@@ -167,13 +167,16 @@ class Gated(NamedTuple):
         return tuple(zip((self.gate, self.up), (self.gate_v, self.up_v), self.factors, self.firsts, strict=True))
 
 
-def swiglu(gated: Gated) -> jax.Array:
-    """silu(gate) · up [tokens, features], the adapters' terms included. The kernel rounds once, the twin every step."""
+def swiglu(gated: Gated, *, spent: bool = False) -> jax.Array:
+    """silu(gate) · up [tokens, features], the adapters' terms included. The kernel rounds once, the twin every step.
+
+    `spent`: the two products are not needed afterwards, and the kernel may write where they were.
+    """
     if available():
         from qlora_jax.kernels import low_rank as kernel
 
         if _supported(gated):
-            return kernel.swiglu(gated)
+            return kernel.swiglu(gated, spent=spent)
     return plain_swiglu(*_plain_sums(gated))
 
 
@@ -186,18 +189,19 @@ def swiglu_backward(
     factor: float = 1.0,
     drawn: jax.Array | None = None,
     threshold: int = 0,
+    spent: bool = False,
 ) -> list[jax.Array]:
     """From the gradient of what `swiglu` gives: that again, and the gradients of its two sums; [tokens, features] each.
 
     The gradient is a low-rank sum itself: dy [tokens, features] + factor · u·v, with u [tokens, R], v [R, features], and nothing added
-    where what is drawn is below the threshold, see `low_rank_add`.
+    where what is drawn is below the threshold, see `low_rank_add`. `spent` as in `swiglu`.
     """
     options = {"factor": factor, "drawn": drawn, "threshold": threshold}
     if available():
         from qlora_jax.kernels import low_rank as kernel
 
         if _supported(gated) and kernel.supported([dy], u, v):
-            return kernel.swiglu_backward(gated, dy, u, v, **options)
+            return kernel.swiglu_backward(gated, dy, u, v, **options, spent=spent)
     dy = plain_low_rank_add([dy], u, v, **options)
     inner, pull = jax.vjp(plain_swiglu, *_plain_sums(gated))
     return [inner, *pull(dy)]

@@ -13,8 +13,9 @@ twin in `nf4.py`, so that without the backend a model trains as before, only slo
 `jax_triton.triton_call` (the PTX below as `tl.inline_asm_elementwise`), which keeps sm_80 to sm_89; Mosaic GPU serves sm_90 and up only.
 """
 
+import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -172,8 +173,12 @@ def call(
     name: str,
     num_warps: int,
     interpret: bool,
+    in_place: Mapping[int, int] = types.MappingProxyType({}),
 ) -> Any:
-    """Run `kernel(*input refs, *output refs)` over `grid`, every ref the whole array."""
+    """Run `kernel(*input refs, *output refs)` over `grid`, every ref the whole array.
+
+    `in_place`: the number of an input array → that of the output that takes its memory. XLA copies an input that is needed afterwards.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=".*Pallas Triton backend is deprecated.*", category=DeprecationWarning
@@ -184,5 +189,6 @@ def call(
             out_shape=out_shape,
             compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
             interpret=interpret,
+            input_output_aliases=dict(in_place),
             name=name,
         )(*args)
