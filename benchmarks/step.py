@@ -192,7 +192,7 @@ class Case:
     def step(self) -> tuple[float, float]:
         """One optimizer step, to its end: (seconds, loss)."""
         start = time.perf_counter()
-        key = put(jax.random.key(self.steps), "device")
+        key = put(jax.random.key(self.steps), "device") if self.engine.draws else None
         loss, grads = self.engine.value_and_grad(self.weights, self.adapters, self.batch, key)
         self.adapters, _ = self.optimizer.update(self.adapters, grads, 2e-4)
         del grads

@@ -27,7 +27,12 @@ class Fault:
 
 
 def find_fault(
-    engine: Engine, weights: Weights, adapters: Adapters, batch: Batch, key: jax.Array, rows: Sequence[Sequence[str]]
+    engine: Engine,
+    weights: Weights,
+    adapters: Adapters,
+    batch: Batch,
+    key: jax.Array | None,
+    rows: Sequence[Sequence[str]],
 ) -> Fault:
     """Make the step again, watching; the adapters stay as they are.
 

@@ -132,7 +132,8 @@ class Trainer:
     def _step(self, adapters: Adapters, optimizer: AdamW) -> Adapters:
         """One optimizer step, or none where it is not finite."""
         step = self.progress.step
-        batch, key = self.batches.batch(step), put(jax.random.fold_in(self._key, step), "device")
+        batch = self.batches.batch(step)
+        key = put(jax.random.fold_in(self._key, step), "device") if self.engine.draws else None
         rate = self.learning_rate(step)
         with jax.transfer_guard("disallow"):  # every byte that crosses the bus in here is one we wrote
             loss, grads = self.engine.value_and_grad(self.weights, adapters, batch, key)
@@ -153,7 +154,7 @@ class Trainer:
         return adapters
 
     def _not_finite(
-        self, adapters: Adapters, optimizer: AdamW, batch: Batch, key: jax.Array, loss: float, norm: float
+        self, adapters: Adapters, optimizer: AdamW, batch: Batch, key: jax.Array | None, loss: float, norm: float
     ) -> None:
         """Say where it began; then skip the step, or stop before it."""
         step = self.progress.step
