@@ -112,8 +112,10 @@ class JinjaTemplate:
         return True
 
     def _context(self, messages: list[Message], add_generation_prompt: bool) -> "jinja2.runtime.Context":
+        """Made directly: `Template.new_context` first gathers the names that imports would need, and templates here import nothing."""
+        template = self._compiled
         values = {**self._values, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        return self._compiled.new_context(values, shared=True)
+        return template.environment.context_class(template.environment, values, template.name, template.blocks)
 
     @cached_property
     def _compiled(self) -> "jinja2.Template":
