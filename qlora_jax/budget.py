@@ -27,10 +27,17 @@ class Limits:
     host: int
 
 
-def spare_bytes(device: int, work: Workspace) -> float:
-    """What a plan leaves free of the device's memory; never all of it."""
+def spare_bytes(device: int, job: Job, layout: Layout, work: Workspace) -> float:
+    """What a plan leaves free of the device's memory at its peak; never all of it.
+
+    Where some layers keep their intermediates and others are run again, the larger workspace of the latter is needed when what was kept is
+    gone. But it is one block, and what was kept leaves pieces, gradients between them: so its place is left free from the beginning.
+    """
     largest = max(dataclasses.astuple(work))
-    return min(max(SPARE_SHARE * device, FRAGMENTS_SHARE * largest), device / 2)
+    spare = max(SPARE_SHARE * device, FRAGMENTS_SHARE * largest)
+    if 0 < layout.keep < job.config.num_hidden_layers:
+        spare += max(0, work.backward - max(work.kept_forward, work.kept_backward))
+    return min(spare, device / 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +88,10 @@ class Plan:
         host = on_host / (self.limits.host * (1 - HOST_SPARE_SHARE)) - 1
         if self.limits.device is None:
             return max(host, 0)
-        device = self.device_bytes / (self.limits.device - spare_bytes(self.limits.device, self.work)) - 1
+        device = (
+            self.device_bytes / (self.limits.device - spare_bytes(self.limits.device, self.job, self.layout, self.work))
+            - 1
+        )
         return max(host, 0) + max(device, 0)
 
     def as_dict(self, steps: int | None = None) -> dict[str, Any]:

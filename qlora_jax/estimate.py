@@ -5,8 +5,8 @@ for streamed layers; and the workspace of the one compiled function at work. So 
 can be largest: the turn of the walk (all layer inputs, no gradients), its end (all gradients, no inputs), and the update.
 
 The workspace comes from the compiled functions' own memory analysis where there is a backend to compile for; `workspace` below estimates
-it elsewhere. Its coefficients are fitted to that analysis on an H200 (Llama-2 7B, 13B and 70B, 512 to 32,768 tokens), which they meet
-within a tenth. The seconds are a roofline: matrix products at the card's rate, everything else by the bytes it moves.
+it elsewhere. Its coefficients are fitted to that analysis on an H200 and an H100 (Llama-2 7B, 13B and 70B, 512 to 32,768 tokens),
+which they meet within a fifth. The seconds are a roofline: matrix products at the card's rate, everything else by the bytes it moves.
 """
 
 import dataclasses
@@ -163,12 +163,13 @@ def workspace(job: Job, layout: Layout) -> Workspace:
         scores = 4 * job.rows * config.num_attention_heads * job.length**2  # float32 [B, H, T, T]
     forward = hoisted + itemsize * (tokens * 2 * hidden + chunk * 3 * mlp) + 2 * scores
     dropped = 0.8 * itemsize * (4 * hidden * tokens + (2 * hidden + mlp) * chunk) if job.lora.lora_dropout else 0
-    shared = dropped + 0.74 * sum(dense) if layout.share_dense else dropped + 0.6 * max(dense)
+    shared = dropped + (sum(dense) if layout.share_dense else 0.6 * max(dense))
+    inner = 4.75 if layout.share_dense else 6  # arrays of [N, F]: in the former case two are written over
     attention = shared + itemsize * tokens * 8 * hidden
     if layout.share_dense or chunk == tokens:
-        backward = attention + itemsize * chunk * 6 * mlp
+        backward = attention + itemsize * chunk * inner * mlp
     else:
-        backward = max(attention, hoisted + itemsize * (chunk * 6 * mlp + tokens * 3 * hidden))
+        backward = max(attention, hoisted + itemsize * (chunk * inner * mlp + tokens * 3 * hidden))
     kept = max(dense) + itemsize * tokens * (2 * hidden + 3 * mlp)
     return Workspace(
         int(forward),
@@ -263,19 +264,21 @@ def _evaluation(job: Job, layout: Layout) -> list[Item]:
     ]
 
 
-HEAD_FACTOR = 1.3
-"""What the head takes over its three matrix products."""
+HEAD_FACTOR = 1.0
+"""What the head takes over its three matrix products, which are faster than most."""
 LAUNCH_SECONDS = 3e-6
 """Of one kernel, with what its inputs and outputs wait for."""
 KERNELS = (45, 110)
 """Kernels of a layer, forwards and backwards."""
-ELEMENTWISE = (80, 110)
+ELEMENTWISE = (25, 85)
 """Bytes that norms, activations, residuals and adapters move a layer, forwards and backwards (with recomputation), over those of one
-[N, D] array: fitted to profiles of 7B and 70B layers on an H200."""
+[N, D] array: fitted to steps of 7B and 70B on an H100."""
+KEPT_SHARE = 0.67
+"""Of the latter, what is left to a layer that is not run again."""
 TURN_SECONDS = 1.7e-3
 """For which the device waits at each streamed layer if there are only two slots: Python can start the copy of the next but one, some thirty
 arrays, only when a layer is done, and must before it dispatches the next (H200)."""
-FEW_TOKENS = 128
+FEW_TOKENS = 64
 """Tokens at which a matrix product with a large weight reaches half of its rate."""
 ATTENTION_SHARE = 0.55
 """Of the matrix products' rate that cuDNN's attention reaches, half of its square being masked."""
@@ -330,8 +333,11 @@ def _layer_seconds(job: Job, layout: Layout, rates: Rates) -> tuple[float, float
     moved = [factor * job.hidden_bytes / rates.memory for factor in ELEMENTWISE]
     launches = [number * LAUNCH_SECONDS for number in KERNELS]
     forward = product + attention + dequantize + moved[0] + launches[0]
-    again = 2 * product + 3.5 * attention + moved[1] + launches[1] + dequantize * (1 if layout.share_dense else 2)
-    kept = product + 2.5 * attention + 0.75 * moved[1] + launches[1] + dequantize
+    rows, columns = job.config.linear_shapes()["down_proj"]
+    product_again = product * (1 - rows * columns / job.layer_weights)  # nothing needs what down_proj gives
+    again = product + product_again + 3.5 * attention + moved[1] + launches[1]
+    again += dequantize * (1 if layout.share_dense else 2)
+    kept = product + 2.5 * attention + KEPT_SHARE * moved[1] + launches[1] + dequantize
     return forward, again, kept
 
 

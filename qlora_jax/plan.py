@@ -208,12 +208,12 @@ def _keep_counts(
     if gradient_checkpointing != "auto" or layout.mlp_tokens < job.tokens:
         return [depth] if gradient_checkpointing == "none" else [0]
     most = _largest(depth, lambda n: _fits(job, dataclasses.replace(layout, keep=n), limits, work_of))
-    return sorted({0, most})
+    return sorted({0, most, depth})  # all may fit where one fewer does not, see `spare_bytes`
 
 
 def _fits(job: Job, layout: Layout, limits: Limits, work_of: WorkspaceOf) -> bool:
     work = work_of(job, layout)
-    return total(items(job, layout, work))[0] <= limits.device - spare_bytes(limits.device, work)
+    return total(items(job, layout, work))[0] <= limits.device - spare_bytes(limits.device, job, layout, work)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

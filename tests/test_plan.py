@@ -61,7 +61,7 @@ def test_the_sizes_of_a_70b_run() -> None:
 
 
 MEASURED = json.loads((Path(__file__).parent / "measured_steps.json").read_text(encoding="utf-8"))
-"""Cases of `benchmarks.step` on an H200: settings, peak GiB, seconds."""
+"""Cases of `benchmarks.step`: settings, card, peak GiB, and seconds, but for builds slower than this one."""
 PEAK_ERROR, TIME_ERROR = 0.05, 0.25
 
 
@@ -73,7 +73,8 @@ def test_peak_and_seconds_as_measured(case: dict[str, Any]) -> None:
     layout = Layout(**case["layout"])
     peak, _ = total(items(run, layout, workspace(run, layout)))
     assert peak / GIB == pytest.approx(case["peak_gib"], rel=PEAK_ERROR)
-    assert seconds(run, layout, H200).total == pytest.approx(case["step_s"], rel=TIME_ERROR)
+    if "step_s" in case:
+        assert seconds(run, layout, published(case["card"])).total == pytest.approx(case["step_s"], rel=TIME_ERROR)
 
 
 def test_what_fits_stays_on_the_device_and_keeps_its_intermediates() -> None:
@@ -90,6 +91,22 @@ def test_70b_on_a_small_card_is_streamed_and_fits() -> None:
         assert found.host_bytes <= SMALL_CARD.host
         resident = dataclasses.replace(found.layout, resident=80)
         assert found.seconds.total <= 1.1 * seconds(run, resident, H200).total  # bus and computing overlap
+
+
+def test_what_is_kept_leaves_room_for_the_workspace_of_the_layers_that_are_run_again() -> None:
+    """At the turn, in one block; and if every layer is kept there are none of those."""
+    found = plan(job(LLAMA2_70B, 1, 4096))
+    assert 0 < found.layout.keep < 80
+    at_the_turn = max(found.work.kept_forward, found.work.kept_backward)
+    assert SMALL_CARD.device - found.device_bytes >= found.work.backward - at_the_turn > GIB
+    every = plan(
+        job(LLAMA2_7B, 4, 2048),
+        Limits(int(30.6 * GIB), 100 * GIB),
+        **dict.fromkeys(("activations", "adapters", "optimizer"), "device"),
+    )
+    assert every.layout.keep == 32
+    bare = dataclasses.replace(every.layout, keep=31)
+    assert not dataclasses.replace(every, layout=bare).fits, "or this shows nothing"
 
 
 @pytest.mark.parametrize("gib", [6, 8])
