@@ -3,9 +3,9 @@
     python -m benchmarks.suite 7b --out FILE
     python -m benchmarks.suite 7b 70b --out FILE --also 'unsloth=python unsloth_baseline.py 7b8 unsloth:4@2048'
 
-Appends a JSON line a case to FILE, the machine's description first, and prints a table as it goes. `--also` runs another program among them,
-on the same card in the same minutes, and takes the lines of JSON that it prints with a `step_s`. A case that fails, or that takes longer
-than `--limit`, is a line with an `error`, and the others go on; the exit status is 1 then.
+Appends a JSON line a case to FILE, the machine's description first, and prints a table as it goes. `--also` runs another program
+among them, on the same card in the same minutes, and takes the lines of JSON that it prints with a `step_s`. A case that fails, or that
+takes longer than `--limit`, is a line with an `error`, and the others go on; the exit status is 1 then.
 """
 
 import argparse
