@@ -33,7 +33,7 @@ LONG_MEDIAN, LONG_SIGMA = 900, 1.2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write `results/data-cpu.json`."""
+    """Measure, print, and write `results/data-cpu.json`, or with `--path` `results/data-path-cpu.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="whose tokenizer and template")
     parser.add_argument("--rows", type=int, default=100_000, help="short chats; default: 100,000")
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result["packing"] = [measure_packing(capacity) for capacity in (2048, 4096)]
     result["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     print(json.dumps(result, indent=2))
-    print(write_result("data-cpu", result))
+    print(write_result("data-path-cpu" if options.path else "data-cpu", result))
 
 
 def write_rows(place: Path, rows: int) -> None:
