@@ -291,6 +291,44 @@ def test_the_twin_of_swiglu(case: tuple[Any, ...]) -> None:
         assert_swiglu(run_gated(*case, kernels), *case)
 
 
+def assert_read_before_it_is_written(run: Any, *arguments: Any) -> int:
+    """Whatever kernel `run` is: no array is read once the output in its place is written. The interpreter keeps both, and would not tell.
+
+    Returns how many outputs are in place.
+    """
+    (call,) = (each for each in jax.make_jaxpr(run)(*arguments).eqns if each.primitive.name == "pallas_call")
+    kernel, inputs = call.params["jaxpr"], len(call.invars)
+    pairs = dict(call.params["input_output_aliases"])
+    written: set[int] = set()
+    for equation in kernel.eqns:
+        place = next((i for i, ref in enumerate(kernel.invars) if equation.invars and ref is equation.invars[0]), None)
+        if equation.primitive.name in ("swap", "masked_swap"):
+            written.add(place)
+        elif equation.primitive.name in ("get", "masked_load"):
+            assert inputs + pairs.get(place, -1 - inputs) not in written, (
+                f"input {place} is read after it was written over"
+            )
+    assert {inputs + output for output in pairs.values()} <= written, "or this sees nothing"
+    return len(pairs)
+
+
+def test_what_is_written_in_place_was_read_before() -> None:
+    (summands, u, v), options = low_rank_case(64, 128, 64, True, 2, True)
+    add = functools.partial(low_rank.add, **options, tiling=SMALL_TILES)
+    assert assert_read_before_it_is_written(add, summands, u, v) == 1
+    arguments, rotation, options = rotated_case(64, 4, 32, 64)
+    one_head = dataclasses.replace(SMALL_TILES, columns=32)  # of several, each has its own place
+    turned = functools.partial(low_rank.add, **options, rotation=rotation, tiling=one_head)
+    assert assert_read_before_it_is_written(turned, *arguments) == 1
+    gated, back, _ = gated_case(64, 128, 64, False)
+    for run, outputs in (
+        (lambda: low_rank.swiglu(gated, spent=True, tiling=SMALL_TILES), 1),
+        (lambda: low_rank.swiglu_backward(gated, *back, tiling=SMALL_TILES), 1),
+        (lambda: low_rank.swiglu_backward(gated, *back, spent=True, tiling=SMALL_TILES), 3),
+    ):
+        assert assert_read_before_it_is_written(run) == outputs
+
+
 def test_what_low_rank_add_leaves_to_its_twin() -> None:
     def case(tokens: int = 64, features: int = 64, rank: int = 16, dtype: Any = jnp.bfloat16) -> bool:
         base, u, v = (jnp.zeros(shape, dtype) for shape in ((tokens, features), (tokens, rank), (rank, features)))

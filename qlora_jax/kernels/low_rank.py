@@ -276,8 +276,10 @@ def _swiglu_backward(
 ) -> None:
     tile = _Tile(dy.shape[0], tiling)
     gate, up = _gate_and_up(tile, arrays, factors, firsts)
+    grad = tile.sum(
+        [dy], u, v, drawn, factor=factor, threshold=threshold
+    )  # before anything is written: `inner` is where dy was
     opened = _sigmoid(gate)
     tile.store(inner, gate * opened * up)
-    grad = tile.sum([dy], u, v, drawn, factor=factor, threshold=threshold)
     tile.store(dgate, grad * up * opened * (1 + gate * (1 - opened)))
     tile.store(dup, grad * gate * opened)
