@@ -5,7 +5,7 @@
 
 Appends a JSON line a case to FILE, the machine's description first, and prints a table as it goes. `--also` runs another program
 among them, on the same card in the same minutes, and takes the lines of JSON that it prints with a `step_s`. A case that fails, or that
-takes longer than `--limit`, is a line with an `error`, and the others go on; the exit status is 1 then.
+takes longer than `--limit`, or whose loss does not fall, is a line with an `error`, and the others go on; the exit status is 1 then.
 """
 
 import argparse
@@ -45,6 +45,8 @@ SUITES = {
     },
     "tiny": {"135m:2, on a processor": "135m:2 --batch 1 --seq 32 --dtype float32 --steps 1"},
 }
+ENOUGH = 4
+"""Losses that show whether steps learn: with these settings the fourth is lower than the first by far more than rounding."""
 COLUMNS = ("step_s", "median_s", "tflops", "peak_device_gib", "process_device_gib", "peak_host_gib", "predicted_s")
 
 
@@ -72,6 +74,12 @@ def _measured(text: str) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(value, dict) and "step_s" in value:
             yield value
+
+
+def not_learning(result: dict[str, Any]) -> dict[str, str]:
+    """An error if the loss did not fall: a fast step that learns nothing is not a fast step. The first two may be alike, B being zero."""
+    losses = result.get("losses", [])
+    return {"error": f"the loss did not fall: {losses}"} if len(losses) >= ENOUGH and losses[-1] >= losses[0] else {}
 
 
 def commands(suites: list[str], also: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -105,7 +113,8 @@ def main() -> int:
     with options.out.open("a", encoding="utf-8") as out:
         out.write(json.dumps(describe_machine()) + "\n")
         for name, command in commands(options.suites, options.also):
-            for result in results(command, options.limit):
+            for measured in results(command, options.limit):
+                result = {**measured, **not_learning(measured)}
                 failed |= "error" in result
                 out.write(json.dumps({"case": name, **result}) + "\n")
                 out.flush()

@@ -24,6 +24,13 @@ def test_what_fails_says_why() -> None:
     assert "No such file" in next(suite.results(["/no/such/program"], 60))["error"]
 
 
+def test_a_loss_that_does_not_fall_is_an_error() -> None:
+    assert "did not fall" in suite.not_learning({"losses": [12.002, 12.004, 12.002, 12.003]})["error"]
+    assert not suite.not_learning({"losses": [12.002, 12.004, 12.002, 11.99]})
+    assert not suite.not_learning({"losses": [12.002, 12.003]}), "too few to tell"
+    assert not suite.not_learning({"step_s": 1.0})
+
+
 def test_every_case_is_one_that_the_benchmark_takes() -> None:
     """As far as its arguments go."""
     import argparse
