@@ -1,4 +1,4 @@
-"""The cases that the README's figures come from, one after the other, each in a process of its own.
+"""Many cases of `benchmarks.step`, one after the other, each in a process of its own.
 
     python -m benchmarks.suite 7b --out FILE
     python -m benchmarks.suite 7b 70b --out FILE --also 'unsloth=python unsloth_baseline.py 7b8 unsloth:4@2048'

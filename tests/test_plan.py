@@ -65,7 +65,13 @@ MEASURED = json.loads((Path(__file__).parent / "measured_steps.json").read_text(
 PEAK_ERROR, TIME_ERROR = 0.05, 0.25
 
 
-@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case["name"])
+def as_parameter(case: dict[str, Any]) -> Any:
+    """Peaks that the estimate is known to miss are cases too, and an error once it does not."""
+    missed = case.get("known_error")
+    return pytest.param(case, id=case["name"], marks=[pytest.mark.xfail(reason=missed, strict=True)] if missed else [])
+
+
+@pytest.mark.parametrize("case", map(as_parameter, MEASURED))
 def test_peak_and_seconds_as_measured(case: dict[str, Any]) -> None:
     config = {"7b": LLAMA2_7B, "70b": LLAMA2_70B}[case["shape"]]
     config = dataclasses.replace(config, num_hidden_layers=case["layers"])
