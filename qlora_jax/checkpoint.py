@@ -82,7 +82,7 @@ class Checkpoint:
                 fix="resume with the model, lora.* and training.optim it was made with",
             )
         with _orbax() as ocp:
-            loaded = ocp.load(self.path / ARRAYS)
+            loaded = ocp.load((self.path / ARRAYS).absolute())
         restored: dict[str, list[Tree]] = {}
         taken = dict.fromkeys(loaded, 0)
         for name, layers in templates.items():
@@ -181,7 +181,7 @@ class Checkpoints:
             aside.mkdir(parents=True)
             counts = {key: len(leaves) for key, leaves in columns.items()}
             with _orbax() as ocp:
-                ocp.save(aside / ARRAYS, {key: _stack(columns, key) for key in counts})
+                ocp.save((aside / ARRAYS).absolute(), {key: _stack(columns, key) for key in counts})
             for name, data in files.items():
                 (aside / name).write_bytes(data)
             write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about, "arrays": counts})
