@@ -133,6 +133,14 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path, mo
     assert bits(checkpoints.newest(no_log).restore({"adapters": params})["adapters"]) == expected
 
 
+def test_a_folder_that_is_named_from_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the quickstart's is; orbax takes whole paths only."""
+    monkeypatch.chdir(tmp_path)
+    template = {"adapters": adapters(3), "moments": some_moments()}
+    restored = save(Path("runs/checkpoints"), 3).newest(no_log).restore(template)
+    assert bits(restored["adapters"]) == bits(adapters(3))
+
+
 def test_small_values_and_files(saved: Path) -> None:
     found = Checkpoints(saved, 2).newest(no_log)
     assert (found.step, found.path.name) == (14, "step-14")
