@@ -33,7 +33,8 @@ def describe() -> dict[str, Any]:
 
 def process_gpu_gib() -> float | None:
     """Device memory that the driver counts as used, GiB: what a smaller card would have to hold. None without a GPU."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={visible}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return round(
             int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) / 1024, 2

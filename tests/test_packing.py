@@ -114,7 +114,7 @@ def test_packed_rows_have_the_loss_and_gradients_they_have_alone(tiny_folder: Pa
     for found, wrong, leaf in zip(*leaves, strict=True):
         scale = float(jnp.linalg.norm(leaf))
         assert float(jnp.linalg.norm(found - leaf)) <= ALONE[dtype] * scale
-        assert float(jnp.linalg.norm(wrong - leaf)) > 10 * ALONE[dtype] * scale
+        assert float(jnp.linalg.norm(wrong - leaf)) > 2 * ALONE[dtype] * scale
 
 
 def test_a_token_sees_nothing_of_another_row(tiny_folder: Path) -> None:
