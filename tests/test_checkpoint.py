@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from qlora_jax.engine import Gradients
 from qlora_jax.errors import InputError
 from qlora_jax.optimizer import AdamW
 from qlora_jax.placement import put
+from tests.children import environment
 
-REPOSITORY = Path(__file__).parent.parent
 LAYERS = 3
 
 
@@ -280,6 +279,7 @@ place, limits = Path(sys.argv[1]), list(map(int, sys.argv[2:]))
 import numpy as np
 from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.placement import put
+from tests.children import environment
 from orbax.checkpoint import v1
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
@@ -312,8 +312,7 @@ for step, limit in enumerate(limits, 1):
 def test_killed_at_any_file_operation(tmp_path: Path) -> None:
     limits = [10**6, *range(44), 10**6]
     command = [sys.executable, "-c", DIES, str(tmp_path / "c"), *map(str, limits)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True, timeout=120)
     results = [line.split(" ", 1) for line in done.stdout.splitlines()]
     assert len(results) == len(limits), done.stderr
     assert results[-1][0] == "0", done.stderr
@@ -373,6 +372,7 @@ from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.engine import Gradients
 from qlora_jax.errors import InputError
 from qlora_jax.placement import put
+from tests.children import environment
 checkpoints = Checkpoints(Path(sys.argv[1]) / "c", 2)
 for step, size in ((1, 1000), (2, 10**6)):
     checkpoints.save(step, {"adapters": [put({"a": np.random.default_rng(0).random(size, np.float32)}, "device")]}, {})
@@ -394,9 +394,8 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         or subprocess.run([*unshare, "mount -t tmpfs none /mnt"], capture_output=True).returncode
     ):
         pytest.skip("no mounting here")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     command = [*unshare, REALLY_FULL, "sh", str(tmp_path / "disk"), sys.executable]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(JAX_PLATFORMS="cpu"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "found:    the disk became full while step 2 was saved" in done.stdout
     assert "it continues after step 1" in done.stdout

@@ -20,6 +20,7 @@ from qlora_jax.corpus import Corpus, load_corpus
 from qlora_jax.data import IGNORED_LABEL, workers
 from qlora_jax.errors import InputError
 from tests import tiny
+from tests.children import REPOSITORY, environment
 
 
 def chat(*contents: str) -> dict[str, Any]:
@@ -535,9 +536,7 @@ def test_a_dataset_saved_to_disk(tmp_path: Path) -> None:
 
 def test_datasets_and_pyarrow_are_only_imported_when_needed() -> None:
     command = "import sys, qlora_jax.corpus; print([m for m in ('datasets', 'pyarrow', 'pandas', 'torch') if m in sys.modules])"
-    root = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, "-c", command], cwd=root, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", command], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"

@@ -3,7 +3,6 @@ comes to its end has the result of the run that nobody killed."""
 
 import collections
 import contextlib
-import os
 import random
 import re
 import signal
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import REPOSITORY, environment
 from tests.runs import assert_same, outcome, write_place
 
-REPOSITORY = Path(__file__).parent.parent
 SETTINGS = ["training.max_steps=6", "training.save_steps=1", "lora.lora_dropout=0.1", "lora.target_modules=[q_proj]",
     "training.logging_steps=2", "training.export_merged=true"]  # fmt: skip
 
@@ -86,10 +85,12 @@ all, the gradients may be made up: what a checkpoint has to hold is the same."""
 
 def environment_of(tmp_path: Path) -> dict[str, str]:
     """Of the children: on a CPU, with every compilation cached."""
-    return {
-        **os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }  # fmt: skip
+    return environment(
+        JAX_PLATFORMS="cpu",
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
 
 
 @pytest.mark.parametrize(("kills", "gradients"), [(50, "made up"), pytest.param(200, "real", marks=pytest.mark.slow)])

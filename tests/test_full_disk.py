@@ -23,6 +23,7 @@ from qlora_jax.display import make_console
 from qlora_jax.errors import EXIT_BAD_INPUT
 from qlora_jax.metrics import MetricsLog, Record
 from tests import tiny
+from tests.children import environment
 from tests.runs import assert_same, outcome, train_main, write_place
 from tests.test_job import SHARDS, contents, partial
 from tests.test_merge import make_adapter
@@ -196,8 +197,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path, verb: str) -> None:
     assert sizes.index(max(sizes)) == 2
     given += ["--out", str(tmp_path / "out")]
     command = [sys.executable, "-c", LIMITED, str(max(sizes) - 1), f"convert.{verb}", *given]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    limited = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    limited = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert limited.returncode == EXIT_BAD_INPUT
     assert "ulimit -f" in limited.stderr and "Traceback" not in limited.stderr
     assert "run the same command again" in limited.stderr

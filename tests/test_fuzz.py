@@ -1,7 +1,6 @@
 """Damaged files of others, by the hundred, to every reader: it works, or one clean error; never a crash, a hang, or memory without end."""
 
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -24,8 +23,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.placement import put
 from tests import tiny
-
-REPOSITORY = Path(__file__).parent.parent
+from tests.children import environment
 
 FUZZ = r'''
 import contextlib, copy, faulthandler, json, os, random, resource, shutil, signal, struct, sys, tempfile
@@ -208,9 +206,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("times", [60, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damaged_files(place: Path, times: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", FUZZ, str(times), str(place)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1"), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = dict(map(json.loads, done.stdout.splitlines()))
     assert len(outcomes) == 12

@@ -24,6 +24,7 @@ from convert.quantize import main, quantize
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError
 from tests import tiny
+from tests.children import environment
 
 SHARDS = 5
 KINDS = QuantizationSettings()
@@ -133,8 +134,9 @@ def test_killed_at_any_file_operation(
 ) -> None:
     """One run after another, each killed a little later, the last one not."""
     command = [sys.executable, "-c", DIES, verb, str(model), str(tmp_path), *map(str, limits)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
-    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    printed = subprocess.run(
+        command, env=environment(JAX_PLATFORMS="cpu"), check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     *before, last = [line.split() for line in printed.splitlines()]
     assert before == [[str(-signal.SIGKILL), "False"]] * len(before), "killed, and nothing there that looks whole"
     assert len(before) >= killed

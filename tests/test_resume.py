@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from qlora_jax import output_dir, trainer
 from qlora_jax.data import Batches
 from qlora_jax.errors import EXIT_BAD_INPUT
 from qlora_jax.trainer import Trainer
+from tests.children import environment
 from tests.runs import adapter_bytes, assert_same, outcome, records, train_main, write_place
 
-REPOSITORY = Path(__file__).parent.parent
 STEPS = 20
 STOPPED = 7
 FULL = ["lora.lora_dropout=0.1", "training.optim=paged_adamw_8bit", "training.logging_steps=3", "training.eval_steps=5",
@@ -311,9 +312,10 @@ def test_a_finished_run_has_nothing_left_to_do(capsys: pytest.CaptureFixture[str
 
 
 def python(text: str, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", text, *arguments], env=environment, text=True, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-c", text, *arguments], env=environment(JAX_PLATFORMS="cpu"), text=True, **pipes
+    )
 
 
 HANGS = """
@@ -374,7 +376,7 @@ def test_run_json(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (first["after_step"], second["after_step"]) == (0, 6)
     assert first["versions"].keys() >= {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}
     assert first["command"][:2] == ["train.py", "--config"] and f"training.output_dir={tmp_path}" in first["command"]
-    assert first["device"]["kind"] == "cpu"
+    assert first["device"]["kind"] == jax.devices()[0].device_kind
     assert first["config"]["memory"]["optimizer"] == "device"
     assert second["seconds"].keys() >= {
         "model",
