@@ -72,7 +72,7 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_exclude_nondeterministic_ops=true"
     check_trackers(config.training)
     phases = Phases()
-    with OutputDir(config.training) as folder:
+    with phases.told(console, once="loading"), OutputDir(config.training, phases.seconds) as folder:
         folder.look()
         with phases.time("checking"):
             resumed = folder.newest(console.print)
@@ -115,8 +115,7 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         del engine, weights, trainer
         export(config, corpus, model, adapters, folder, console, phases)
         samples.show()
-        console.print(str(phases))
-        folder.end("finished", seconds=phases.seconds)
+        folder.end("finished")
 
 
 def about_run(config: Config, model: BaseModel, training: Batches, plan: Plan) -> dict[str, Any]:

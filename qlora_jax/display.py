@@ -96,6 +96,15 @@ class Phases:
         finally:
             self.seconds[name] += time.perf_counter() - started
 
+    @contextlib.contextmanager
+    def told(self, console: Console, *, once: str) -> Iterator[None]:
+        """Say them when the block ends, in whatever way, if it came to the phase `once`."""
+        try:
+            yield
+        finally:
+            if once in self.seconds:
+                console.print(str(self))
+
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in self.seconds.items())
         return f"time: {_duration(sum(self.seconds.values()))} ({parts})"

@@ -37,8 +37,9 @@ LENGTH = ("max_steps", "num_train_epochs")
 class OutputDir:
     """The folder of one run. Until `claim` nothing in it is changed; from then on it is this process's alone."""
 
-    def __init__(self, settings: TrainingSettings) -> None:
-        self.path, self._settings = settings.output_dir, settings
+    def __init__(self, settings: TrainingSettings, seconds: Mapping[str, float] = {}) -> None:
+        """`seconds` fills while the run goes on: by name of its phases, for `run.json`."""
+        self.path, self._settings, self._seconds = settings.output_dir, settings, seconds
         self.checkpoints_path = self.path / "checkpoints"
         self.record: dict[str, Any] = {}
         self._lock: IO[bytes] | None = None
@@ -140,12 +141,12 @@ class OutputDir:
             if key in start[part] and key not in ("host", "cpus", "memory") and old[key] != start[part][key]
         ]
 
-    def end(self, state: str, **more: Any) -> None:
-        """Write in `run.json` how this start of the run ended: `finished`, `interrupted` or `failed`."""
+    def end(self, state: str) -> None:
+        """Write in `run.json` how this start of the run ended, `finished`, `interrupted` or `failed`, and how long its phases took."""
         if self.record.get("state") != "running":
             return  # it did not get so far
         self.record["state"] = state
-        self.record["starts"][-1] |= {"ended": _now(), "state": state, **more}
+        self.record["starts"][-1] |= {"ended": _now(), "state": state, "seconds": dict(self._seconds)}
         with contextlib.suppress(OSError):  # a full disk has been reported already
             write_json(self.path / "run.json", self.record)
 

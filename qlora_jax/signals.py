@@ -7,6 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 WISHES = (signal.SIGTERM, signal.SIGINT)
+SHOW_CURSOR = "\x1b[?25h"
 
 
 class Signals:
@@ -36,4 +37,5 @@ class Signals:
             signal.signal(wish, signal.SIG_DFL)
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         text = f"\n{name}: finishing this step and saving; once more leaves at once, without the steps since the last save\n"
-        os.write(2, text.encode())  # print() may be what was interrupted
+        shown = SHOW_CURSOR if os.isatty(2) else ""  # the progress bar hid it, and the next signal leaves no time
+        os.write(2, (shown + text).encode())  # print() may be what was interrupted

@@ -140,9 +140,13 @@ def test_a_signal(
     message = (
         f"stopped after step 10 of {STEPS}, saved in {tmp_path / 'checkpoints'}: the same command continues from there"
     )
-    assert capsys.readouterr().err.splitlines()[-1] == message
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == message
+    assert re.fullmatch(r"time: .* \(checking .*, steps .*\)", said.out.splitlines()[-1])
     assert [record["step"] for record in records(tmp_path) if "eval_loss" in record] == [0, 5]
-    assert json.loads((tmp_path / "run.json").read_text())["state"] == "interrupted"
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["state"] == "interrupted"
+    assert run["starts"][0]["seconds"].keys() >= {"loading", "first step", "steps", "saving", "evaluation"}
     assert train_main(place, tmp_path, *FULL, evaluated(place)) == 0
     assert_same(outcome(tmp_path), straight["full"])
 
