@@ -5,11 +5,17 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
+if __name__ == "__main__":
+    STARTED = time.perf_counter()
+    sys.modules.setdefault(
+        "torch", None
+    )  # absent: where it is installed transformers would load it, for seconds and for nothing
 
 import jax
 from rich.console import Console
@@ -63,15 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     options = parser.parse_args(arguments)
     command = ["train.py", *(sys.argv[1:] if arguments is None else arguments)]
-    run(load_config(options.config, options.overrides), make_console(), command)
+    phases = Phases()
+    if __name__ == "__main__":
+        phases.seconds["starting"] = time.perf_counter() - STARTED
+    run(load_config(options.config, options.overrides), make_console(), command, phases)
 
 
-def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
+def run(config: Config, console: Console, command: Sequence[str], phases: Phases) -> None:
     """One whole run, or what is left of it: read, quantize, train, export, show."""
     if config.training.full_determinism:  # XLA reads this once, when the device is first used
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_exclude_nondeterministic_ops=true"
     check_trackers(config.training)
-    phases = Phases()
     with phases.told(console, once="loading"), OutputDir(config.training, phases.seconds) as folder:
         folder.look()
         with phases.time("checking"):
@@ -86,7 +94,8 @@ def run(config: Config, console: Console, command: Sequence[str] = ()) -> None:
         preview(corpus, console, config.data.preview_rows)
         check_evaluation(config.training, held_out)
         folder.refuse_nothing_to_do(resumed, len(training))
-        plan = plan_as_before(config, model.config, training.longest, resumed)
+        with phases.time("planning"):
+            plan = plan_as_before(config, model.config, training.longest, resumed)
         show(plan, console, len(training))
         config = resolved(config, plan)
         space = space_of(config, plan.job, len(training), model.folder, model.name_or_path)

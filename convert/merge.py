@@ -30,10 +30,11 @@ from convert.check import check_merge
 from convert.delta import Base, Pair, base_rows, merged_weight
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
-from convert.hub import resolve_model
+from convert.hub import cache_dir, resolve_model
 from convert.job import Log, describe, files_identity
 from convert.load import read_config
 from convert.shards import Piece, TensorSpec
+from qlora_jax import machine
 from qlora_jax.display import byte_bar, make_console, progress_bar
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.placement import put
@@ -170,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = make_console(stderr=True)
     name = options.model or read_adapter_config(options.adapter).base_model
+    machine.keep_compiled(cache_dir() / "compiled")
     if not name:
         raise InputError(
             options.adapter, found="no base_model_name_or_path in its adapter_config.json", fix="say which with --model"

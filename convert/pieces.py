@@ -36,6 +36,10 @@ Rows = Iterator[tuple[slice, Values]]
 _dequantize = jax.jit(nf4.dequantize)
 _dequantize_absmax = jax.jit(nf4.dequantize_absmax)
 _quantize_absmax = jax.jit(nf4.quantize_absmax)
+_quantize_whole = jax.jit(
+    kernels.quantize, static_argnums=(1, 2)
+)  # called without jit, a kernel would be compiled every time
+_dequantize_whole = jax.jit(kernels.dequantize)
 
 
 def bfloat16(folder: ModelFolder, name: str) -> Iterator[Values]:
@@ -71,7 +75,7 @@ def quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings
         return bitsandbytes.read(folder, name)
     shape = folder.spec(name).shape
     if jax.default_backend() != "cpu":
-        return kernels.quantize(_sent(folder, name), quantization.double_quant, quantization.quant_type)
+        return _quantize_whole(_sent(folder, name), quantization.double_quant, quantization.quant_type)
     codes = np.empty(-(-math.prod(shape) // 2), np.uint8)
     absmax = np.empty(-(-math.prod(shape) // nf4.BLOCK_SIZE), np.float32)
 
@@ -117,7 +121,7 @@ def dequantized(weight: nf4.QuantizedTensor) -> Rows:
     rows, columns = weight.shape
     some = row_slices(rows, columns)
     if jax.default_backend() != "cpu":
-        whole = kernels.dequantize(put(weight, "device"))
+        whole = _dequantize_whole(put(weight, "device"))
         return ((which, functools.partial(_take, whole, which)) for which in some)
     absmax = np.asarray(_dequantize_absmax(weight))
 

@@ -14,11 +14,11 @@ from convert import bitsandbytes, names, pieces
 from convert.ahead import in_order
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
-from convert.hub import resolve_model
+from convert.hub import cache_dir, resolve_model
 from convert.job import Log, describe, refuse_existing
 from convert.load import read_config
 from convert.shards import Piece, TensorSpec
-from qlora_jax import nf4
+from qlora_jax import machine, nf4
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import byte_bar, make_console
 from qlora_jax.errors import InputError, exit_status
@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = make_console(stderr=True)
     quantization = QuantizationSettings(quant_type=options.quant_type, double_quant=not options.no_double_quant)
     refuse_existing(options.out)
+    machine.keep_compiled(cache_dir() / "compiled")
     folder = ModelFolder(resolve_model(options.model, log=console.print))
     refuse_quantized(folder)
     read_config(folder)  # refuses what is not a supported Llama, before hours are spent on it

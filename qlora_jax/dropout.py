@@ -9,6 +9,22 @@ import jax.numpy as jnp
 
 TOLERANCE = 0.02
 
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: multiples of it are spread evenly
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+"""Of Wellons' `lowbias32`, a mixing function found by search: each bit that goes in changes every bit that comes out half of the time."""
+
+
+def scrambled(seeds: jax.Array, words: int) -> jax.Array:
+    """Seeds [N, 2] → so many random words [N, words], uint32: each a hash of its number, with the seeds mixed in.
+
+    JAX's own generator, which is a cipher, takes four times the instructions, a quarter of what dropout costs on a GPU. It draws the seeds.
+    """
+    first, second = seeds[:, :1], seeds[:, 1:]
+    x = jnp.arange(words, dtype=jnp.uint32)[None] * jnp.uint32(GOLDEN) + first
+    x = (x ^ (x >> 16)) * jnp.uint32(MULTIPLIERS[0]) ^ second
+    x = (x ^ (x >> 15)) * jnp.uint32(MULTIPLIERS[1])
+    return x ^ (x >> 16)
+
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
@@ -44,10 +60,9 @@ class Dropout:
         """
         tokens, features = math.prod(shape[:-1]), shape[-1]
         words = -(-features * self.bits // 32)
-        draw = jax.vmap(lambda number: jax.random.bits(jax.random.fold_in(key, number), (words,), jnp.uint32))
-        drawn = jax.lax.optimization_barrier(
-            draw(first + jnp.arange(tokens))
-        )  # or XLA draws a word for each of its values
+        seeds = jax.vmap(lambda number: jax.random.bits(jax.random.fold_in(key, number), (2,), jnp.uint32))
+        drawn = scrambled(seeds(first + jnp.arange(tokens)), words)
+        drawn = jax.lax.optimization_barrier(drawn)  # or XLA draws a word for each of its values
         return jax.lax.bitcast_convert_type(drawn, f"uint{self.bits}").reshape(tokens, -1)[:, :features]
 
     def __call__(self, x: jax.Array, drawn: jax.Array) -> jax.Array:

@@ -22,13 +22,13 @@ from qlora_jax.products import (
     Weight,
     adapter_output,
     dense,
-    drawn_again,
     drawn_for,
     dropped,
     firsts,
     input_gradient,
     matmul,
     pair_gradients,
+    seen_again,
     seen_by_adapters,
     stacked,
     toward_input,
@@ -97,22 +97,24 @@ def _forward(
         checkpoint_name(matmul(x, weight), name) for weight, name in zip(weights, GATED_PRODUCTS, strict=False)
     )
     drawn = drawn_for(x.shape, draws[0], how)
-    u = adapter_output(x, pairs[:2], drawn, how.dropout)
+    seen = seen_by_adapters(x, drawn, how.dropout)
+    u = adapter_output(seen, pairs[:2])
     inner = kernels.swiglu(_gated(products, u, pairs, how), spent=how.share_dense)
     inner_drawn = drawn_for(inner.shape, draws[1], how)
-    down = adapter_output(inner, pairs[2:], inner_drawn, how.dropout)
+    down = adapter_output(seen_by_adapters(inner, inner_drawn, how.dropout), pairs[2:])
     bases, lora_b = [matmul(inner, weights[2]), residual], pairs[2][1].astype(x.dtype)
     out = kernels.low_rank_add(bases, down, lora_b, factor=how.scalings[2], transposed=True)
     # A forward that is run again for its backward pass alone need not come as far as `down`: `_backward` makes what SwiGLU gives anyway.
-    again = tuple(zip(draws, (drawn, inner_drawn) if how.share_dense else (None, None), strict=True))
-    return out, (x, weights, pairs, again, products, u, None if how.share_dense else down)
+    shared = how.share_dense and drawn is not None
+    again = (draws[0], (drawn, seen) if shared else None), (draws[1], inner_drawn if how.share_dense else None)
+    return out, (None if shared else x, weights, pairs, again, products, u, None if how.share_dense else down)
 
 
 def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
-    x, weights, pairs, again, products, u, down = kept
-    drawn, inner_drawn = (
-        drawn_again(shape, each, how) for shape, each in zip((x.shape, products[0].shape), again, strict=True)
-    )
+    x, weights, pairs, (again, (inner_draw, inner_drawn)), products, u, down = kept
+    drawn, seen_outside = seen_again(x, again, how)
+    if inner_drawn is None:
+        inner_drawn = drawn_for(products[0].shape, inner_draw, how)
     outer, inmost = slice(2, 3), slice(2)
     (dinner,), ddown = toward_input([dy], weights[outer], pairs[outer], how.scalings[outer])
     inner, *dproducts = kernels.swiglu_backward(
@@ -122,14 +124,13 @@ def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
         stacked(pairs[outer], dy.dtype),
         **dropped(inner_drawn, how.dropout),
     )
-    if down is None:
-        down = adapter_output(inner, pairs[outer], inner_drawn, how.dropout)
     seen = seen_by_adapters(inner, inner_drawn, how.dropout)
+    if down is None:
+        down = adapter_output(seen, pairs[outer])
     dpairs = pair_gradients([dy], ddown, seen, down, pairs[outer], how.scalings[outer])
     bases, du = toward_input(dproducts, weights[inmost], pairs[inmost], how.scalings[inmost])
     dx = input_gradient(bases, du, pairs[inmost], drawn, how.dropout)
-    seen = seen_by_adapters(x, drawn, how.dropout)
-    dpairs = pair_gradients(dproducts, du, seen, u, pairs[inmost], how.scalings[inmost]) + dpairs
+    dpairs = pair_gradients(dproducts, du, seen_outside, u, pairs[inmost], how.scalings[inmost]) + dpairs
     return dx, dy, None, dpairs, None  # weights are frozen: no cotangent
 
 

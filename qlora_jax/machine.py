@@ -109,6 +109,16 @@ def usable_bytes(gpu: Gpu, asked: int | None) -> int:
     return min(gpu.free_bytes, gpu.total_bytes if asked is None else asked) - CONTEXT_BYTES
 
 
+def keep_compiled(cache: Path) -> None:
+    """Keep compiled functions in a folder from run to run, unless `JAX_COMPILATION_CACHE_DIR` names another.
+
+    For a GPU all of them: the smallest takes its compiler a tenth of a second.
+    """
+    if CACHE_VARIABLE not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5 if find_gpu() is None else 0.0)
+
+
 def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache: Path) -> None:
     """Set what XLA reads at its start, where the user has not: before anything runs on the device.
 
@@ -119,9 +129,7 @@ def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache:
             it from taking much more than that.
         cache: where compiled functions are kept from run to run, unless `JAX_COMPILATION_CACHE_DIR` names another folder.
     """
-    if CACHE_VARIABLE not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    keep_compiled(cache)
     if gpu is None:
         return
     chosen = {

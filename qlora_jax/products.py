@@ -78,7 +78,8 @@ def _multiply_forward(
     if residual is not None:
         bases[0].append(residual)
     drawn = drawn_for(x.shape, draw, how)
-    down = adapter_output(x, pairs, drawn, how.dropout) if any(pairs) else None
+    seen = seen_by_adapters(x, drawn, how.dropout)
+    down = adapter_output(seen, pairs) if any(pairs) else None
     outputs = []
     for base, pair, scaling, first, turned in zip(bases, pairs, how.scalings, firsts(pairs), how.rotated, strict=True):
         turn = rotation if turned else None
@@ -88,8 +89,8 @@ def _multiply_forward(
         else:
             options = {"factor": scaling, "first": first, "transposed": True, "rotation": turn}
             outputs.append(kernels.low_rank_add(base, down, pair[1].astype(x.dtype), **options))
-    again = draw, drawn if how.share_dense else None
-    return outputs, (kept_x, weights, pairs, again, down, rotation, residual is not None)
+    again = draw, (drawn, seen) if how.share_dense and drawn is not None else None
+    return outputs, (None if again[1] else kept_x, weights, pairs, again, down, rotation, residual is not None)
 
 
 def _multiply_backward(how: How, kept: Any, dys: list[jax.Array]) -> tuple[Any, ...]:
@@ -102,10 +103,8 @@ def _multiply_backward(how: How, kept: Any, dys: list[jax.Array]) -> tuple[Any, 
     bases, ddown = toward_input(dys, weights, pairs, how.scalings)
     if not any(pairs):
         return functools.reduce(jnp.add, bases).reshape(how.shape), None, pairs, dresidual, None, None
-    rows = _as_rows(x, weights)
-    drawn = drawn_again(rows.shape, again, how)
+    drawn, seen = seen_again(None if x is None else _as_rows(x, weights), again, how)
     dx = input_gradient(bases, ddown, pairs, drawn, how.dropout).reshape(how.shape)
-    seen = seen_by_adapters(rows, drawn, how.dropout)
     dpairs = pair_gradients(dys, ddown, seen, down, pairs, how.scalings)
     return dx, None, dpairs, dresidual, None, None  # weights are frozen: no cotangent
 
@@ -127,10 +126,18 @@ def drawn_for(shape: tuple[int, ...], draw: Draw | None, how: How) -> jax.Array 
     return None if draw is None or how.dropout is None else how.dropout.draw(shape, *draw)
 
 
-def drawn_again(shape: tuple[int, ...], again: tuple[Draw | None, jax.Array | None], how: How) -> jax.Array | None:
-    """The same in the backward pass, which is given what was drawn if it runs within the same compiled function, else draws it again."""
-    draw, drawn = again
-    return drawn_for(shape, draw, how) if drawn is None else drawn
+def seen_again(
+    x: jax.Array | None, again: tuple[Draw | None, tuple[jax.Array, jax.Array] | None], how: How
+) -> tuple[jax.Array | None, jax.Array]:
+    """What was drawn for x [N, features], if anything, and what the adapters saw of it, in the backward pass.
+
+    That is given both, and no x, if it runs within the same compiled function; else it draws again.
+    """
+    draw, both = again
+    if both is not None:
+        return both
+    drawn = drawn_for(x.shape, draw, how)
+    return drawn, seen_by_adapters(x, drawn, how.dropout)
 
 
 def seen_by_adapters(x: jax.Array, drawn: jax.Array | None, dropout: Dropout | None) -> jax.Array:
@@ -138,12 +145,9 @@ def seen_by_adapters(x: jax.Array, drawn: jax.Array | None, dropout: Dropout | N
     return x if drawn is None else dropout(x, drawn)
 
 
-def adapter_output(
-    x: jax.Array, pairs: Sequence[Pair | None], drawn: jax.Array | None, dropout: Dropout | None
-) -> jax.Array:
-    """x [N, in] through all A's: [N, ΣR], under the name `ADAPTER_OUTPUT`."""
-    seen = seen_by_adapters(x, drawn, dropout)
-    return checkpoint_name(jnp.einsum("ni,ri->nr", seen, stacked(pairs, x.dtype)), ADAPTER_OUTPUT)
+def adapter_output(seen: jax.Array, pairs: Sequence[Pair | None]) -> jax.Array:
+    """What adapters see [N, in] through all A's: [N, ΣR], under the name `ADAPTER_OUTPUT`."""
+    return checkpoint_name(jnp.einsum("ni,ri->nr", seen, stacked(pairs, seen.dtype)), ADAPTER_OUTPUT)
 
 
 def toward_input(

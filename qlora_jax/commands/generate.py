@@ -7,9 +7,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from convert.adapter import as_adapters, load_adapter
+from convert.hub import cache_dir
 from convert.load import load_weights, total_bytes
 from convert.model import open_model
 from convert.prequantized import settle
+from qlora_jax import machine
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.data.templates import TEMPLATE_FILE
 from qlora_jax.display import byte_bar, make_console
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the answer to standard output."""
     console = make_console(stderr=True)
+    machine.keep_compiled(cache_dir() / "compiled")
     model = open_model(options.model, log=console.print)
     adapter = load_adapter(options.adapter, model.config) if options.adapter else None
     if (

@@ -8,12 +8,11 @@ without the backend they are written for still imports this package.
 import concurrent.futures
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qlora_jax import nf4
 from qlora_jax.nf4 import QuantizedTensor, QuantType
@@ -177,7 +176,7 @@ def swiglu(gated: Gated, *, spent: bool = False) -> jax.Array:
 
         if _supported(gated):
             return kernel.swiglu(gated, spent=spent)
-    return plain_swiglu(*_plain_sums(gated))
+    return plain_swiglu(*plain_sums(gated))
 
 
 def swiglu_backward(
@@ -203,7 +202,7 @@ def swiglu_backward(
         if _supported(gated) and kernel.supported([dy], u, v):
             return kernel.swiglu_backward(gated, dy, u, v, **options, spent=spent)
     dy = plain_low_rank_add([dy], u, v, **options)
-    inner, pull = jax.vjp(plain_swiglu, *_plain_sums(gated))
+    inner, pull = jax.vjp(plain_swiglu, *plain_sums(gated))
     return [inner, *pull(dy)]
 
 
@@ -218,7 +217,8 @@ def _supported(gated: Gated) -> bool:
     return all(kernel.supported([base], gated.u, v.T) for base, v, *_ in gated.halves)
 
 
-def _plain_sums(gated: Gated) -> list[jax.Array]:
+def plain_sums(gated: Gated) -> list[jax.Array]:
+    """The two products with their adapters' terms, in XLA's operations."""
     return [
         plain_low_rank_add([base], gated.u, v, factor=factor, first=first, transposed=True)
         for base, v, factor, first in gated.halves
@@ -255,19 +255,17 @@ def plain_rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * jnp.broadcast_to(weight.astype(x.dtype), x.shape)
 
 
-TRIAL_ROUNDING = 0.02
-"""Relative: a few roundings to bfloat16, 2⁻⁹ each, where the twin rounds every step."""
-
-
 @functools.cache
 def available() -> bool:
     """Whether this process's GPU runs the kernels: tried once, on small arrays, and compared with what they should give."""
     if jax.default_backend() != "gpu":
         return False
+    from qlora_jax.kernels.trial import find_problem
+
     with concurrent.futures.ThreadPoolExecutor(
         1
     ) as elsewhere:  # a thread of its own is not in the middle of tracing anything
-        problem = elsewhere.submit(_try_out).result()
+        problem = elsewhere.submit(find_problem).result()
     if problem:
         warnings.warn(
             f"the 4-bit kernels do not work on {jax.devices()[0].device_kind} ({problem}): "
@@ -275,38 +273,3 @@ def available() -> bool:
             stacklevel=2,
         )
     return not problem
-
-
-def _try_out() -> str:
-    """What is wrong with the kernels here; empty if nothing is."""
-    try:
-        from qlora_jax.kernels import dequantization as kernel
-
-        weight = nf4.quantize(jnp.asarray(np.random.default_rng(0).standard_normal((64, 256)), jnp.bfloat16))
-        found, expected = kernel.dequantize(weight, "bfloat16"), nf4.dequantize(weight)
-        same = np.array_equal(np.asarray(found), np.asarray(expected)) and all(
-            np.allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=TRIAL_ROUNDING)
-            for one, other in _trials()
-        )
-        return "" if same else "their results differ from XLA's"
-    except Exception as error:  # whatever a missing backend, compiler or driver raises
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
-def _trials() -> Iterator[tuple[Any, Any]]:
-    """What each of the other kernels gives on small arrays, and what it should."""
-    from qlora_jax.kernels import low_rank, norm
-
-    ones, thin = jnp.ones((128, 128), jnp.bfloat16), jnp.ones((128, 64), jnp.bfloat16)
-    yield low_rank.add([ones], thin, thin.T), 65 * ones
-    turned = Rotation(jnp.zeros((128, 32)), jnp.ones((128, 32)))
-    total = low_rank.add([ones], thin, thin, transposed=True, rotation=turned)
-    yield total, plain_rotate(65 * ones, turned)
-    gated = Gated(ones, ones, thin, thin, thin, (0.02, 0.01), (0, 0))
-    inner, pull = jax.vjp(plain_swiglu, *_plain_sums(gated))
-    yield low_rank.swiglu(gated, spent=True), inner
-    yield from zip(
-        low_rank.swiglu_backward(gated, ones, 0 * thin, thin.T, spent=True), [inner, *pull(ones)], strict=True
-    )
-    for each in norm.forward(ones, ones[0], 0.0), norm.backward(ones, ones[0], ones, ones, 0.0):  # whose rms is 1
-        yield each, ones
