@@ -21,9 +21,13 @@ class Fault:
     rows: tuple[str, ...]
 
     def __str__(self) -> str:
-        shown = ", ".join(self.rows[:MAX_ROWS_SHOWN])
-        more = f" and {len(self.rows) - MAX_ROWS_SHOWN} more" if len(self.rows) > MAX_ROWS_SHOWN else ""
-        return f"first in {self.place}; rows {shown}{more}"
+        return f"first in {self.place}; rows {shown(self.rows)}"
+
+
+def shown(rows: Sequence[str]) -> str:
+    """Their names, for a line that is to be read."""
+    more = f" and {len(rows) - MAX_ROWS_SHOWN} more" if len(rows) > MAX_ROWS_SHOWN else ""
+    return ", ".join(rows[:MAX_ROWS_SHOWN]) + more
 
 
 def find_fault(

@@ -21,7 +21,7 @@ from qlora_jax.data import Batch, Batches
 from qlora_jax.display import Phases, RunDisplay
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, InterruptedRunError
-from qlora_jax.faults import find_fault
+from qlora_jax.faults import everything, find_fault, shown
 from qlora_jax.metrics import MetricsLog, Record, Tracker, peak_device_gib, peak_host_gib, plot_loss
 from qlora_jax.optimizer import AdamW, schedule
 from qlora_jax.placement import Where, put
@@ -143,7 +143,8 @@ class Trainer:
                 adapters, _ = optimizer.update(adapters, grads, rate, norm)
         if all(map(math.isfinite, numbers)):
             if self.progress.add(*numbers, batch.num_input_tokens):
-                self._note("loss spike", step, loss=numbers[0])
+                rows = shown(everything(self.batches.rows(step)))
+                self._note("loss spike", step, f"loss {numbers[0]}; rows {rows}", loss=numbers[0])
         else:
             del grads
             self._not_finite(adapters, optimizer, batch, key, *numbers)
@@ -162,7 +163,7 @@ class Trainer:
         found = f"loss {loss}, gradient norm {norm}, {fault}"
         skipping = self.settings.on_nonfinite == "skip"
         if skipping and self.progress.skipped < MAX_SKIPPED:
-            self._note("step skipped", step, found=found)
+            self._note("step skipped", step, found, found=found)
             self.progress.skip(batch.num_input_tokens)
             return
         self._save(adapters, optimizer)
@@ -171,14 +172,13 @@ class Trainer:
         more = f", after {MAX_SKIPPED} steps in a row that were skipped" if skipping else ""
         raise InputError(f"training step {step + 1}", found=found + more, expected="finite numbers", fix=fix)
 
-    def _note(self, event: str, step: int, **details: Any) -> None:
-        """An event, in `metrics.jsonl` and on the screen."""
-        rows = [name for names in self.batches.rows(step) for name in names]
+    def _note(self, event: str, step: int, text: str, **details: Any) -> None:
+        """An event: its details and all rows in `metrics.jsonl`, `text` on the screen."""
+        rows = list(everything(self.batches.rows(step)))
         self.metrics.write(
             {"step": step + 1, "event": event, **{f"event_{k}": v for k, v in details.items()}, "rows": rows}
         )
-        shown = ", ".join(f"{name} {value}" for name, value in details.items())
-        self.display.note(f"step {step + 1}: {event}: {shown}; rows {', '.join(rows)}")
+        self.display.note(f"step {step + 1}: {event}: {text}")
 
     def _log(self, rate: float) -> None:
         """Record the window: the mean loss, the last gradient norm."""

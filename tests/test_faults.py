@@ -84,7 +84,9 @@ def test_skipped(
         poisoned(patch, 2)
         assert train_main(place, tmp_path / "out", *PLAIN, *skip) == 0
     printed = capsys.readouterr().out
-    assert "step 2: step skipped: found loss nan, gradient norm nan, first in the embedding; rows" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("step 2: step skipped"))
+    assert line.startswith("step 2: step skipped: loss nan, gradient norm nan, first in the embedding; rows ")
+    assert line.count("train.jsonl:") == 8, "each row once"
     found = records(tmp_path / "out")
     assert [record["event"] for record in found if "event" in record] == ["step skipped"]
     assert [record["step"] for record in found if "loss" in record] == [2, 4, 6]
