@@ -69,17 +69,17 @@ class Job:
         """Shapes of one layer's AdamW moments."""
         return abstract_moments(TrainingSettings(output_dir="unused", optim=self.optim), self.adapter)
 
-    @property
+    @functools.cached_property
     def adapter_bytes(self) -> int:
         """One layer's adapter; its gradient takes the same."""
         return nbytes(self.adapter)
 
-    @property
+    @functools.cached_property
     def layer_bytes(self) -> int:
         """One layer's frozen weights: 441 MB for Llama-2-70B."""
         return nbytes(self._layer[1])
 
-    @property
+    @functools.cached_property
     def moments_bytes(self) -> int:
         """One layer's AdamW moments."""
         return nbytes(self.moments)

@@ -10,9 +10,27 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import jax
 import pytest
 
+from qlora_jax.machine import GIB, available_host_bytes
 from tests import tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+WORKER_BYTES = 4 * GIB
+"""Host memory for a process of tests; they take up to 3.3 GiB."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in several processes, one a core, if pytest-xdist is there; a chosen file in this one, and `-n` has the last
+    word. Not on a GPU, whose memory the first process takes."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if not whole or hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
+        return
+    options = config.option
+    workers = min(len(os.sched_getaffinity(0)), available_host_bytes() // WORKER_BYTES)
+    alone = options.usepdb or options.capture == "no" or options.collectonly or os.environ["JAX_PLATFORMS"] != "cpu"
+    if options.numprocesses is None and options.dist == "no" and workers > 1 and not alone:
+        options.numprocesses, options.dist = workers, "worksteal"
 
 
 USERS_CACHE = os.environ.get("QLORA_JAX_CACHE")

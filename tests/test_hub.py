@@ -172,7 +172,7 @@ def test_a_cached_model_needs_no_hub(unreachable: None, hub_cache: Path) -> None
     assert resolve_model("org/name", log=pytest.fail) == folder
 
 
-@pytest.mark.parametrize("missing", WANTED.keys() - {"chat_template.jinja"})
+@pytest.mark.parametrize("missing", sorted(WANTED.keys() - {"chat_template.jinja"}))
 def test_a_half_cached_model_is_completed(served: list[str], hub_cache: Path, missing: str) -> None:
     folder = put_in_cache(hub_cache, "org/name", {name: data for name, data in WANTED.items() if name != missing})
     assert resolve_model("org/name", log=lambda _: None) == folder
