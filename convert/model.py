@@ -73,14 +73,24 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except (
         BaseException
     ) as error:  # the libraries behind it raise nearly anything for a damaged file, Rust's panics too
-        raise InputError(
-            path, found=f"a tokenizer that cannot be loaded: {error}", fix="fetch the model again"
-        ) from None
+        raise _cannot_be_loaded(path, error) from None
     if tokenizer.eos_token_id is None:
         raise InputError(
             path, found="a tokenizer without an end-of-sequence token", expected="eos_token in tokenizer_config.json"
         )
     return tokenizer
+
+
+def _cannot_be_loaded(path: Path, error: BaseException) -> InputError:
+    """Without transformers' advice to trust the code of a tokenizer that needs its own: there is no such setting here."""
+    if "trust_remote_code" not in str(error):
+        return InputError(path, found=f"a tokenizer that cannot be loaded: {error}", fix="fetch the model again")
+    return InputError(
+        path,
+        found="a tokenizer that needs Python code of its own (auto_map): refused, no code of a model's is run",
+        expected="a tokenizer.json, and in tokenizer_config.json a tokenizer_class of transformers'",
+        fix="save it as a PreTrainedTokenizerFast, on a machine where you trust the code, or take a copy of the model that has one",
+    )
 
 
 MAX_UNUSED = 2**16

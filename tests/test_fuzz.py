@@ -320,5 +320,17 @@ def test_an_added_tokens_number_without_end(place: Path, tmp_path: Path, key: st
         assert "a tokenizer that cannot be loaded" in str(error)
 
 
+def test_a_tokenizers_own_code_is_not_run(place: Path, tmp_path: Path) -> None:
+    """And nobody is told to trust it."""
+    folder = shutil.copytree(place / "plain", tmp_path / "folder")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    damage(folder / "tokenizer_config.json", "auto_map", value={"AutoTokenizer": ["own.Own", None]})
+    damage(folder / "tokenizer_config.json", "tokenizer_class", value="Own")
+    with pytest.raises(InputError, match="no code of a model's is run") as caught:
+        open_tokenizer(str(folder))
+    assert "trust_remote_code" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
 def shape_of(place: Path) -> LlamaConfig:
     return read_config(ModelFolder(place / "plain"))
