@@ -177,8 +177,11 @@ def _settle(
         raise problem or InputError(
             name, found="no rows", expected="at least one", fix="check that the file was written completely"
         )
-    format = detect_format(rows, settings.fields) if settings.format == "auto" else settings.format
-    prompt = rows[0].fields.get(settings.fields.get("prompt", "prompt"))
+    format = settings.format
+    if format == "auto":
+        format = detect_format(rows, settings.fields, skips=skips)
+    column = settings.fields.get("prompt", "prompt")
+    prompt = next((row.fields[column] for row in rows if column in row.fields), None)
     is_chat = format not in ("text", "prompt_completion") or (
         format == "prompt_completion" and isinstance(prompt, list)
     )

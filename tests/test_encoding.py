@@ -80,13 +80,12 @@ def assert_equal(found: Encoded, expected: Encoded) -> None:
         assert ours.dtype == theirs.dtype and ours.tolist() == theirs.tolist(), name
 
 
-def assert_same(encoder: Encoder, texts: Sequence[Rendered], joined: Sequence[bool]) -> bool:
+def assert_same(encoder: Encoder, texts: Sequence[Rendered]) -> bool:
     """Compare both ways; returns whether the short one was taken."""
-    count_joined = np.array(joined, bool)
-    expected, found = encoder._by_offsets(texts, count_joined), encoder._by_bytes(texts, count_joined)
+    expected, found = encoder._by_offsets(texts), encoder._by_bytes(texts)
     if found is not None:
         assert_equal(found, expected)
-    assert_equal(encoder(texts, count_joined), expected)
+    assert_equal(encoder(texts), expected)
     return found is not None
 
 
@@ -97,11 +96,10 @@ def test_by_bytes_equals_by_offsets(kind: str) -> None:
     complete = kind not in ("lacking", "unknown")
 
     @settings(max_examples=150, deadline=None)
-    @given(st.lists(st.tuples(rendered(PIECES + CONTROLS), st.booleans()), min_size=1, max_size=5))
-    def check(rows: list[tuple[Rendered, bool]]) -> None:
-        texts, joined = zip(*rows, strict=True)
+    @given(st.lists(rendered(PIECES + CONTROLS), min_size=1, max_size=5))
+    def check(texts: list[Rendered]) -> None:
         has_all = complete or not any(control in text.text for control in CONTROLS for text in texts)
-        assert assert_same(encoder, texts, joined) == has_all
+        assert assert_same(encoder, texts) == has_all
 
     check()
 
@@ -112,12 +110,12 @@ def test_other_tokenizers_say_their_offsets(kind: str) -> None:
     assert token_bytes(tokenizer) is None
     encoder = Encoder(tokenizer.to_str())
     texts = [Rendered("hi  日\x04😀 <s>", ((1, 4),))]
-    assert_equal(encoder(texts, np.array([True])), encoder._by_offsets(texts, np.array([True])))
+    assert_equal(encoder(texts), encoder._by_offsets(texts))
 
 
 def test_nothing_to_tokenize() -> None:
     for tokenizer in (TILING["whole"], NOT_TILING["normalizer"]):
-        encoded = Encoder(tokenizer.to_str())([], np.array([], bool))
+        encoded = Encoder(tokenizer.to_str())([])
         assert encoded.input_ids.size == encoded.mask.size == encoded.lengths.size == 0
 
 
@@ -131,7 +129,7 @@ def test_what_recurs_between_special_tokens_is_tokenized_once(monkeypatch: pytes
             return TILING["whole"].encode_batch_fast(texts, **options)
 
     monkeypatch.setattr(encoder, "_tokenizer", Listening())
-    encoder([Rendered(f"<|im_start|>a\nbe kind<|im_end|>\n{i}", ()) for i in range(4)], np.zeros(4, bool))
+    encoder([Rendered(f"<|im_start|>a\nbe kind<|im_end|>\n{i}", ()) for i in range(4)])
     assert sorted(seen) == sorted(["", "<|im_start|>", "a\nbe kind", "<|im_end|>", "\n0", "\n1", "\n2", "\n3"])
 
 
@@ -145,6 +143,6 @@ def test_a_real_tokenizer_takes_the_short_way(smollm2_folder: Path) -> None:
     )
     texts = [Rendered(text, ((0, len(text) // 2),)) for text in map("".join, rng.choice(choices, (2000, 12)).tolist())]
     for start in range(0, len(texts), 250):
-        assert assert_same(encoder, texts[start : start + 250], rng.random(250) < 0.5)
+        assert assert_same(encoder, texts[start : start + 250])
     for control in CONTROLS:
-        assert not assert_same(encoder, [*texts[:3], Rendered(f"a{control}b", ((1, 3),))], [True] * 4)
+        assert not assert_same(encoder, [*texts[:3], Rendered(f"a{control}b", ((1, 3),))])

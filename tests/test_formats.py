@@ -92,7 +92,7 @@ def test_names_are_mapped() -> None:
 
 def test_undetectable_formats() -> None:
     with pytest.raises(
-        InputError, match=r"f:1\n.*the row's fields: title, body\n.*messages.*prompt.*text(?s:.*)data.fields"
+        InputError, match=r"f:1\n.*the row's fields: title, body\n(?s:.*messages.*prompt.*text.*)data.fields"
     ):
         detect_format([Row("f:1", {"title": "a", "body": "b"})])
     with pytest.raises(InputError, match="fields: none"):
@@ -105,6 +105,13 @@ def test_mixed_schemas() -> None:
     rows = [Row("f:1", {"messages": []}), Row("f:2", {"text": "a"})]
     with pytest.raises(InputError, match=r"f:2\n.*rows of several kinds: f:1 is chat, but here the row's fields: text"):
         detect_format(rows)
+    # Where some are to be left out, the commonest kind is read, whatever the first row is.
+    assert detect_format([rows[1], *rows[:1] * 2], skips=True) == "chat"
+    assert detect_format([Row("f:1", {"title": "a"}), rows[1]], skips=True) == "text"
+    guanaco = [Row("f:1", {"text": GUANACO_TEXT})] * 2
+    assert detect_format([*guanaco, rows[0]], skips=True) == "openassistant"
+    # A row that only lacks a field is of no other kind: it is named, or left out, when it is read.
+    assert detect_format([*rows[:1], Row("f:2", {"title": "a"})]) == "chat"
     # Only the first rows are asked; the others are told as they come.
     assert detect_format(rows[:1] * 20 + rows[1:]) == "chat"
     assert detect_format([Row("f:1", {"text": GUANACO_TEXT}), Row("f:2", {"text": "plain"})]) == "text"
@@ -122,6 +129,7 @@ def test_an_empty_system_message_is_allowed() -> None:
         ("text", {"text": 3}, "fields", "`text` is a number, not a string; the row's fields: text"),
         ("text", {"text": None}, "fields", "`text` is null, not a string"),
         ("text", {"text": ""}, "empty", "`text` is an empty string"),
+        ("text", {"text": " \n"}, "empty", "`text` is white space alone"),
         ("text", {"text": json.loads('"a\\ud83d"')}, "unreadable", "half of a surrogate pair, '\\ud83d', at character 1"),
         ("prompt_completion", {"prompt": "a"}, "fields", "no `completion`; the row's fields: prompt"),
         ("prompt_completion", {}, "fields", "no `prompt` and no `completion`; the row's fields: none"),

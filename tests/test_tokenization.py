@@ -95,21 +95,19 @@ def chat(*contents: str, system: str | None = None) -> dict:
     return {"messages": [{"role": "system", "content": system}] * (system is not None) + messages}
 
 
-def recipe(fields: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000, **settings: Any) -> Recipe:
+def recipe(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000, **settings: Any) -> Recipe:
     data = DataSettings(path="f", max_seq_length=max_seq_length, **settings)
     template = ChatTemplate(tokenizer.chat_template, "test", is_own=True) if tokenizer.chat_template else None
-    layout = Layout(detect_format([RawRow("f:1", fields).parse()]))
+    layout = Layout(detect_format([RawRow("f:1", row).parse()]), data.fields)
     return make_recipe(tokenizer, layout, data, template)
 
 
-def all_of(
-    fields: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000, **settings: Any
-) -> list[Example]:
-    return tokenize([RawRow("f:1", fields)], recipe(fields, tokenizer, max_seq_length, **settings))
+def all_of(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000, **settings: Any) -> list[Example]:
+    return tokenize([RawRow("f:1", row)], recipe(row, tokenizer, max_seq_length, **settings))
 
 
-def one(fields: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000, **settings: Any) -> Example:
-    (example,) = all_of(fields, tokenizer, max_seq_length, **settings)
+def one(row: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = 1000, **settings: Any) -> Example:
+    (example,) = all_of(row, tokenizer, max_seq_length, **settings)
     return example
 
 
@@ -170,15 +168,13 @@ def test_leading_newlines() -> None:
     apart, joined = make_tokenizer(CHATML, joins=[]), make_tokenizer(CHATML)
     assert supervised(one(chat("hi", "\n\n hi"), apart), apart) == ["\n\n hi<|im_end|>"]
     # "assistant\n" + "\n\n hi" is cut "\n\n", "\n", " hi": the first of these starts in the template's text.
-    assert supervised(one(chat("hi", "\n\n hi"), joined), joined) == ["\n hi<|im_end|>"]
+    assert supervised(one(chat("hi", "\n\n hi"), joined), joined) == ["\n\n\n hi<|im_end|>"]
 
 
-def test_a_token_counts_when_it_starts_inside_the_turn() -> None:
+def test_a_token_across_a_turns_end_counts() -> None:
     template = PLAIN.replace("assistant:", "assistant: ")
     tokenizer = make_tokenizer(template)
-    assert supervised(one(chat("hi", "hi hi"), tokenizer), tokenizer) == [
-        " hi\n"
-    ]  # the first " hi" starts in the prompt
+    assert supervised(one(chat("hi", "hi hi"), tokenizer), tokenizer) == [" hi hi\n"]  # the first space is the prompt's
     tokenizer = make_tokenizer(template.replace("}}\n", "}}{{ ' hi' }}"))
     assert supervised(one(chat("hi", "yes", "a", "b"), tokenizer), tokenizer) == ["yes hi", "b hi"]
 
@@ -189,13 +185,17 @@ def test_marks_at_spaces_and_emoji() -> None:
     assert supervised(one(chat("hi", "😀"), tokenizer), tokenizer) == [" hi", " 😀"]
 
 
+def any_text(parts: list[str]) -> bool:
+    return not "".join(parts).isspace()
+
+
 PARTS = [*"hi :\n😀é", *SPECIAL, "assistant\n"]
 # No merges of whitespace and untrimmed offsets: there both agree on what a token at a span's edge means.
 ORACLE_TOKENIZER = make_tokenizer(CHATML, joins=[("h", "i")], trim_offsets=False)
 
 
 @settings(max_examples=60, deadline=None)
-@given(contents=st.lists(st.lists(st.sampled_from(PARTS), min_size=1), min_size=2))
+@given(contents=st.lists(st.lists(st.sampled_from(PARTS), min_size=1).filter(any_text), min_size=2))
 def test_unmarked_equals_marked_through_transformers(contents: list[list[str]]) -> None:
     messages = chat(*["".join(parts) for parts in contents])["messages"]
     ours = one({"messages": messages}, ORACLE_TOKENIZER, max_seq_length=10_000)
@@ -357,6 +357,36 @@ def test_bad_rows_are_gathered_in_order_and_the_others_are_there() -> None:
     assert len(tokens.input_ids) == tokens.lengths.sum() == len(tokens.loss_mask)
 
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+CALLED = [{"type": "function", "function": {"name": "look", "arguments": {"where": "out"}}}]
+
+
+def test_calls_and_tools_that_the_template_leaves_out() -> None:
+    """An empty turn would be learned in the call's place."""
+    asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    calls = {"messages": [asked, {"role": "assistant", "content": None, "tool_calls": CALLED}, asked, answered]}
+    has_tools = {"messages": [asked, answered], "tools": [TOOL]}
+    for loss_on in ("assistant", "all"):
+        with pytest.raises(
+            RowError, match=r"f:1\n.*messages\[1\] calls a tool, which the chat template leaves out"
+        ) as error:
+            one(calls, make_tokenizer(CHATML), loss_on=loss_on)
+        assert error.value.kind == "template"
+        with pytest.raises(
+            RowError, match=r"`tools`, which the chat template leaves out\n(?s:.*)data.fields={tools: none}"
+        ):
+            one(has_tools, make_tokenizer(CHATML), loss_on=loss_on)
+    tokenizer = make_tokenizer(CHATML)
+    assert supervised(one(has_tools, tokenizer, fields={"tools": "none"}), tokenizer) == ["b<|im_end|>"]
+    writes_calls = make_tokenizer(
+        CHATML.replace("m.content }}", "m.content + (m.tool_calls | tojson if m.tool_calls else '') }}")
+    )
+    learned = supervised(one(calls, writes_calls), writes_calls)
+    assert "look" in learned[0] and learned[1] == "b<|im_end|>"
+    writes_tools = make_tokenizer("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
+    assert supervised(one(has_tools, writes_tools), writes_tools) == ["b<|im_end|>"]
+
+
 def test_a_role_that_the_template_leaves_out() -> None:
     silent = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}" + CHATML.removeprefix(
         "{% for m in messages %}"
@@ -420,7 +450,7 @@ def test_a_real_tokenizer(smollm2_folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(smollm2_folder)
     hard = "<|im_start|>assistant\n<|im_end|>"
     # "assistant\n" + "\n\nIt" is cut "\n\n", "\n", "It": the first of these starts in the template's text.
-    for answer, learned in (("4", "4"), (hard, hard), ("\n\nIt is 4 😀.\n", "\nIt is 4 😀.\n")):
+    for answer, learned in (("4", "4"), (hard, hard), ("\n\nIt is 4 😀.\n", "\n\n\nIt is 4 😀.\n")):
         example = one(chat("2 + 2 = 2 + 2?", answer, "2 + 2?", "4"), tokenizer)
         assert supervised(example, tokenizer) == [f"{learned}<|im_end|>", "4<|im_end|>"]
         assert tokenizer.decode(example.input_ids).startswith("<|im_start|>system\n")

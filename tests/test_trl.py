@@ -128,9 +128,17 @@ def test_completions(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_token_across_the_prompts_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Both learn the token that joins the prompt's last space to the completion's first word."""
+    """Both learn the token that joins the prompt's last space to the completion's or the turn's first word."""
     rows = [{"prompt": "The answer: ", "completion": "four"}, {"prompt": "un", "completion": "believable"}]
     assert_equal(ours(rows, tokenizer, None), theirs(rows, tokenizer, None, completion_only=True))
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '\\n' }}"
+        "{% endgeneration %}{% else %}{{ m.content + '\\n' }}{% endif %}{% endfor %}"
+    )
+    found = ours(chats(), tokenizer, template)
+    assert_equal(found, theirs(chats(), tokenizer, template, assistant_only=True))
+    learned = found[0].input_ids[found[0].loss_mask]
+    assert tokenizer.decode(learned) == " hello\n"
 
 
 @pytest.mark.parametrize("max_length", [40, 64, 96])

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_jax.data.formats import Chat
-from qlora_jax.data.jinja import JinjaTemplate, RenderError, Span
+from qlora_jax.data.jinja import JinjaTemplate, RenderError, Span, Tools
 from qlora_jax.data.messages import Message
 from qlora_jax.data.rows import RowError
 from qlora_jax.data_settings import LossOn
 
 MARKS_FIX = "put {% generation %} ... {% endgeneration %} around the assistant's text in the chat template"
 PROBE = "zqxprobezqx"
+Conversation = tuple[list[Message], Tools | None]
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ class Renderer:
         leaves the turn's header to the model, so there the header is supervised too.
 
         Raises:
-            RowError: the template cannot render the row or leaves one of its roles out, or the turns cannot be told apart.
+            RowError: the template cannot render the row or leaves a role, calls or tools of it out, or the turns cannot be told apart.
         """
         messages = [{key: value for key, value in message.items() if value is not None} for message in chat.messages]
         try:
             self._check_roles(messages, where)
+            self._check_tools(messages, chat.tools, where)
             if loss_on == "all":
                 text = self._template.writer(messages, chat.tools)(len(messages), False)
                 return [Rendered(text, ((0, len(text)),))]
@@ -69,7 +71,7 @@ class Renderer:
             return self._by_turns(messages, chat, loss_on, where)
         except RenderError as error:
             found = f"messages the chat template cannot render: {error}"
-            fix = "mend the row: templates may ask for alternating roles, or refuse `system`"
+            fix = "mend the row (templates may ask for alternating roles, or refuse `system`), or choose another data.chat_template"
             raise RowError(where, "template", found=found, fix=fix) from error
 
     def _by_turns(self, messages: list[Message], chat: Chat, loss_on: LossOn, where: str) -> list[Rendered]:
@@ -131,11 +133,32 @@ class Renderer:
                 fix = "say what it is with data.roles, drop the row, or choose another data.chat_template"
                 raise RowError(where, "template", found=found, expected="a role that the template knows", fix=fix)
 
+    def _check_tools(self, messages: list[Message], tools: Tools | None, where: str) -> None:
+        """Stop where the template leaves out calls of tools, so that an empty turn would be learned, or the tools themselves."""
+        callers = [number for number, message in enumerate(messages) if message.get("tool_calls")]
+        silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        if callers and self._looks_like((messages, tools), (silent, tools)):
+            found = f"messages[{callers[0]}] calls a tool, which the chat template leaves out"
+            fix = "choose another data.chat_template, write the call as `content`, or drop the row"
+            raise RowError(where, "template", found=found, expected="a template that writes `tool_calls`", fix=fix)
+        if tools and self._looks_like((messages, tools), (messages, None)):
+            found = "`tools`, which the chat template leaves out"
+            fix = "choose another data.chat_template, or read rows without theirs: data.fields={tools: none}"
+            raise RowError(where, "template", found=found, expected="a template that writes `tools`", fix=fix)
+
+    def _looks_like(self, one: Conversation, other: Conversation) -> bool:
+        text = self._text(*one)
+        return text is not None and text == self._text(*other)
+
+    def _text(self, messages: list[Message], tools: Tools | None) -> str | None:
+        try:
+            return self._template.writer(messages, tools)(len(messages), False)
+        except RenderError:  # it is not silent about it: the row itself will tell
+            return None
+
     def _probe(self, role: str) -> bool:
         asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         probe = {"role": role, "content": PROBE}
         chat = [probe, asked, answered] if role in ("system", "developer") else [asked, answered, probe, answered]
-        try:
-            return PROBE not in self._template.writer(chat, None)(len(chat), False)
-        except RenderError:  # it is not silent about it: the row itself will tell
-            return False
+        text = self._text(chat, None)
+        return text is not None and PROBE not in text

@@ -44,15 +44,15 @@ class Encoder:
         self._token_bytes = token_bytes(self._tokenizer)
         self._cut = piece_splitter(self._tokenizer)
 
-    def __call__(self, texts: Sequence[Rendered], count_joined: np.ndarray) -> Encoded:
-        """Supervised are the tokens that start inside a span or, in rows with `count_joined` ([rows] bool), overlap one."""
+    def __call__(self, texts: Sequence[Rendered]) -> Encoded:
+        """Supervised are the tokens that overlap a span: one that joins a prompt's last space to an answer's first word is learned."""
         if not texts:
             return Encoded(np.array([], np.int32), np.array([], bool), np.array([], np.int64))
-        if self._token_bytes is not None and (encoded := self._by_bytes(texts, count_joined)) is not None:
+        if self._token_bytes is not None and (encoded := self._by_bytes(texts)) is not None:
             return encoded
-        return self._by_offsets(texts, count_joined)
+        return self._by_offsets(texts)
 
-    def _by_bytes(self, texts: Sequence[Rendered], count_joined: np.ndarray) -> Encoded | None:
+    def _by_bytes(self, texts: Sequence[Rendered]) -> Encoded | None:
         """None where the tokens do not add up to the texts."""
         cut = [self._cut(text.text) for text in texts]
         numbers: dict[str, int] = {}
@@ -73,9 +73,9 @@ class Encoder:
             for start, end in _in_bytes(text)
         ]
         ranges = np.stack([ends - self._token_bytes[ids], ends], axis=1)
-        return Encoded(ids, _covered(ranges, spans, np.repeat(count_joined, lengths)), lengths)
+        return Encoded(ids, _covered(ranges, spans), lengths)
 
-    def _by_offsets(self, texts: Sequence[Rendered], count_joined: np.ndarray) -> Encoded:
+    def _by_offsets(self, texts: Sequence[Rendered]) -> Encoded:
         encodings = self._tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)
         ids, lengths = _ids(encodings)
         offsets = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
@@ -87,7 +87,7 @@ class Encoder:
             for base, text in zip(bases.tolist(), texts, strict=True)
             for start, end in text.spans
         ]
-        return Encoded(ids, _covered(ranges, spans, np.repeat(count_joined, lengths)), lengths)
+        return Encoded(ids, _covered(ranges, spans), lengths)
 
 
 def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray | None:
@@ -160,14 +160,12 @@ def _in_bytes(text: Rendered) -> Sequence[Span]:
     return [(int(starts[start]), int(starts[end])) for start, end in text.spans]
 
 
-def _covered(ranges: np.ndarray, spans: Sequence[Span], count_joined: np.ndarray) -> np.ndarray:
-    """[tokens] bool: which ranges [tokens, 2] start inside one of the ordered spans or, where `count_joined`, overlap one."""
+def _covered(ranges: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """[tokens] bool: which ranges [tokens, 2] overlap one of the ordered spans, or are empty and inside one."""
     if not spans:
         return np.zeros(len(ranges), bool)
     (starts, ends), bounds = ranges.T, np.array(spans, np.int64)
-    # The last span that begins at or before the token's start; and, for an overlap, before its end.
-    span = np.searchsorted(bounds[:, 0], starts, side="right") - 1
-    if count_joined.any():
-        at_end = np.searchsorted(bounds[:, 0], ends, side="left") - 1
-        span = np.where(count_joined, np.maximum(at_end, span), span)
+    # The last span that begins at or before the token's start, or before its end.
+    at_start, at_end = np.searchsorted(bounds[:, 0], starts, side="right"), np.searchsorted(bounds[:, 0], ends)
+    span = np.maximum(at_start, at_end) - 1
     return (span >= 0) & (starts < bounds[span, 1])

@@ -1,6 +1,7 @@
 """What a row may look like, and what every row becomes: a chat, a prompt and its completion, or a text."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,38 +146,54 @@ class Layout:
         return Completion(prompt, completion)
 
 
-def detect_format(rows: Sequence[Row], fields: Mapping[str, str] | None = None) -> Format:
+def detect_format(rows: Sequence[Row], fields: Mapping[str, str] | None = None, *, skips: bool = False) -> Format:
     """The format that the first row has the fields of, and the next ones too; fields that belong to no format are ignored.
 
-    A format that says more wins over `text`: some datasets carry a rendered text beside the fields it was made of.
+    A format that says more wins over `text`: some datasets carry a rendered text beside the fields it was made of. A row that lacks a
+    field is of no format, and of none is asked here: it is named when it is read.
+
+    Args:
+        skips: rows of another format are to be left out, so that of most rows counts.
 
     Raises:
         InputError: the first row has the fields of no format, or of several; or the next ones are of another.
     """
-    first = rows[0]
-    format = _format_of(first, fields or {})
-    for row in rows[1:SEEN_FOR_DETECTION]:
-        layout = Layout(format, fields or {})
-        if any(layout.fields.get(name, name) not in row.fields for name in REQUIRED[format]):
-            found = f"rows of several kinds: {first.where} is {format}, but here {_names(row)}"
-            fix = "separate them into sources of their own (data.sources), or set data.format and data.bad_rows=skip"
-            raise InputError(row.where, found=found, expected=EXPECTED[format], fix=fix)
-    if format == "text" and all(_is_assistant_text(row.fields) for row in rows[:SEEN_FOR_DETECTION]):
-        return "openassistant"
-    return format
+    rows = rows[:SEEN_FOR_DETECTION]
+    matches = [_formats_of(row, fields or {}) for row in rows]
+    alone = Counter(names[0] for names in matches if len(names) == 1)
+    if skips and alone:
+        format = max(alone, key=alone.__getitem__)
+    else:
+        format = _the_one(rows[0], matches[0])
+        _check_same(rows, matches, format)
+    texts = [row.fields for row, names in zip(rows, matches, strict=True) if format in names]
+    return "openassistant" if format == "text" and all(map(_is_assistant_text, texts)) else format
 
 
-def _format_of(row: Row, fields: Mapping[str, str]) -> Format:
+def _formats_of(row: Row, fields: Mapping[str, str]) -> list[Format]:
+    """All whose fields the row has."""
     names = [name for name in REQUIRED if name != "openassistant"]
     matches = [name for name in names if all(fields.get(ours, ours) in row.fields for ours in REQUIRED[name])]
-    matches = [name for name in matches if name != "text"] or matches
+    return [name for name in matches if name != "text"] or matches
+
+
+def _the_one(row: Row, matches: Sequence[Format]) -> Format:
     if len(matches) == 1:
         return matches[0]
     if matches:
         fix = f"set data.format to one of {', '.join(matches)}"
         raise InputError(row.where, found=f"{_names(row)}, which fit several formats", expected="one format", fix=fix)
-    fix = "say with data.fields which column is which, or rename them"
-    raise InputError(row.where, found=_names(row), expected=" or ".join(EXPECTED.values()), fix=fix)
+    expected = "the fields of a format:" + "".join(f"\n    {name}: {example}" for name, example in EXPECTED.items())
+    fix = "say which column is which, e.g. data.fields={prompt: question, completion: answer}, or rename them"
+    raise InputError(row.where, found=_names(row), expected=expected, fix=fix)
+
+
+def _check_same(rows: Sequence[Row], matches: Sequence[Sequence[Format]], format: Format) -> None:
+    for row, names in zip(rows, matches, strict=True):
+        if names and format not in names:
+            found = f"rows of several kinds: {rows[0].where} is {format}, but here {_names(row)}"
+            fix = "separate them into sources of their own (data.sources), or keep those of the commonest kind with data.bad_rows=skip"
+            raise InputError(row.where, found=found, expected=EXPECTED[format], fix=fix)
 
 
 def _is_assistant_text(fields: dict[str, Any]) -> bool:

@@ -115,8 +115,8 @@ def check_text(row: Row, name: str, value: object, expected: str, *, may_be_empt
     if not isinstance(value, str):
         found = f"`{name}` is {kind_of(value)}, not a string; the row's fields: {', '.join(row.fields)}"
         raise RowError(row.where, "fields", found=found, expected=expected, fix="mend the row, or drop it")
-    if not value and not may_be_empty:
-        found = f"`{name}` is an empty string"
+    if not may_be_empty and (not value or value.isspace()):
+        found = f"`{name}` is {'white space alone' if value else 'an empty string'}"
         raise RowError(row.where, "empty", found=found, expected=expected, fix="fill it, or drop the row")
     check_characters(row.where, f"`{name}`", value, expected)
 

@@ -14,7 +14,7 @@ import tokenizers
 
 from qlora_jax.data.chat import Rendered, Renderer
 from qlora_jax.data.encoding import Encoded, Encoder
-from qlora_jax.data.formats import Chat, Completion, Layout, Sample, Text
+from qlora_jax.data.formats import Chat, Layout, Sample, Text
 from qlora_jax.data.jinja import agrees_with_transformers
 from qlora_jax.data.messages import check_characters
 from qlora_jax.data.rows import RawRow, RowError
@@ -25,7 +25,7 @@ from qlora_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # slow to import; a process that tokenizes need not
 
-REVISION = 1
+REVISION = 2
 """Raised whenever the same rows may become other tokens or other masks, so that none that were kept are used again."""
 
 
@@ -150,9 +150,8 @@ class RowTokenizer:
     """Does what a recipe says.
 
     Chats: the template's text, which has its own special tokens; supervised are the assistant's turns (see `chat.py`).
-    A token counts when it starts inside a turn.
-    Prompt and completion: the recipe's start, prompt and completion as one text, EOS; supervised are the completion and EOS. A token
-    that joins the prompt's end to the completion's start counts too, or a prompt that ends in a space would lose the completion's
+    Prompt and completion: the recipe's start, prompt and completion as one text, EOS; supervised are the completion and EOS.
+    A token that joins a prompt's end to the start of what follows counts too, or a prompt that ends in a space would lose the answer's
     first word.
     Text: the same around the text; supervised is everything but the start.
     """
@@ -181,7 +180,7 @@ class RowTokenizer:
                 texts += rendered
                 samples += [sample] * len(rendered)
                 numbers += [number] * len(rendered)
-        encoded = self._encode(texts, np.array([isinstance(sample, Completion) for sample in samples], bool))
+        encoded = self._encode(texts)
         is_chat = np.array([isinstance(sample, Chat) for sample in samples], bool)
         if not is_chat.all():
             encoded = self._add_boundaries(encoded, ~is_chat)
