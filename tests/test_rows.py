@@ -92,6 +92,11 @@ def as_parquet() -> bytes:
         ("a.json", json.dumps(ROWS).encode(), [":1 (row 1)", ":1 (row 2)", ":1 (row 3)"]),
         ("b.json", json.dumps(ROWS, indent=1).encode(), [":2 (row 1)", ":6 (row 2)", ":10 (row 3)"]),
         ("c.json", "\n".join(map(json.dumps, ROWS)).encode(), [":1", ":2", ":3"]),
+        (
+            "d.json",
+            "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),
+            [":1 (row 1)", ":5 (row 2)", ":9 (row 3)"],
+        ),
         ("a.csv", as_csv(","), [":2", ":4", ":5"]),
         ("a.tsv", as_csv("\t"), [":2", ":4", ":5"]),
         ("a.parquet", as_parquet(), [", row 1", ", row 2", ", row 3"]),
@@ -136,7 +141,21 @@ def test_a_json_array_in_pieces_is_the_array(
         ("a.json", b'[{"a": 1},\n{"a": 2}', 2, ":2", "the end of the file after row 2"),
         ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', 0, ":2", "byte 0xff, which is not UTF-8"),
         ("a.csv", b'a,b\n1,2\n1,"2\n', 1, ":3", "not CSV"),
-        ("a.csv", b"a,b\n1,2\n1,\xff\n", 1, ":3", "byte 0xff at column 3"),
+        ("a.csv", b"a,\xff\n1,2\n", 0, ":1", "byte 0xff, which is not UTF-8"),
+        (
+            "a.json",
+            b'{\n "a": [1,\n',
+            0,
+            ":1 (row 1)",
+            "not JSON: Expecting value at line 3; nothing after this can be read",
+        ),
+        (
+            "a.json",
+            b'{"a": 1\n}\n{"b',
+            1,
+            ":3 (row 2)",
+            "not JSON: Unterminated string starting at line 3; nothing after",
+        ),
         ("a.csv", b"a,a\n1,2\n", 0, ":1", "a header that names a column twice: a, a"),
         ("a.parquet", b"PAR1 not", 0, "", "not a Parquet file"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\x00damaged", 0, "", "cannot be read"),
@@ -153,6 +172,20 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, before: int, w
         *good, last = read_file(path)
         assert isinstance(last.content, RowError)
         assert [isinstance(raw.content, dict) for raw in good] == [True] * before
+
+
+def test_a_table_is_read_on_after_a_row_that_is_not_utf8(tmp_path: Path) -> None:
+    path = write(tmp_path, 'a,b\n1,é\n1,"\n?"\n3,4\n'.encode().replace(b"?", b"\xe9"), "a.csv")
+    good, bad, last = read_file(path)
+    assert (good.content, last.content) == ({"a": "1", "b": "é"}, {"a": "3", "b": "4"})
+    with pytest.raises(RowError, match=r"a.csv:3\n.*byte 0xe9, which is not UTF-8\n(?s:.*)save the file as UTF-8"):
+        bad.parse()
+
+
+def test_utf16_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"text": "a"}\n'.encode("utf-16"), "a.jsonl")
+    with pytest.raises(RowError, match=r":1\n.*byte 0xff at column 1, which is not UTF-8 but begins UTF-16"):
+        next(read_file(path)).parse()
 
 
 def test_single_rows_of_arrays_and_tables_that_do_not_fit(tmp_path: Path) -> None:

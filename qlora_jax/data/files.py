@@ -8,7 +8,7 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ READ_AT_ONCE = 2**22
 """Bytes of a JSON array held at a time, unless a single row is longer."""
 PARQUET_ROWS_AT_ONCE = 1024
 SPACE = re.compile(r"[ \t\r\n]*")
+UNDECODED = re.compile("[\udc80-\udcff]")
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -34,7 +35,8 @@ def read_file(path: Path, sample_by: SampleBy = "line") -> Iterator[RawRow]:
     """The rows of one file, by its suffix. A row that cannot be read is handed on as a `RowError`, and reading goes on where it can.
 
     Args:
-        path: .jsonl or .ndjson: one object a line, blank lines skipped. .json: an array of objects, or lines of them. .csv, .tsv: a
+        path: .jsonl or .ndjson: one object a line, blank lines skipped. .json: an array of objects, or objects one after
+            another. .csv, .tsv: a
             header, then rows of text. .parquet. .txt: rows with the field `text`. All but Parquet may end in .gz as well.
         sample_by: what makes a row of a text file, as in `datasets`: a line, a paragraph (blank lines between) or all of it.
 
@@ -75,18 +77,35 @@ def _json_lines(path: Path) -> Iterator[RawRow]:
 
 
 def _json(path: Path) -> Iterator[RawRow]:
-    """An array of objects; a file that begins with anything else is taken for lines of JSON, as it often is."""
+    """An array of objects; a file that begins with anything else is taken for lines of JSON, as it often is, if its first line is whole."""
     first = next((line.strip() for _, line in _lines(path) if line.strip()), b"")
-    yield from (_json_array(path) if first.startswith(b"[") else _json_lines(path))
+    if first.startswith(b"["):
+        yield from _json_values(path, in_array=True)
+    else:
+        yield from (_json_values(path, in_array=False) if _goes_on(first) else _json_lines(path))
 
 
-def _json_array(path: Path) -> Iterator[RawRow]:
-    """The elements of an array, decoded one at a time from a buffer that is filled as they are used up."""
+def _goes_on(line: bytes) -> bool:
+    """Whether a JSON value that begins in this line does not end there."""
+    text = line.decode(errors="replace")
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text) > 0
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _json_values(path: Path, *, in_array: bool) -> Iterator[RawRow]:
+    """The elements of an array, or values one after another, decoded one at a time from a buffer that is filled as they are used up."""
     decoder = json.JSONDecoder()
     buffer, row = _Buffer(path), 0
+    end = "]" if in_array else ""
     try:
-        buffer.skip("[")
-        while not buffer.skip("]"):
+        if in_array:
+            buffer.skip("[")
+        while buffer.peek() != end:
             row += 1
             where = f"{path}:{buffer.line} (row {row})"
             value = buffer.decode(decoder, where)
@@ -94,7 +113,7 @@ def _json_array(path: Path) -> Iterator[RawRow]:
                 yield RawRow(where, as_object(value, where))
             except RowError as error:
                 yield RawRow(where, error)
-            if not buffer.skip(",") and (following := buffer.peek()) != "]":
+            if in_array and not buffer.skip(",") and (following := buffer.peek()) != end:
                 found = f"{following!r} after row {row}" if following else f"the end of the file after row {row}"
                 raise _broken(f"{path}:{buffer.line}", f"not JSON: {found}")
     except RowError as error:
@@ -103,8 +122,8 @@ def _json_array(path: Path) -> Iterator[RawRow]:
 
 def _broken(where: str, found: str) -> RowError:
     """What is wrong with a file from here on; the rows before it are rows all the same."""
-    fix = "check that the file was written completely; nothing after this can be read"
-    return RowError(where, "unreadable", found=found, fix=fix)
+    fix = "check that the file was written completely"
+    return RowError(where, "unreadable", found=f"{found}; nothing after this can be read", fix=fix)
 
 
 class _Buffer:
@@ -140,11 +159,16 @@ class _Buffer:
             except (ValueError, RecursionError) as error:
                 if self._fill(len(self._text) - self._at):
                     continue
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise _broken(where, f"not JSON: {reason}") from None
+                raise _broken(where, f"not JSON: {self._reason(error)}") from None
             # A number may go on in what is not read yet; no row is one, so its type alone matters.
             self._advance(end)
             return value
+
+    def _reason(self, error: Exception) -> str:
+        if not isinstance(error, json.JSONDecodeError):
+            return str(error)
+        line = self.line + self._text.count("\n", self._at, error.pos)
+        return f"{error.msg.removesuffix(' at')} at line {line}"
 
     def _advance(self, to: int) -> None:
         self.line += self._text.count("\n", self._at, to)
@@ -192,12 +216,15 @@ def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
         except csv.Error as error:
             yield RawRow(where, _broken(where, f"not CSV: {error}"))
             return
-        except RowError as error:
-            yield RawRow(error.where, error)
-            return
         if values is None:
             return
-        if not header:
+        if undecoded := _undecoded(values):
+            found = f"byte 0x{undecoded:02x}, which is not UTF-8"
+            problem = RowError(where, "unreadable", found=found, expected="UTF-8 text", fix="save the file as UTF-8")
+            yield RawRow(where, problem)
+            if not header:
+                return
+        elif not header:
             header = values
             _check_header(header, where)
         elif len(values) == len(header):
@@ -209,12 +236,22 @@ def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
 
 
 def _decoded(path: Path) -> Iterable[str]:
-    return (decode(line, f"{path}:{number}") for number, line in _lines(path))
+    """Lines; bytes that are not UTF-8 are handed on as halves of surrogate pairs, so that reading goes on after their row."""
+    return (line.decode("utf-8", "surrogateescape") for _, line in _lines(path))
+
+
+def _undecoded(values: Sequence[str]) -> int:
+    """The first byte that `_decoded` could not decode; 0 where there is none."""
+    for value in values:
+        if not value.isascii() and (found := UNDECODED.search(value)):
+            return ord(found[0]) - 0xDC00
+    return 0
 
 
 def _check_header(header: list[str], where: str) -> None:
     if len(set(header)) < len(header):
-        raise InputError(where, found=f"a header that names a column twice: {', '.join(header)}")
+        found = f"a header that names a column twice: {', '.join(header)}"
+        raise InputError(where, found=found, fix="rename one of them")
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:

@@ -1,5 +1,6 @@
 """A row of a dataset and where it came from, so that every later complaint can name it; and the complaint itself."""
 
+import codecs
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,11 +68,11 @@ def parse_json(line: bytes, where: str) -> dict[str, Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or an integer of too many digits
         reason = (
-            f"{error.msg} at column {min(error.pos, len(text.rstrip())) + 1}"
+            f"{error.msg.removesuffix(' at')} at column {min(error.pos, len(text.rstrip())) + 1}"
             if isinstance(error, json.JSONDecodeError)
             else error
         )
-        fix = "write each row on one line, without commas or brackets around the rows"
+        fix = "write each row on one line, without commas or brackets around the rows; an array of rows is a .json file"
         raise RowError(where, "unreadable", found=f"not JSON: {reason}", expected=EXPECTED_LINE, fix=fix) from None
     return as_object(value, where)
 
@@ -98,4 +99,5 @@ def decode(line: bytes, where: str) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}, which is not UTF-8"
+        found += " but begins UTF-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
         raise RowError(where, "unreadable", found=found, expected="UTF-8 text", fix="save the file as UTF-8") from None
