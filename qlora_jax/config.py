@@ -4,6 +4,7 @@ A YAML file and `section.key=value` overrides meet in one frozen `Config`; whate
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +196,9 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+KIND = re.compile(r"(literal|constrained-\w+|tuple|list|function-\w+)\b|(str|int|float|bool)$")
+"""What pydantic adds to a setting's name where it may be one of several kinds."""
+
 NOT_YET = {
     "lora": {"use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"},
 }
@@ -225,9 +229,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(settings)
     except pydantic.ValidationError as error:
-        raise InputError(
-            path, found="settings that cannot be used\n" + "\n".join(map(_explain, error.errors()))
-        ) from None
+        raise InputError(path, found="settings that cannot be used\n" + "\n".join(_explain(error))) from None
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
@@ -250,18 +252,31 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         ) from None
 
 
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: setting, what is wrong, what was found."""
-    location = [str(part) for part in error["loc"]]
-    name = ".".join(location)
+def _explain(error: pydantic.ValidationError) -> list[str]:
+    """A line for each setting: its name, what is wrong, what was found. Of a setting that may be several things, what each would be."""
+    problems: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    for one in error.errors():
+        location = [str(part) for part in one["loc"] if not (isinstance(part, str) and KIND.match(part))]
+        name = ".".join(location)
+        problems.setdefault(name, []).append(_problem(one, location))
+        is_section = isinstance(one["input"], dict) and one["type"] == "value_error"
+        if one["type"] not in ("extra_forbidden", "missing") and not is_section:
+            found[name] = f", found {one['input']!r}"
+    return [
+        f"    {name}: {' or '.join(dict.fromkeys(messages))}{found.get(name, '')}"
+        for name, messages in problems.items()
+    ]
+
+
+def _problem(error: Any, location: list[str]) -> str:
     if error["type"] == "extra_forbidden":
-        if location[-1] in NOT_YET.get(location[0], ()):
-            return f"    {name}: not available in this version"
-        return f"    {name}: unknown setting{_nearest(location)}"
+        is_known = location[-1] in NOT_YET.get(location[0], ())
+        return "not available in this version" if is_known else f"unknown setting{_nearest(location)}"
     if error["type"] == "missing":
-        return f"    {name}: missing, and it has no default"
+        return "missing, and it has no default"
     message = error["msg"].removeprefix("Value error, ")
-    return f"    {name}: {message[:1].lower()}{message[1:]}, found {error['input']!r}"
+    return f"{message[:1].lower()}{message[1:]}"
 
 
 def _nearest(location: list[str]) -> str:

@@ -7,6 +7,7 @@ import pydantic
 from qlora_jax.section import Section
 
 Format = Literal["text", "alpaca", "prompt_completion", "chat", "sharegpt", "openassistant"]
+AutoFormat = Literal["auto", Format]
 LossOn = Literal["auto", "assistant", "last_assistant", "completion", "all"]
 
 
@@ -19,7 +20,7 @@ class SourceSettings(Section):
     """A hub dataset's configuration, where it has several."""
     split: str = "train"
     """A hub dataset's split, as `datasets` reads it: `train`, `train[:5%]`."""
-    format: Literal["auto"] | Format = "auto"
+    format: AutoFormat = "auto"
     fields: dict[str, str] = pydantic.Field(default_factory=dict)
     """The data's own names: {prompt: question, completion: answer}; for messages also {role: speaker, content: said}."""
     roles: dict[str, str] = pydantic.Field(default_factory=dict)
@@ -64,6 +65,12 @@ class DataSettings(SourceSettings):
     """Processes that tokenize; every core has one unless this says otherwise. It does not change the result."""
     preview_rows: int = pydantic.Field(default=1, ge=0)
     """Rows that are shown before training; 0 leaves the whole preview out."""
+
+    @pydantic.field_validator("weight", mode="before")
+    @classmethod
+    def _no_weight(cls, value: object) -> None:
+        if value is not None:
+            raise ValueError("weights are for those that data.sources lists; one source alone has none")
 
     @pydantic.model_validator(mode="after")
     def _one_way_to_say_it(self) -> Self:

@@ -205,6 +205,23 @@ def test_a_wrong_value_names_setting_and_value(tmp_path: Path, section: str, key
     assert f"found {found}" in message
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "line"),
+    [
+        ("data", {"format": "alpacca"}, "data.format: input should be 'auto', 'text', 'alpaca', "),
+        ("memory", {"resident_layers": -1}, "memory.resident_layers: input should be 'auto' or input should be greater than"),
+        ("data", {"weight": -1}, "data.weight: weights are for those that data.sources lists; one source alone has none, found -1"),
+        ("data", {"sources": [{"path": "a"}]}, "data: name one source with data.path, or list several in data.sources"),
+    ],
+)  # fmt: skip
+def test_one_line_for_each_setting(tmp_path: Path, section: str, values: dict[str, Any], line: str) -> None:
+    """Whatever kinds of value it may have; and without the whole section where it is about several settings."""
+    message = refused(tmp_path, **{section: values})
+    problems = [problem for problem in message.splitlines() if problem.startswith("    ")]
+    assert len(problems) == 1 and problems[0].startswith(f"    {line}")
+    assert "{" not in problems[0] and "constrained" not in problems[0] and "literal" not in problems[0]
+
+
 def test_a_wrong_target_names_itself_and_the_choice(tmp_path: Path) -> None:
     message = refused(tmp_path, lora={"target_modules": ["q_proj", "qproj"]})
     problems = [line for line in message.splitlines() if line.startswith("    ")]
