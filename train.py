@@ -121,9 +121,10 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         )  # fmt: skip
         with memory_explained(plan, folder.path):
             adapters = trainer.train(adapters, resumed)
+        best_step = trainer.progress.best_step if config.training.load_best_model_at_end else None
         del engine, weights, trainer
-        export(config, corpus, model, adapters, folder, console, phases)
-        samples.show()
+        export(config, corpus, model, adapters, folder, console, phases, best_step)
+        samples.show(best_step)
         folder.end("finished")
 
 
@@ -170,12 +171,14 @@ def export(
     folder: OutputDir,
     console: Console,
     phases: Phases,
+    best_step: int | None,
 ) -> None:
-    """`adapter/`, the last or the best, and `merged/` if it is asked for. What is there of an earlier run is replaced."""
+    """`adapter/`, the last or that of `best_step`, and `merged/` if it is asked for. What is there of an earlier run is replaced."""
     out, best = folder.path, folder.path / "best"
     with phases.time("export"):
-        if config.training.load_best_model_at_end and best.exists():
+        if best_step is not None and best.exists():
             adapters = as_adapters(load_adapter(best, model.config), model.config)[1]
+            console.print(f"the adapter is that of step {best_step}, which had the lowest held-out loss")
         save(out / "adapter", adapters, config, corpus)
         # Another run's merged model would not be this adapter's. It is only there if overwriting was asked for.
         shutil.rmtree(out / "merged", ignore_errors=True)
@@ -269,7 +272,8 @@ def describe(
     )
     console.print(f"LoRA r={config.lora.r} on {', '.join(config.lora.targets)}: {trainable:,} trainable parameters")
     rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
-    console.print(f"{len(training)} optimizer steps of {rows} rows, {training.epoch(len(training)):.2f} epochs")
+    name = "packed lines" if config.data.packing else "rows"
+    console.print(f"{len(training)} optimizer steps of {rows} {name}, {training.epoch(len(training)):.2f} epochs")
 
 
 def make_samples(

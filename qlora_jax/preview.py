@@ -55,11 +55,13 @@ def decoded(example: Example, tokenizer: PreTrainedTokenizerBase, *, in_colour: 
 
 
 def histogram(lengths: np.ndarray) -> str:
-    """How many rows have how many tokens, as bars."""
-    width = max(1, -(-int(lengths.max()) // NUM_BINS))
-    counts = np.bincount((lengths - 1) // width)
+    """How many rows have how many tokens, as bars, from the shortest on."""
+    shortest = int(lengths.min())
+    width = max(1, -(-(int(lengths.max()) - shortest + 1) // NUM_BINS))
+    counts = np.bincount((lengths - shortest) // width)
     lines = [
-        f"  {number * width + 1:>7,} to {(number + 1) * width:<7,} {count:>9,} {'█' * round(BAR_WIDTH * count / counts.max())}"
+        f"  {shortest + number * width:>7,} to {shortest + (number + 1) * width - 1:<7,} {count:>9,} "
+        f"{'█' * round(BAR_WIDTH * count / counts.max())}"
         for number, count in enumerate(counts.tolist())
     ]
     middle, high = np.percentile(lengths, (50, 95))

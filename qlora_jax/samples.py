@@ -36,9 +36,9 @@ class Samples:
         if self._prompts:
             self._write()
 
-    def show(self) -> None:
-        """Of each prompt the first answer and the last, one above the other."""
-        taken = list(map(json.loads, self._lines))
+    def show(self, step: int | None = None) -> None:
+        """Of each prompt the first answer and the last, or the last until `step`, one above the other."""
+        taken = [sample for sample in map(json.loads, self._lines) if step is None or sample["step"] <= step]
         for prompt in self._prompts:
             answers = [sample["answer"] for sample in taken if sample["prompt"] == prompt]
             ends = (("before", answers[0]), ("after", answers[-1])) if answers else ()

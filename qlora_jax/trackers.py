@@ -37,9 +37,18 @@ class WeightsAndBiases:
     """A run of W&B's; where it goes, or that it stays here, is wandb's own business (`WANDB_MODE=offline`, `wandb login`)."""
 
     def __init__(self, folder: Path, name: str, run_id: str, config: dict[str, Any]) -> None:
-        """A continued run has the same `run_id`."""
+        """A continued run has the same `run_id`.
+
+        Raises:
+            InputError: wandb does not start: nobody is logged in, say.
+        """
         wandb = importlib.import_module("wandb")
-        self._run = wandb.init(dir=str(folder), name=name, id=run_id, resume="allow", config=config)
+        try:
+            self._run = wandb.init(dir=str(folder), name=name, id=run_id, resume="allow", config=config)
+        except wandb.Error as error:
+            found = f"wandb does not start: {error}"
+            fix = "wandb login; or WANDB_MODE=offline, which needs no account; or leave it out of report_to"
+            raise InputError("training.report_to", found=found, fix=fix) from None
 
     def write(self, record: Record) -> None:
         """Every number, at its step."""

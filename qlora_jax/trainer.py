@@ -118,7 +118,7 @@ class Trainer:
             while True:
                 if signals.received is None:
                     self._evaluate_if_due(adapters)
-                over = progress.step >= len(self.batches) or self._stop_early()
+                over = progress.step >= len(self.batches) or self._stops_early()
                 if signals.received is not None or self._save_is_due(*saved, over=over):
                     self._save(adapters, optimizer)
                     saved = progress.step, time.monotonic()
@@ -224,9 +224,15 @@ class Trainer:
         if self.progress.evaluation(loss, self.settings.early_stopping_threshold) and self.settings.eval_steps:
             self.hooks.best(adapters)
 
-    def _stop_early(self) -> bool:
-        patience = self.settings.early_stopping_patience
-        return 0 < patience <= self.progress.evaluations_since_best and self.progress.evaluated == self.progress.step
+    def _stops_early(self) -> bool:
+        progress, patience = self.progress, self.settings.early_stopping_patience
+        stops = 0 < patience <= progress.evaluations_since_best and progress.evaluated == progress.step
+        if stops:
+            best = f"held-out loss {progress.best_loss:.4f} of step {progress.best_step}"
+            self.display.note(
+                f"step {progress.step}: stopped early: no better than the {best}, {patience} evaluations in a row"
+            )
+        return stops
 
     def _save_is_due(self, step: int, when: float, *, over: bool) -> bool:
         """`step` and `when` (monotonic) are those of the last save."""

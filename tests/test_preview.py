@@ -47,7 +47,7 @@ def test_the_command(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     assert f"{rows}:3: 64 tokens" in said and f"{rows}:4" not in said
     assert "tokens a row: median 28, 95 % have at most 60, the longest 64" in said
-    assert "       22 to 28              2 ████████████████████████████████████████\n" in said
+    assert "       28 to 31              2 ████████████████████████████████████████\n" in said
     # Two steps of two lines: 28 and 64 padded to 64, or packed 64 and 28 + 28.
     assert "padding: " in said and "without packing (chosen)" in said and "with packing\n" in said
     assert not (run_file.parent / "out").exists()
@@ -81,7 +81,14 @@ def test_long_rows_are_cut_and_characters_of_several_tokens_are_whole() -> None:
 def test_a_histogram_of_one_length() -> None:
     lines = histogram(np.full(7, 5)).splitlines()
     assert lines[0] == "tokens a row: median 5, 95 % have at most 5, the longest 5"
-    assert lines[-1].split() == ["5", "to", "5", "7", "█" * 40]
+    assert lines[1:] == [f"{'5':>9} to 5 {'7':>15} {'█' * 40}"]
+
+
+def test_a_histogram_begins_with_the_shortest() -> None:
+    lines = histogram(np.array([81, 82, 82, 100])).splitlines()[1:]
+    assert [line.split()[:4] for line in lines[:2]] == [["81", "to", "82", "3"], ["83", "to", "84", "0"]]
+    assert [line.split()[:4] for line in lines[-1:]] == [["99", "to", "100", "1"]]
+    assert len(lines) == 10
 
 
 def test_padding_is_what_the_batches_have(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run that was stopped and continued is the run that was not: adapters, moments and metrics byte for byte. And what is refused."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -15,10 +16,12 @@ from typing import Any
 
 import jax
 import pytest
+from rich.console import Console
 
 from qlora_jax import output_dir, trainer
 from qlora_jax.data import Batches
 from qlora_jax.errors import EXIT_BAD_INPUT
+from qlora_jax.samples import Samples
 from qlora_jax.trainer import Trainer
 from tests.children import environment
 from tests.runs import adapter_bytes, assert_same, outcome, records, train_main, write_place
@@ -206,7 +209,9 @@ def test_more_steps(place: Path, straight: dict[str, Any], tmp_path: Path, capsy
 # Early stopping and the best adapter
 
 
-def test_the_best_adapter_and_early_stopping(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_adapter_and_early_stopping(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Evaluations that we make up; stopped between them, and continued."""
     losses = {0: 9.0, 2: 5.0, 4: 4.0, 6: 4.5, 8: 3.995, 10: 4.1, 12: 0.0}
     monkeypatch.setattr(trainer.Engine, "loss", lambda *args: losses[current[0]])
@@ -220,14 +225,33 @@ def test_the_best_adapter_and_early_stopping(place: Path, tmp_path: Path, monkey
     monkeypatch.setattr(Trainer, "_evaluate", evaluate)
     more = ["training.eval_steps=2", "training.early_stopping_patience=3", "training.early_stopping_threshold=0.01"]
     more += [*PLAIN, "training.save_steps=3", "training.load_best_model_at_end=true", evaluated(place)]
+    more += ["training.sample_prompt=hi", "training.sample_max_new_tokens=2"]
     killed(place, tmp_path / "out", *more, step=7)
+    capsys.readouterr()
     assert train_main(place, tmp_path / "out", *more) == 0
+    said = capsys.readouterr().out
+    assert "step 10: stopped early: no better than the held-out loss 3.9950 of step 8, 3 evaluations in a row" in said
+    assert "the adapter is that of step 8, which had the lowest held-out loss" in said
+    assert "after: hi" in said
     found = {record["step"]: record["eval_loss"] for record in records(tmp_path / "out") if "eval_loss" in record}
     assert found == {step: loss for step, loss in losses.items() if step <= 10}, "6, 8 and 10 were not better by 0.01"
     assert train_main(place, tmp_path / "eight", *PLAIN, "training.max_steps=8") == 0
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "eight"), "the lowest was after step 8"
     best = (tmp_path / "out" / "best" / "adapter_model.safetensors").read_bytes()
     assert best == adapter_bytes(tmp_path / "out")
+
+
+def test_samples_beside_each_other_are_the_first_and_those_of_the_exported_step(tmp_path: Path) -> None:
+    answers = iter("abc")
+    console = Console(file=io.StringIO(), width=60)
+    samples = Samples(tmp_path / "samples.jsonl", ["hi"], lambda adapters, prompt: f"answer {next(answers)}", console)
+    for step in (0, 2, 4):
+        samples.take(step, [])
+    for step, last in ((None, "c"), (2, "b")):
+        console.file = io.StringIO()
+        samples.show(step)
+        shown = console.file.getvalue()
+        assert "answer a" in shown and f"answer {last}" in shown and shown.count("answer") == 2
 
 
 def test_what_has_no_evaluation_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

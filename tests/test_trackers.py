@@ -126,6 +126,23 @@ def test_weights_and_biases(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     }
 
 
+def test_weights_and_biases_without_an_account(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = Wandb()
+    wandb.Error = type("Error", (Exception,), {})
+
+    def init(**arguments: Any) -> Any:
+        raise wandb.Error("No API key configured.")
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train_main(place, tmp_path / "out", *PLAIN, "training.report_to=[wandb]") == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert "training.report_to\n  found:    wandb does not start: No API key configured.\n" in error
+    assert "WANDB_MODE=offline" in error
+
+
 def test_what_is_not_installed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
