@@ -56,12 +56,18 @@ def main() -> int:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         found = measure(options, Path(work))
-    name = f"compare-{jax.devices()[0].device_kind.split()[-1].lower()}"
+    name = f"compare-{card_name(jax.devices()[0].device_kind)}"
     shape = {key: getattr(options, key) for key in ("layers", "rank", "rows", "tokens", "tiny")}
     result = {"what": "compare_gpu", **shape, "seconds": round(time.perf_counter() - started, 1)}
     print(write_result(name, {**result, **{dtype: as_json(found[dtype]) for dtype in DTYPES}}, options.results))
     plot_layers(found["bfloat16"], options.results / f"{name}.png")
     return 1 if any(comparison.exceeded for comparison in found.values()) else 0
+
+
+def card_name(device_kind: str) -> str:
+    """`NVIDIA H100 80GB HBM3` → `h100`, `NVIDIA GeForce RTX 4090` → `rtx-4090`."""
+    words = [word for word in device_kind.lower().split() if word not in ("nvidia", "geforce", "tesla")]
+    return "-".join(words[: 2 if words[0] == "rtx" else 1])
 
 
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -164,8 +164,8 @@ def workspace(job: Job, layout: Layout) -> Workspace:
     forward = hoisted + itemsize * (tokens * 2 * hidden + chunk * 3 * mlp) + 2 * scores
     dropped = 0.8 * itemsize * (4 * hidden * tokens + (2 * hidden + mlp) * chunk) if job.lora.lora_dropout else 0
     shared = dropped + (sum(dense) if layout.share_dense else 0.6 * max(dense))
-    inner = 4.75 if layout.share_dense else 6  # arrays of [N, F]: in the former case two are written over
-    attention = shared + itemsize * tokens * 8 * hidden
+    inner = 4.75  # arrays of [N, F]
+    attention = shared + itemsize * tokens * 7.5 * hidden
     if layout.share_dense or chunk == tokens:
         backward = attention + itemsize * chunk * inner * mlp
     else:
