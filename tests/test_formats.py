@@ -95,6 +95,8 @@ def test_undetectable_formats() -> None:
         InputError, match=r"f:1\n.*the row's fields: title, body\n(?s:.*messages.*prompt.*text.*)data.fields"
     ):
         detect_format([Row("f:1", {"title": "a", "body": "b"})])
+    with pytest.raises(InputError, match="if `data` holds the rows, make that list all of the file"):
+        detect_format([Row("f:1", {"version": 1, "data": [{"text": "a"}]})])
     with pytest.raises(InputError, match="fields: none"):
         detect_format([Row("f:1", {})])
     with pytest.raises(InputError, match=r"several formats(?s:.*)one of chat, prompt_completion"):

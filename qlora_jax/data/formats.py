@@ -185,6 +185,9 @@ def _the_one(row: Row, matches: Sequence[Format]) -> Format:
         raise InputError(row.where, found=f"{_names(row)}, which fit several formats", expected="one format", fix=fix)
     expected = "the fields of a format:" + "".join(f"\n    {name}: {example}" for name, example in EXPECTED.items())
     fix = "say which column is which, e.g. data.fields={prompt: question, completion: answer}, or rename them"
+    for name, value in row.fields.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            fix += f"; if `{name}` holds the rows, make that list all of the file"
     raise InputError(row.where, found=_names(row), expected=expected, fix=fix)
 
 
