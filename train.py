@@ -175,6 +175,7 @@ def export(
 ) -> None:
     """`adapter/`, the last or that of `best_step`, and `merged/` if it is asked for. What is there of an earlier run is replaced."""
     out, best = folder.path, folder.path / "best"
+    folder.check_ours()
     with phases.time("export"):
         if best_step is not None and best.exists():
             adapters = as_adapters(load_adapter(best, model.config), model.config)[1]

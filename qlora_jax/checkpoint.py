@@ -102,9 +102,13 @@ class Checkpoint:
 class Checkpoints:
     """A run's folder of checkpoints, the newest `keep` of them. One process at a time: the run's lock sees to that."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """The folder is only made by the first save; what a dead process left half-written is removed."""
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, check_ours: Callable[[], None] = lambda: None) -> None:
+        """The folder is only made by the first save; what a dead process left half-written is removed.
+
+        Args:
+            check_ours: raises where the folder has ceased to be this process's; for whoever is about to save.
+        """
+        self.folder, self.keep, self.check_ours = folder, keep, check_ours
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
         for path in folder.glob(".step-*"):

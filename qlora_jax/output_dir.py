@@ -31,6 +31,7 @@ from qlora_jax.files import try_lock, write_json
 PACKAGES = ("qlora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 GROWING = ("metrics.jsonl", "samples.jsonl")
 """Files that grow line by line; checkpoints hold them as they were."""
+LOCK = ".lock"
 LENGTH = ("max_steps", "num_train_epochs")
 
 
@@ -52,7 +53,7 @@ class OutputDir:
             InputError: a finished run is here, or one to be continued but for `resume: never`, and overwriting was not asked for;
                 or another process is at work.
         """
-        if (self.path / ".lock").exists():
+        if (self.path / LOCK).exists():
             self._take_lock()
         self.record = _read(self.path / "run.json")
         settings, results = self._settings, self._has_results()
@@ -102,7 +103,27 @@ class OutputDir:
             if metrics.exists():
                 number = 1 + len(list(self.path.glob("metrics.before-*.jsonl")))
                 metrics.rename(self.path / f"metrics.before-{number}.jsonl")
-        return Checkpoints(self.checkpoints_path, self._settings.save_total_limit)
+        return Checkpoints(self.checkpoints_path, self._settings.save_total_limit, self.check_ours)
+
+    def check_ours(self) -> None:
+        """Before something is written that others could take for theirs.
+
+        Raises:
+            InputError: the folder was removed or moved while the run was at work; another run may be in its place.
+        """
+        if not self._is_ours():
+            found = "its lock is gone: the folder was removed, moved or begun anew while this run was at work"
+            fix = "start the run again; to drop a folder stop its run first"
+            raise InputError(self.path, found=found, fix=fix)
+
+    def _is_ours(self) -> bool:
+        """Whether the lock that is held is the folder's. A file's number is not enough: it need not last on a network's disk."""
+        held = os.fstat(self._lock.fileno())
+        try:
+            there = (self.path / LOCK).stat()
+        except FileNotFoundError:
+            return False
+        return held.st_nlink > 0 or os.path.samestat(held, there)
 
     def __enter__(self) -> Self:
         return self
@@ -143,8 +164,8 @@ class OutputDir:
 
     def end(self, state: str) -> None:
         """Write in `run.json` how this start of the run ended, `finished`, `interrupted` or `failed`, and how long its phases took."""
-        if self.record.get("state") != "running":
-            return  # it did not get so far
+        if self.record.get("state") != "running" or not self._is_ours():
+            return  # it did not get so far, or the folder has become another run's
         self.record["state"] = state
         self.record["starts"][-1] |= {"ended": _now(), "state": state, "seconds": dict(self._seconds)}
         with contextlib.suppress(OSError):  # a full disk has been reported already
@@ -180,11 +201,11 @@ class OutputDir:
         if self._lock is not None:
             return
         try:
-            lock = (self.path / ".lock").open("ab")
+            lock = (self.path / LOCK).open("ab")
             taken = try_lock(lock.fileno())
         except OSError as error:
             raise InputError(
-                self.path / ".lock", found=f"cannot be locked: {error.strerror}", fix="name another training.output_dir"
+                self.path / LOCK, found=f"cannot be locked: {error.strerror}", fix="name another training.output_dir"
             ) from None
         if not taken:
             lock.close()

@@ -245,6 +245,7 @@ class Trainer:
 
     def _save(self, adapters: Adapters, optimizer: AdamW) -> None:
         """Start saving; `Checkpoints.save` waits for the save before."""
+        self.checkpoints.check_ours()  # or the metrics read back would be another run's
         progress = self.progress
         progress.window_seconds = time.perf_counter() - self._started
         about = {**self.about, "progress": progress.to_json(), "position": self.batches.state(progress.step)}

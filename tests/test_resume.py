@@ -264,11 +264,15 @@ def test_what_has_no_evaluation_is_refused(place: Path, tmp_path: Path, capsys: 
 # What is refused
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def refusal(capsys: pytest.CaptureFixture[str], place: Path, out: Path, *overrides: str) -> str:
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    before = contents(out)
     capsys.readouterr()
     assert train_main(place, out, *overrides) == EXIT_BAD_INPUT
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before, "nothing is touched"
+    assert contents(out) == before, "nothing is touched"
     return capsys.readouterr().err
 
 
@@ -384,6 +388,26 @@ def test_the_lock_and_a_second_ctrl_c(place: Path, tmp_path: Path, capsys: pytes
             process.kill()
     assert train_main(place, out, *PLAIN, "training.max_steps=5") == 0
     assert "continuing after step 3" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_taken_away(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Moved, or removed and begun anew by another run, while a run is at work: it ends, and leaves what is there now alone."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    with at_step(2, lambda: out.rename(moved)):
+        assert train_main(place, out, *PLAIN) == EXIT_BAD_INPUT
+    assert "its lock is gone: the folder was removed, moved or begun anew while this run" in capsys.readouterr().err
+    assert not out.exists()
+    short = [*PLAIN, "training.max_steps=2"]
+
+    def begin_anew() -> None:
+        shutil.rmtree(out)
+        assert train_main(place, out, *short) == 0
+
+    kept: dict[Path, bytes] = {}
+    with at_step(2, lambda: (begin_anew(), kept.update(contents(out)))):
+        assert train_main(place, out, *PLAIN) == EXIT_BAD_INPUT
+    assert contents(out) == kept
+    assert json.loads((out / "run.json").read_text())["state"] == "finished"
 
 
 # What happened
