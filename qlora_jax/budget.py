@@ -1,6 +1,7 @@
 """What a layout costs, beside what there is."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from qlora_jax.estimate import Item, Job, Layout, Seconds, Workspace, items, seconds, total
@@ -33,7 +34,7 @@ def spare_bytes(device: int, job: Job, layout: Layout, work: Workspace) -> float
     Where some layers keep their intermediates and others are run again, the larger workspace of the latter is needed when what was kept is
     gone. But it is one block, and what was kept leaves pieces, gradients between them: so its place is left free from the beginning.
     """
-    largest = max(dataclasses.astuple(work))
+    largest = max(vars(work).values())
     spare = max(SPARE_SHARE * device, FRAGMENTS_SHARE * largest)
     if 0 < layout.keep < job.config.num_hidden_layers:
         spare += max(0, work.backward - max(work.kept_forward, work.kept_backward))
@@ -51,7 +52,7 @@ class Plan:
     rates: Rates | None
     """None for a processor, whose speed nobody plans with."""
 
-    @property
+    @functools.cached_property
     def items(self) -> list[Item]:
         """What takes memory."""
         return items(self.job, self.layout, self.work)

@@ -20,7 +20,7 @@ SETTINGS = ["training.max_steps=6", "training.save_steps=1", "lora.lora_dropout=
     "training.logging_steps=2", "training.export_merged=true"]  # fmt: skip
 
 DIES = """
-import itertools, os, random, signal, sys, threading, time
+import gc, itertools, os, pathlib, random, signal, sys, threading, time
 
 out, wanted, gradients, *arguments = sys.argv[1:]
 import train
@@ -28,7 +28,9 @@ import matplotlib.figure, matplotlib.backends.backend_agg
 import transformers.models.auto.tokenization_auto, transformers.models.llama.configuration_llama
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from orbax.checkpoint import v1
-from convert import merge
+from convert import load, merge
+from convert.folder import ModelFolder
+from qlora_jax import compiled, config, llama
 from qlora_jax.engine import Engine, Gradients
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
@@ -48,12 +50,21 @@ def die(event, path):
 
 def made_up(self, weights, adapters, batch, key):
     import jax, jax.numpy as jnp
-    from qlora_jax import compiled
     from qlora_jax.placement import put
     number = put(batch.input_ids.astype("float32").mean(), "device")
     layers = [jax.jit(lambda tree, number: jax.tree.map(lambda x: jnp.sin(x + number), tree))(layer, number) for layer in adapters]
     sums = [compiled.square_sum(layer) for layer in layers]
     return sums[0], Gradients(layers, sums)
+
+def describe_once():
+    settings = config.load_config(pathlib.Path(arguments[1]), [*arguments[2:], f"training.output_dir={out}/0"])
+    shape = load.read_config(ModelFolder(pathlib.Path(settings.model.name_or_path)))
+    layer = (llama.DecoderLayer, shape, settings.lora, settings.quantization, "xla")
+    for how in ({}, {"share_dense": True, "mlp_tokens": llama.MLP_TOKENS}, {"mlp_tokens": llama.MLP_TOKENS, "keep": True}):
+        compiled.describe(*layer, **how)
+    for other in (llama.DecoderLayer, shape, None, *layer[3:]), (llama.Embedding, shape), (llama.Head, shape):
+        compiled.describe(*other)
+    gc.freeze()
 
 def start(number):
     if (pid := os.fork()) == 0:
@@ -64,6 +75,8 @@ def start(number):
 
 if gradients == "made up":
     Engine.value_and_grad, merge.check_merge = made_up, lambda *args: ()
+    matplotlib.figure.Figure.savefig = lambda figure, path: pathlib.Path(path).write_bytes(b"a picture")
+describe_once()
 sys.addaudithook(watch)
 kills, number, limit = 0, 0, None
 while True:
@@ -79,8 +92,9 @@ while True:
     limit = random.randrange(220) if kills < int(wanted) else None
 """
 """Run after run in children, each killed after so many file operations in its folder, at once or up to 0.1 s later; the first one is not.
-JAX is only used once they are forked. Their compilations are cached, or they would do nothing else; and as it takes seconds to trace them
-all, the gradients may be made up: what a checkpoint has to hold is the same."""
+JAX's backend is only started once they are forked; layers are described before. Their compilations are cached, or they would do nothing
+else; and as it takes seconds to trace them all, the gradients may be made up, and the picture of the loss: what a checkpoint has to hold is
+the same."""
 
 
 def environment_of(tmp_path: Path) -> dict[str, str]:
