@@ -228,10 +228,9 @@ class Trainer:
         progress, patience = self.progress, self.settings.early_stopping_patience
         stops = 0 < patience <= progress.evaluations_since_best and progress.evaluated == progress.step
         if stops:
-            best = f"held-out loss {progress.best_loss:.4f} of step {progress.best_step}"
-            self.display.note(
-                f"step {progress.step}: stopped early: no better than the {best}, {patience} evaluations in a row"
-            )
+            best = f"{progress.best_loss:.4f} of step {progress.best_step}"
+            why = f"held-out loss no lower than the {best}, training.early_stopping_patience is {patience}"
+            self.display.note(f"step {progress.step}: stopped early: {why}")
         return stops
 
     def _save_is_due(self, step: int, when: float, *, over: bool) -> bool:

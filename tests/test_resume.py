@@ -230,7 +230,7 @@ def test_the_best_adapter_and_early_stopping(
     capsys.readouterr()
     assert train_main(place, tmp_path / "out", *more) == 0
     said = capsys.readouterr().out
-    assert "step 10: stopped early: no better than the held-out loss 3.9950 of step 8, 3 evaluations in a row" in said
+    assert "step 10: stopped early: held-out loss no lower than the 3.9950 of step 8" in said
     assert "the adapter is that of step 8, which had the lowest held-out loss" in said
     assert "after: hi" in said
     found = {record["step"]: record["eval_loss"] for record in records(tmp_path / "out") if "eval_loss" in record}
