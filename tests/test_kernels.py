@@ -32,9 +32,23 @@ interpreted = pytest.mark.skipif(jax.default_backend() == "gpu", reason="the int
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
 
+class Draws:
+    """Random arrays. numpy's, which has no function to compile for every shape."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def normal(self, *shape: int, dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray((scale * self.rng.standard_normal(shape, np.float32)).astype(dtype))
+
+    def bits(self, *shape: int) -> jax.Array:
+        return jnp.asarray(self.rng.integers(0, 256, shape, np.uint8))
+
+
 def random_weight(rows: int, columns: int, dtype: Any = jnp.bfloat16, seed: int = 0) -> jax.Array:
-    weight = 0.02 * jax.random.normal(jax.random.key(seed), (rows, columns), jnp.float32)
-    return weight.at[0, :64].set(0).at[-1, -1].set(3e4).astype(dtype)
+    weight = 0.02 * np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
+    weight[0, :64], weight[-1, -1] = 0, 3e4
+    return jnp.asarray(weight.astype(dtype))
 
 
 def bits(x: Any) -> np.ndarray:
@@ -99,7 +113,7 @@ few_products = pytest.mark.parametrize(
 def test_matmul_of_few_tokens(shape: tuple[int, int], tokens: int, format: tuple[Any, bool], dtype: Any) -> None:
     quant_type, double_quant = format
     weight = nf4.quantize(random_weight(*shape), double_quant, quant_type)
-    x = jax.random.normal(jax.random.key(1), (tokens, shape[1]), dtype)
+    x = Draws(1).normal(tokens, shape[1], dtype=dtype)
     y = narrow_matmul.few(x, weight, warps=1, rows=4, interpret=True)
     assert (y.shape, y.dtype) == ((tokens, shape[0]), dtype)
     assert_product(y, x, weight, weight_rounding=0)
@@ -111,7 +125,7 @@ def test_matmul_of_some_tokens(shape: tuple[int, int], tokens: int, format: tupl
     quant_type, double_quant = format
     dtype = jnp.float16 if dtype == jnp.float32 else dtype
     weight = nf4.quantize(random_weight(*shape, dtype), double_quant, quant_type)
-    x = jax.random.normal(jax.random.key(1), (5 * tokens, shape[1]), weight.dtype)
+    x = Draws(1).normal(5 * tokens, shape[1], dtype=weight.dtype, scale=0.5)  # the products have to be float16s
     y = narrow_matmul.some(x, weight, rows=16, tile_words=16, interpret=True)
     assert (y.shape, y.dtype) == ((5 * tokens, shape[0]), x.dtype)
     assert_product(y, x, weight, weight_rounding=BF16_ROUNDING)
@@ -130,11 +144,11 @@ def low_rank_case(
     tokens: int, features: int, rank: int, transposed: bool, bases: int, masked: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `low_rank_add`; u has 16 columns more than count."""
-    keys = iter(jax.random.split(jax.random.key(0), bases + 3))
-    summands = [jax.random.normal(next(keys), (tokens, features), jnp.bfloat16) for _ in range(bases)]
-    u = jax.random.normal(next(keys), (tokens, 16 + rank), jnp.bfloat16)
-    v = jax.random.normal(next(keys), (features, rank) if transposed else (rank, features), jnp.bfloat16)
-    drawn = jax.random.bits(next(keys), (tokens, features), jnp.uint8) if masked else None
+    draws = Draws()
+    summands = [draws.normal(tokens, features) for _ in range(bases)]
+    u = draws.normal(tokens, 16 + rank)
+    v = draws.normal(features, rank) if transposed else draws.normal(rank, features)
+    drawn = draws.bits(tokens, features) if masked else None
     options = {"factor": 0.7, "first": 16, "transposed": transposed, "drawn": drawn, "threshold": 100}
     return (summands, u, v), options
 
@@ -238,12 +252,11 @@ def gated_case(
     tokens: int, features: int, rank: int, masked: bool, dtype: Any = jnp.bfloat16
 ) -> tuple[kernels.Gated, list[jax.Array], jax.Array | None]:
     """Two sums of ordinary size; a gradient and the factors of what is added to it; what dropout drew."""
-    keys = iter(jax.random.split(jax.random.key(0), 9))
-    gate, up, dy = (jax.random.normal(next(keys), (tokens, features), dtype) for _ in range(3))
-    u, du = (jax.random.normal(next(keys), (tokens, columns), dtype) for columns in (2 * rank, rank))
-    vs = [rank**-0.5 * jax.random.normal(next(keys), (features, rank), dtype) for _ in range(3)]
-    gate_v, up_v, dv = (v.astype(dtype) for v in vs)
-    drawn = jax.random.bits(next(keys), (tokens, features), jnp.uint8) if masked else None
+    draws = Draws()
+    gate, up, dy = (draws.normal(tokens, features, dtype=dtype) for _ in range(3))
+    u, du = (draws.normal(tokens, columns, dtype=dtype) for columns in (2 * rank, rank))
+    gate_v, up_v, dv = (draws.normal(features, rank, dtype=dtype, scale=rank**-0.5) for _ in range(3))
+    drawn = draws.bits(tokens, features) if masked else None
     return kernels.Gated(gate, up, u, gate_v, up_v, (2.0, 0.5), (0, rank)), [dy, du, dv.T], drawn
 
 
@@ -344,9 +357,9 @@ NORM_EPS = 1e-5
 
 def norm_case(tokens: int, features: int, dtype: Any = jnp.bfloat16) -> list[jax.Array]:
     """x, one row of which is small beside the root of eps, a weight, dnormed and dskip."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    x, dnormed, dskip = (3 * jax.random.normal(each, (tokens, features), jnp.float32) for each in keys[:3])
-    weight = 1 + 0.3 * jax.random.normal(keys[3], (features,), jnp.float32)
+    draws = Draws()
+    x, dnormed, dskip = (draws.normal(tokens, features, dtype=jnp.float32, scale=3) for _ in range(3))
+    weight = 1 + draws.normal(features, dtype=jnp.float32, scale=0.3)
     return [each.astype(dtype) for each in (x.at[-1].multiply(1e-3), weight, dnormed, dskip)]
 
 
