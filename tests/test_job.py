@@ -122,7 +122,8 @@ for limit in map(int, sys.argv[4:]):
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), out.exists(), flush=True)
 """
-"""Converts in children, each killed at the given number of file operations in its folder. JAX is only used once they are forked."""
+"""Converts in children, each killed at the given number of file operations in its folder. JAX is only used once they are forked; what it
+compiles is kept."""
 
 
 @pytest.mark.parametrize(
@@ -130,12 +131,16 @@ for limit in map(int, sys.argv[4:]):
     [("copy", [*range(20), *range(12, 40), 10**6], 20), ("quantize", [9, 13, 17, 10**6], 3)],
 )
 def test_killed_at_any_file_operation(
-    tmp_path: Path, model: Path, quantized: dict[str, bytes], verb: str, limits: list[int], killed: int
+    tmp_path: Path, cache: Path, model: Path, quantized: dict[str, bytes], verb: str, limits: list[int], killed: int
 ) -> None:
     """One run after another, each killed a little later, the last one not."""
     command = [sys.executable, "-c", DIES, verb, str(model), str(tmp_path), *map(str, limits)]
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     printed = subprocess.run(
-        command, env=environment(JAX_PLATFORMS="cpu"), check=True, stdout=subprocess.PIPE, text=True
+        command, env=environment(JAX_PLATFORMS="cpu", **compiled), check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     *before, last = [line.split() for line in printed.splitlines()]
     assert before == [[str(-signal.SIGKILL), "False"]] * len(before), "killed, and nothing there that looks whole"
