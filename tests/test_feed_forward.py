@@ -20,7 +20,7 @@ KEYS = jax.random.key(5), jax.random.key(6)
 
 
 def random(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def make_linears(dropout: float, share_dense: bool, without: int | None = None) -> list[NF4Linear]:
