@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
 if __name__ == "__main__":
     STARTED = time.perf_counter()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: Ctrl-C in the middle of an import is no news
     sys.modules.setdefault(
         "torch", None
     )  # absent: where it is installed transformers would load it, for seconds and for nothing
@@ -62,6 +64,8 @@ A run that was stopped, by Ctrl-C, SIGTERM or anything else, is continued by the
 @exit_status
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -112,11 +112,11 @@ def usable_bytes(gpu: Gpu, asked: int | None) -> int:
 def keep_compiled(cache: Path) -> None:
     """Keep compiled functions in a folder from run to run, unless `JAX_COMPILATION_CACHE_DIR` names another.
 
-    For a GPU all of them: the smallest takes its compiler a tenth of a second.
+    All that took a tenth of a second; for a GPU all of them, since its compiler takes that long for the smallest.
     """
     if CACHE_VARIABLE not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5 if find_gpu() is None else 0.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1 if find_gpu() is None else 0.0)
 
 
 def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache: Path) -> None:
