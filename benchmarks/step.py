@@ -225,6 +225,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "layout": {"chosen": options.auto or "by hand", **dataclasses.asdict(plan.layout)},
         "step_s": round(best, 4),
         "median_s": round(statistics.median(seconds[1:]), 4),
+        "steps_s": [round(each, 4) for each in seconds[1:]],
         "compile_s": round(seconds[0] - best, 2),
         "build_s": round(case.build_s, 1),
         "tokens_per_s": round(tokens / best, 1),

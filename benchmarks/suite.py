@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 SMALL = "7b:8 --batch 4 --seq 2048 --steps 5"
-LARGE = "70b --batch 1 --seq 4096 --steps 3"
-RECIPE = "70b --batch 1 --seq 512 --accumulate 4 --steps 3 --optim paged_adamw_8bit"
+LARGE = "70b --batch 1 --seq 4096 --steps 5"
+RECIPE = "70b --batch 1 --seq 512 --accumulate 4 --steps 5 --optim paged_adamw_8bit"
 CARD = "--gpu-memory 24GiB --auto auto --distinct 8"
 
 SUITES = {
     "7b": {
         "7b:8, all run again": f"{SMALL} --optim paged_adamw_8bit",
+        "7b:8, matrices not shared": f"{SMALL} --optim paged_adamw_8bit --no-share-dense",
         "7b:8, none run again": f"{SMALL} --optim paged_adamw_8bit --keep",
         "7b:8, dropout 0.1": f"{SMALL} --optim paged_adamw_8bit --dropout 0.1",
         "7b:8, bfloat16 base": f"{SMALL} --optim paged_adamw_8bit --base bfloat16",
@@ -37,9 +38,9 @@ SUITES = {
     },
     "70b": {
         "70b in 24 GiB": f"{LARGE} {CARD}",
-        "70b resident": f"{LARGE} --weights device",
+        "70b resident": f"{LARGE} --weights device --keep 12",
         "70b 4 x 512 in 24 GiB": f"{RECIPE} {CARD}",
-        "70b 4 x 512 resident": f"{RECIPE} --weights device --keep 40",
+        "70b 4 x 512 resident": f"{RECIPE} --weights device --keep 34",
         "70b in 6.75 GiB": f"{LARGE} --gpu-memory 6.75GiB --auto auto --distinct 8",
         "70b 32768 in 20 GiB": "70b --batch 1 --seq 32768 --steps 1 --gpu-memory 20GiB --auto auto --distinct 8",
     },
