@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.machine import write_result
 from convert.adapter import save_adapter
 from convert.folder import ModelFolder
-from convert.load import tensor_shapes
+from convert.shapes import tensor_shapes
 from convert.shards import TensorSpec, write_index, write_json, write_pieces
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.llama import LlamaConfig

@@ -8,7 +8,7 @@ import safetensors
 
 from convert import names
 from convert.adapter_config import AdapterConfig, Target
-from convert.load import tensor_shapes
+from convert.shapes import tensor_shapes
 from qlora_jax.llama import LlamaConfig
 
 

@@ -65,17 +65,23 @@ class Differences:
 
 
 def check_merge(
-    folder: ModelFolder, adapter: Adapter, out: Path, base: Base, advance: Callable[[], object] = lambda: None
+    folder: ModelFolder,
+    adapter: Adapter,
+    written: Path,
+    base: Base,
+    advance: Callable[[], object] = lambda: None,
+    out: Path | None = None,
 ) -> Differences:
-    """Compare the merged folder `out` with base + adapter on `NUM_TOKENS` random tokens, in float32.
+    """Compare the merged folder `written` with base + adapter on `NUM_TOKENS` random tokens, in float32.
 
     Args:
         advance: called after each layer.
+        out: what messages call the folder; by default `written`.
 
     Raises:
-        InputError: a layer or the logits are further from base + adapter than rounding explains; or `out` is no model of this shape.
+        InputError: a layer or the logits are further from base + adapter than rounding explains; or `written` is no model of this shape.
     """
-    config, merged = read_config(folder), ModelFolder(out)
+    config, merged, out = read_config(folder), ModelFolder(written), out or written
     if read_config(merged) != config:
         raise InputError(out, found="a model of another shape", expected=f"that of {folder.path}")
     models = _Models(folder, adapter, merged, base, config)
@@ -111,7 +117,7 @@ def _share(outputs: jax.Array | np.ndarray, what: str, out: Path) -> float:
             out,
             found=f"{what} of the merged model differs from base + adapter by {found:.3%}",
             expected=f"at most {ROOM:g} times {rounding:.3%}, which is what rounding the merged weights to bfloat16 explains",
-            fix="do not use this folder: remove it, and merge again with this adapter and this base",
+            fix="do not use what was written (convert.merge removes it): merge again with this adapter and this base",
         )
     return float(found)
 

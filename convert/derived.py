@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.folder import ModelFolder
-from convert.job import Log, filling, require_space
+from convert.job import RECORD, Log, filling, require_space
 from convert.shards import (
     PT_METADATA,
     Piece,
@@ -21,8 +21,6 @@ from convert.shards import (
     write_pieces,
 )
 
-RECORD = "shards.json"
-"""Beside the folder that is filled: the checksum of each shard that was finished."""
 SPARE_BYTES = 2**20
 """For config, index and the file system's own needs."""
 
@@ -46,6 +44,7 @@ def write_derived(
     quantization_config: dict[str, Any] | None = None,
     advance: Callable[[int], object] = lambda nbytes: None,
     log: Log = lambda line: None,
+    verify: Callable[[Path], object] = lambda written: None,
 ) -> None:
     """Write a bfloat16 model derived from `folder`; `out` appears whole or not at all. What a stopped run wrote is kept: see `filling`.
 
@@ -55,6 +54,7 @@ def write_derived(
         quantization_config: of the new `config.json`; None for a model that is not quantized.
         advance: called with the work of each shard that is there already.
         log: told what can be continued, a line each.
+        verify: called with the folder that is complete, before it becomes `out`; with an InputError of its it never does.
 
     Raises:
         DestinationError: `out` exists or cannot be made, or the disk has no room for it.
@@ -82,6 +82,7 @@ def write_derived(
         if len(folder.shards) > 1:
             total = sum(spec.nbytes for made in shards.values() for spec in made.specs)
             write_index(aside, {spec.name: shard for shard, made in shards.items() for spec in made.specs}, total)
+        verify(aside)
 
 
 def _recorded(record: Path) -> dict[str, int]:
@@ -113,8 +114,8 @@ def _kept(
 
 def _config(folder: ModelFolder, quantization_config: dict[str, Any] | None) -> dict[str, Any]:
     config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
-    dtype_key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    config[dtype_key] = "bfloat16"
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:  # the older name too, where it is there
+        config[key] = "bfloat16"
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     return config

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.shapes import refusals
 from convert.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
 from qlora_jax.errors import InputError
 
@@ -23,6 +24,7 @@ MAX_COMPANION_BYTES = 100_000_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 SHOWN_NAMES = 5
+MAX_REFUSALS = 20
 XLA_ALIGNMENT = 64
 """Bytes."""
 MAX_DIMENSIONS, MAX_DIMENSION = 64, 2**63 - 1
@@ -56,6 +58,7 @@ class ModelFolder:
         self._where = self._locate(weight_map, problems)
         self.names = list(self._where)
         if problems:
+            problems += self._refusals()
             raise InputError(
                 self.path,
                 found="a model folder that cannot be used\n" + "\n".join(f"    {p}" for p in problems),
@@ -126,6 +129,12 @@ class ModelFolder:
     def companions(self) -> list[Path]:
         """The files that go along with the weights (tokenizer, chat template, generation config, licence), sorted."""
         return [p for p in sorted(self.path.iterdir()) if p.is_file() and _is_companion(p)]
+
+    def _refusals(self) -> list[str]:
+        if not self.config:
+            return []
+        whole = [] if self.is_4bit else [self.spec(name) for name in self.names]
+        return refusals(self.config, whole, self.path / "config.json")[:MAX_REFUSALS]
 
     def _weight_map(self, problems: list[str]) -> dict[str, str]:
         """Tensor name -> shard; for a single file, `{"": "model.safetensors"}`. Empty if there is a problem."""
@@ -257,7 +266,9 @@ def _layout_problems(entries: list[_Entry], data_bytes: int) -> list[str]:
     expected = 0
     for entry in entries:
         if entry.end > data_bytes:
-            return [f"truncated: {entry.spec.name} ends at data byte {entry.end}, the file at {data_bytes}"]
+            return [
+                f"truncated: {entry.spec.name} ends at data byte {entry.end}, the file at {data_bytes}; download it again"
+            ]
         if entry.begin != expected:
             kind = "overlaps the tensor before it" if entry.begin < expected else "leaves a gap before it"
             return [f"damaged: {entry.spec.name} {kind} (begins at data byte {entry.begin}, expected {expected})"]

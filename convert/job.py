@@ -10,6 +10,7 @@ So NAME is whole from the moment it exists, whatever moment the power goes.
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,12 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.folder import ModelFolder
+from convert.folder import ModelFolder, some
 from qlora_jax.errors import FULL, InputError
 from qlora_jax.files import describe_size, publish, try_lock, write_json
 
 FORMAT = 2
 """Raised whenever the same job makes other bytes: what an older version left is then not continued."""
+
+NOTE = "job.json"
+RECORD = "shards.json"
+_OURS = re.compile(r"folder|lock|\.?(job|shards)\.json(\.\d+\.tmp)?")
+"""What a conversion puts into `.NAME.partial`, half-written notes included."""
 
 Log = Callable[[str], object]
 
@@ -68,12 +74,14 @@ def filling(out: Path, job: dict[str, Any], log: Log) -> Iterator[Path]:
         log: told, in one line each, what became of an earlier run's work and that this one's can be continued.
 
     Raises:
-        DestinationError: `out` exists, cannot be made, is being made by another process, or the disk is full.
+        DestinationError: `out` exists, cannot be made, is being made by another process, or the disk is full; or another's files are
+            where it would be filled.
     """
     refuse_existing(out)
     partial = out.with_name(f".{out.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(partial)
         lock = (partial / "lock").open("wb")
     except OSError as error:
         _raise_if_full(error, out)
@@ -148,9 +156,21 @@ def _lock(descriptor: int, out: Path) -> None:
         raise DestinationError(out, found="another process is making this folder", fix=fix)
 
 
+def _refuse_foreign(partial: Path) -> None:
+    """What somebody else keeps under our name is not thrown away."""
+    foreign = sorted(path.name for path in partial.iterdir() if not _OURS.fullmatch(path.name))
+    if foreign:
+        raise DestinationError(
+            partial,
+            found=f"{some(foreign)}, which no conversion wrote",
+            expected="what a stopped conversion left, or nothing",
+            fix="move it away, or name another output folder",
+        )
+
+
 def _claim(partial: Path, job: dict[str, Any], log: Log) -> None:
     """Make the folder this job's: keep it if it was, empty it if not."""
-    note, folder = partial / "job.json", partial / "folder"
+    note, folder = partial / NOTE, partial / "folder"
     try:
         ours = json.loads(note.read_text(encoding="utf-8")) == job
     except (OSError, ValueError):

@@ -9,6 +9,7 @@ from convert import bitsandbytes, names, prequantized
 from convert.ahead import in_order
 from convert.folder import ModelFolder, some
 from convert.pieces import quantized, read_bfloat16
+from convert.shapes import mismatch, tensor_shapes
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Weights
 from qlora_jax.errors import InputError
@@ -44,7 +45,7 @@ def read_config(folder: ModelFolder) -> LlamaConfig:
         )
     for name in sorted((wanted.keys() & found) - in_4_bits):
         if folder.spec(name).shape != wanted[name]:
-            problems.append(f"{name}: shape {folder.spec(name).shape}, the config says {wanted[name]}")
+            problems.append(mismatch(folder.spec(name), wanted[name]))
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise InputError(
@@ -54,18 +55,6 @@ def read_config(folder: ModelFolder) -> LlamaConfig:
             + (", or give the unquantized one, which is quantized on the way in" if in_4_bits else ""),
         )
     return config
-
-
-def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint of this shape, under Hugging Face's names."""
-    vocabulary, hidden = (config.vocab_size, config.hidden_size), (config.hidden_size,)
-    shapes: dict[str, tuple[int, ...]] = {names.EMBEDDING: vocabulary, names.FINAL_NORM: hidden}
-    if not config.tie_word_embeddings:
-        shapes[names.LM_HEAD] = vocabulary
-    for layer in range(config.num_hidden_layers):
-        shapes |= {names.norm(layer, name): hidden for name in names.NORM_NAMES}
-        shapes |= {names.linear(layer, name): shape for name, shape in config.linear_shapes().items()}
-    return shapes
 
 
 def load_weights(

@@ -6,10 +6,11 @@
 
 Piece by piece, in the base's shards and order (`convert.pieces`); stopped and started again it continues (`convert.job`). Tensors without
 an adapter are copied byte for byte, and those that the adapter stores whole (modules_to_save) take the base's place. Then the merged
-model proves itself (`convert.check`).
+model proves itself (`convert.check`), and only then the folder gets its name.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -26,12 +27,12 @@ from convert import names, pieces, prequantized
 from convert.adapter import WEIGHTS_FILE, Adapter, load_adapter
 from convert.adapter_config import CONFIG_FILE, read_adapter_config
 from convert.ahead import in_order
-from convert.check import check_merge
+from convert.check import Differences, check_merge
 from convert.delta import Base, Pair, base_rows, merged_weight
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
 from convert.hub import cache_dir, resolve_model
-from convert.job import Log, describe, files_identity
+from convert.job import Log, describe, files_identity, refuse_existing
 from convert.load import read_config
 from convert.shards import Piece, TensorSpec
 from qlora_jax import machine
@@ -54,12 +55,14 @@ def merge(
     base: Base,
     advance: Callable[[int], object] = lambda nbytes: None,
     log: Log = lambda line: None,
+    verify: Callable[[Path], object] = lambda written: None,
 ) -> None:
     """Write base + adapter as a Hugging Face folder; `out` appears whole or not at all, and a stopped run is continued.
 
     Args:
         advance: called with the bytes of each tensor written, or of each shard that a stopped run wrote.
         log: told, in a line each, what is continued.
+        verify: called with the merged folder before it becomes `out`; with an InputError of its it never does.
 
     Raises:
         DestinationError: `out` exists, cannot be made, or the disk has no room for it.
@@ -81,7 +84,8 @@ def merge(
 
     files = files_identity((adapter.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)), adapter.path)
     settings = {"base": base, "adapter": {"path": str(adapter.path.resolve()), "files": files}}
-    write_derived(folder, out, change, describe("merge", folder, **settings), advance=advance, log=log)
+    job = describe("merge", folder, **settings)
+    write_derived(folder, out, change, job, advance=advance, log=log, verify=verify)
 
 
 def check_base(folder: ModelFolder, base: Base) -> None:
@@ -170,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     console = make_console(stderr=True)
+    refuse_existing(options.out)
     name = options.model or read_adapter_config(options.adapter).base_model
     machine.keep_compiled(cache_dir() / "compiled")
     if not name:
@@ -194,21 +199,28 @@ def merge_with_progress(
     """`merge` and its check under progress bars, and a line each that says what was done and found.
 
     Raises:
-        InputError: as `merge`; or the check found another model than base + adapter.
+        InputError: as `merge`; or the check found another model than base + adapter, and `out` is not there.
     """
     total = sum(spec.nbytes for shard in folder.shards for spec in _merged_specs(folder, shard, adapter, base))
-    with byte_bar(console) as progress:
+    found: list[Differences] = []
+    with contextlib.ExitStack() as bars:
+        progress = bars.enter_context(byte_bar(console))
         task = progress.add_task("merging", total=total)
-        merge(folder, adapter, out, base, lambda nbytes: progress.advance(task, nbytes), console.print)
+
+        def verify(written: Path) -> None:
+            bars.close()
+            with progress_bar(console) as layers:
+                checking = layers.add_task("checking layers", total=len({layer for layer, _ in _linears(folder)}))
+                found.append(check_merge(folder, adapter, written, base, lambda: layers.advance(checking), out))
+
+        advance = functools.partial(progress.advance, task)
+        merge(folder, adapter, out, base, advance, console.print, verify if check else lambda written: None)
     stored = [name for name in adapter.saved if names.parse_target(name) not in adapter.pairs]
-    whole = f" and {len(stored)} whole tensors" if stored else ""
+    whole = f" and {len(stored)} whole tensor{'s'[: len(stored) > 1]}" if stored else ""
     beyond = [name for layer, name in adapter.pairs if layer is None]
     linears = f"{len(adapter.pairs) - len(beyond)} adapted linears{''.join(f', {name}' for name in beyond)}"
     console.print(f"merged {linears}{whole} into the {base} base: {out}")
-    if check:
-        with progress_bar(console) as progress:
-            task = progress.add_task("checking layers", total=len({layer for layer, _ in _linears(folder)}))
-            differences = check_merge(folder, adapter, out, base, lambda: progress.advance(task))
+    for differences in found:
         console.print(f"checked: {differences}")
 
 

@@ -6,8 +6,8 @@ from convert import names, prequantized
 from convert.delta import Base
 from convert.derived import SPARE_BYTES
 from convert.folder import ModelFolder
-from convert.load import tensor_shapes
 from convert.quantize import quantized_specs
+from convert.shapes import tensor_shapes
 from convert.shards import TensorSpec
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.llama import LlamaConfig

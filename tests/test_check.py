@@ -17,7 +17,7 @@ from convert.merge import main, merge
 from convert.quantize import quantize
 from convert.shards import TensorSpec, write_shard
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
-from qlora_jax.errors import EXIT_BAD_INPUT, InputError
+from qlora_jax.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError
 from tests import tiny
 from tests.test_merge import ALL, QV, make_adapter
 
@@ -90,7 +90,7 @@ def test_one_delta_missing_fails(tmp_path: Path, model: Path, adapter: Path, key
     replace(out, names.linear(*key), lambda merged: folder.read(names.linear(*key)))
     with pytest.raises(InputError, match=f"layer {key[0]} of the merged model differs from base") as caught:
         check(model, adapter, out, "original")
-    assert "do not use this folder" in caught.value.fix
+    assert "do not use what was written" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", [names.EMBEDDING, names.LM_HEAD, names.FINAL_NORM, names.norm(1, "input_layernorm")])
@@ -130,9 +130,26 @@ def test_the_command_checks_unless_told_not_to(
     assert "checked: on 16 tokens" in capsys.readouterr().err
     monkeypatch.setattr("convert.merge.merged_weight", lambda weight, pair: weight)
     assert main([*arguments, str(tmp_path / "two")]) == EXIT_BAD_INPUT
-    assert "layer 0 of the merged model differs from base + adapter" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path / 'two'}\n  found:    layer 0 of the merged model differs from base + adapter" in error
+    assert [path.name for path in tmp_path.iterdir() if "two" in path.name] == [], "what is wrong never looks finished"
     assert main([*arguments, str(tmp_path / "three"), "--no-check"]) == 0
     assert "checked" not in capsys.readouterr().err
+
+
+def test_a_merge_that_is_killed_before_its_check_has_no_name_yet_and_is_checked_by_the_next_run(
+    tmp_path: Path, model: Path, adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--adapter", str(adapter), "--model", str(model), "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.merge.check_merge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(arguments) == EXIT_INTERRUPTED
+    assert not (tmp_path / "out").exists()
+    assert "the same command continues" in capsys.readouterr().err
+    assert main(arguments) == 0
+    lines = capsys.readouterr().err
+    assert "1 of 1 shards are written already" in lines
+    assert "checked: on 16 tokens" in lines
 
 
 def test_dora_scales_rows_to_the_magnitude() -> None:

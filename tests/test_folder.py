@@ -12,6 +12,7 @@ from convert import folder as folder_module
 from convert.folder import ModelFolder
 from convert.shards import TensorSpec, write_index, write_json, write_shard
 from qlora_jax.errors import InputError
+from tests import tiny
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.arange(4, dtype=np.float16)
@@ -128,6 +129,29 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
 def test_config_is_not_json(single: Path, text: str, message: str) -> None:
     (single / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     assert message in refusal(single)
+
+
+def test_a_missing_shard_does_not_hide_settings_and_shapes_that_would_be_refused_next(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path, shards=2)
+    (tmp_path / ONE).unlink()
+    config = tiny.hf_config()
+    write_json(tmp_path / "config.json", config | {"attention_bias": True, "sliding_window": 5})
+    message = refusal(tmp_path)
+    assert f"names {ONE}, which is missing" in message
+    assert "config.json: attention_bias is True, supported: False; sliding_window is 5, not supported" in message
+    write_json(tmp_path / "config.json", config | {"intermediate_size": 192})
+    message = refusal(tmp_path)
+    assert f"names {ONE}, which is missing" in message
+    shapes = {name: tensor.shape for name, tensor in tiny.random_tensors(config).items()}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    wrong = [name for name, shard in index.items() if shard == TWO and ".mlp." in name]
+    assert wrong
+    told = [line for line in message.splitlines() if "the config says" in line]
+    assert sorted(line.split(":")[0].strip() for line in told) == sorted(wrong)
+    assert all(f": shape {shapes[name]}, the config says " in message for name in wrong)
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}  # its linears have other shapes in the file
+    write_json(tmp_path / "config.json", config | {"intermediate_size": 192, "quantization_config": settings})
+    assert "the config says" not in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])

@@ -212,7 +212,7 @@ def test_a_damaged_shard_is_made_again(
 def test_shards_without_a_checksum_are_made_again(
     model: Path, quantized: dict[str, bytes], stopped: Path, record: str | None
 ) -> None:
-    path = partial(stopped) / derived.RECORD
+    path = partial(stopped) / job.RECORD
     path.unlink() if record is None else path.write_text(record)
     quantize(ModelFolder(model), stopped, KINDS)
     assert contents(stopped) == quantized

@@ -149,11 +149,31 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, model: Path) -> None:
 
 
 def test_what_an_interrupted_run_left_is_in_nobodys_way(tmp_path: Path, model: Path, quantized: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model-00009-of-00009.safetensors").write_text("half")
+    (tmp_path / ".out.partial" / "folder").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "folder" / "model-00009-of-00009.safetensors").write_text("half")
+    (tmp_path / ".out.partial" / ".job.json.123.tmp").write_text("ha")
     quantize(ModelFolder(model), tmp_path / "out", QuantizationSettings())
     assert_same_folder(tmp_path / "out", quantized)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_anothers_files_where_it_would_be_filled_are_left_alone(tmp_path: Path, model: Path) -> None:
+    foreign = tmp_path / ".out.partial"
+    foreign.mkdir()
+    (foreign / "mine").write_text("precious")
+    with pytest.raises(InputError, match="mine, which no conversion wrote"):
+        quantize(ModelFolder(model), tmp_path / "out", QuantizationSettings())
+    assert [path.name for path in tmp_path.rglob("*")] == [".out.partial", "mine"]
+
+
+@pytest.mark.parametrize("keys", [("torch_dtype",), ("dtype",), ("dtype", "torch_dtype")])
+def test_every_key_of_the_dtype_says_bfloat16(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    folder = tiny.write_model(tmp_path / "half", dtype=np.float16)
+    config = {key: value for key, value in tiny.hf_config().items() if key != "torch_dtype"}
+    write_json(folder / "config.json", config | dict.fromkeys(keys, "float16"))
+    quantize(ModelFolder(folder), tmp_path / "out", QuantizationSettings())
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: found.get(key) for key in ("dtype", "torch_dtype") if key in found} == dict.fromkeys(keys, "bfloat16")
 
 
 # The command

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.tokenizer import byte_tokenizer as make_tokenizer
-from convert.load import tensor_shapes
+from convert.shapes import tensor_shapes
 from convert.shards import TensorSpec, write_index, write_json, write_shard
 from qlora_jax.llama import LlamaConfig
 
