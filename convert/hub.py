@@ -6,16 +6,19 @@ the cache is used as it is, without asking the hub: the weights do not change be
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import filter_repo_objects
 
 from convert.folder import PICKLE_SUFFIXES
 from convert.shards import INDEX_NAME, SINGLE_NAME
 from convert.smollm2 import MODEL_ID, fetch_smollm2
 from qlora_jax.errors import InputError
+from qlora_jax.files import describe_size
 
 CONFIG_NAME = "config.json"
 
@@ -60,7 +63,7 @@ def resolve_model(name_or_path: str, *, weights: bool = True, log: Callable[[str
         log: told, in one line each, of a download or a fall-back.
 
     Raises:
-        InputError: no such folder; no such model or no access to it; the hub cannot be reached.
+        InputError: no such folder; no such model or no access to it; the hub cannot be reached; no room for the download.
     """
     path = Path(name_or_path).expanduser()
     if name_or_path and path.is_dir():  # Path("") is the current folder
@@ -169,11 +172,37 @@ def _ask_hub(repo_id: str) -> Exception | None:
 
 def _download(repo_id: str, patterns: list[str]) -> Path:
     try:
+        _require_room(repo_id, patterns)
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=UNWANTED_FILES))
     except HUB_ERRORS as error:
         _raise_if_refused(repo_id, error)
         fix = "run it again: what has arrived is kept"
         raise InputError(repo_id, found=f"the download failed: {_first_line(error)}", fix=fix) from error
+
+
+def _require_room(repo_id: str, patterns: list[str]) -> None:
+    """Raises InputError: what is still to be downloaded is more than the disk of the hub's cache has room for."""
+    info = huggingface_hub.HfApi().model_info(repo_id, files_metadata=True)
+    files = filter_repo_objects(
+        info.siblings or (), allow_patterns=patterns, ignore_patterns=UNWANTED_FILES, key=lambda file: file.rfilename
+    )
+    missing = sum(
+        file.size or 0
+        for file in files
+        if not isinstance(huggingface_hub.try_to_load_from_cache(repo_id, file.rfilename, revision=info.sha), str)
+    )
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    begun = (cache / f"models--{repo_id.replace('/', '--')}" / "blobs").glob("*.incomplete")
+    missing -= sum(path.stat().st_size for path in begun)
+    free = shutil.disk_usage(cache).free
+    if missing > free:
+        raise InputError(
+            repo_id,
+            found=f"{describe_size(free)} free on the disk of the Hugging Face cache ({cache})",
+            expected=f"{describe_size(missing)}, which is what remains to be downloaded",
+            fix="make room, or set HF_HOME to a folder on another disk",
+        )
 
 
 def _raise_if_refused(repo_id: str, error: Exception) -> None:

@@ -10,10 +10,12 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
 
 from qlora_jax.metrics import Record
 
@@ -28,9 +30,17 @@ def progress_bar(console: Console) -> Progress:
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
+class _SpeedColumn(ProgressColumn):
+    """In the unit of the bytes beside it; rich's own counts in powers of ten."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed / 2**20:,.1f} MiB/s", style="progress.data.speed")
+
+
 def byte_bar(console: Console) -> Progress:
     """The same for work that is counted in bytes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), _SpeedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,7 +56,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif rest[:1] == ["tree"]:
             self.answer(json.dumps([self.entry(*item) for item in self.files[model].items()]).encode())
         else:
-            siblings = [{"rfilename": name} for name in self.files[model]]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files[model].items()]
             self.answer(json.dumps({"id": model, "sha": COMMIT, "siblings": siblings}).encode())
 
     def entry(self, name: str, data: bytes) -> dict[str, Any]:
@@ -145,6 +146,30 @@ def test_download_takes_what_is_needed_and_once(served: list[str], hub_cache: Pa
     served.clear()
     assert resolve_model("org/name", log=pytest.fail) == folder
     assert not served
+
+
+@pytest.mark.parametrize("begun", [0, 5])
+def test_a_download_that_does_not_fit_is_not_begun(
+    served: list[str], hub_cache: Path, monkeypatch: pytest.MonkeyPatch, begun: int
+) -> None:
+    folder = put_in_cache(hub_cache, "org/name", {"config.json": WANTED["config.json"]})
+    (folder.parent.parent / "blobs").mkdir()
+    (folder.parent.parent / "blobs" / "half.incomplete").write_bytes(b"x" * begun)
+    missing = sum(len(data) for name, data in WANTED.items() if name != "config.json") - begun
+
+    usage = shutil.disk_usage(hub_cache)
+
+    def room(free: int) -> None:
+        monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+    room(missing - 1)
+    with pytest.raises(InputError) as caught:
+        resolve_model("org/name", log=lambda _: None)
+    assert f"{missing - 1} bytes (0.00 GiB) free on the disk" in caught.value.found
+    assert f"{missing} bytes" in caught.value.expected
+    assert not [path for path in served if "/resolve/" in path]
+    room(missing)
+    assert resolve_model("org/name", log=lambda _: None) == folder
 
 
 def test_a_plan_downloads_the_config_alone(served: list[str], hub_cache: Path) -> None:
