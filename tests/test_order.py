@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data import Batches, Example, Mix
+from qlora_jax.data.batches import AHEAD
 from qlora_jax.data.order import Order, apportion
 from qlora_jax.data.packing import join, one_a_line, pack
 
@@ -142,7 +143,7 @@ def test_steps_of_one_length_in_later_epochs_too() -> None:
         assert np.median(spreads) < 20
 
 
-def test_the_next_batch_is_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_batches_are_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = make(rng().integers(2, 513, 97), num_epochs=2)
     made: list[tuple[int, str]] = []
     real = batches._make
@@ -154,7 +155,10 @@ def test_the_next_batch_is_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     batches._thread.shutdown()
     here = [step for step, name in made if name == threading.current_thread().name]
     assert here == [0, 7, 7, len(batches) - 1]  # all others were there when they were asked for
-    assert sorted(step for step, name in made if name != threading.current_thread().name) == [1, 2, 3, 8, 8, 9]
+    elsewhere = {step for step, name in made if name != threading.current_thread().name}
+    assert (
+        {1, 2, 8} <= elsewhere <= {*range(1, 3 + AHEAD), *range(8, 9 + AHEAD)}
+    )  # what nobody asks for may be left out
 
 
 def test_a_step_is_a_function_of_its_number() -> None:

@@ -3,6 +3,7 @@
 Axes: M micro-batches of an optimizer step, B rows of a micro-batch, T time.
 """
 
+import collections
 import hashlib
 import math
 from collections.abc import Sequence
@@ -23,6 +24,10 @@ PACKING = 2**32 - 1
 LENGTH_MULTIPLE = 32
 MAX_LENGTHS = 8
 """Distinct T of one dataset, and so compilations of the step, at most."""
+
+
+AHEAD = 3
+"""Batches made before they are asked for: one that takes longer than a step is made up for by those that do not."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Batches:
             sizes, mix.weights, seed, math.prod(self._shape), self._line_lengths if group_by_length else None
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[int, Future[Batch] | None] = -1, None
+        self._ahead: collections.deque[tuple[int, Future[Batch]]] = collections.deque()
         lines_per_step = math.prod(self._shape)
         if max_steps > 0:
             self._num_steps, self._num_lines = max_steps, max_steps * lines_per_step
@@ -124,17 +129,20 @@ class Batches:
     def batch(self, step: int) -> Batch:
         """The rows of optimizer step `step`, counted from 0. Always the same for the same arguments.
 
-        While the caller trains on it the next one is laid out by a thread, so that a batch of many rows, a new epoch's order or a slow
-        disk keeps no step waiting.
+        While the caller trains on it the next `AHEAD` are laid out by a thread, so that a batch of many rows, a new epoch's order or a
+        slow disk keeps no step waiting.
 
         Raises:
             IndexError: there is no such step.
         """
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
-        ahead_step, ahead = self._ahead
-        batch = ahead.result() if ahead is not None and ahead_step == step else self._make(step)
-        self._ahead = (step + 1, self._thread.submit(self._make, step + 1)) if step + 1 < len(self) else (-1, None)
+        ahead = self._ahead
+        while ahead and ahead[0][0] != step:
+            ahead.popleft()[1].cancel()
+        batch = ahead.popleft()[1].result() if ahead else self._make(step)
+        for later in range(step + 1 + len(ahead), min(step + 1 + AHEAD, len(self))):
+            ahead.append((later, self._thread.submit(self._make, later)))
         return batch
 
     def _make(self, step: int) -> Batch:
