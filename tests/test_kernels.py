@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from qlora_jax import kernels, nf4
-from qlora_jax.kernels import dequantization, low_rank, narrow_matmul, norm, quantization, triton
+from qlora_jax.kernels import dequantization, low_rank, narrow_matmul, norm, quantization, trial, triton
 from qlora_jax.nf4 import QuantizedTensor
 from tests.linears import frozen_matmul
 
@@ -430,6 +430,37 @@ def test_a_cpu_uses_the_twins() -> None:
     kernels.available.cache_clear()
     expected = jax.default_backend() == "gpu"
     assert kernels.available() is expected
+
+
+TRIED = {
+    (dequantization, "dequantize"): kernels.dequantize,
+    (low_rank, "add"): kernels.low_rank_add,
+    (low_rank, "swiglu"): kernels.swiglu,
+    (low_rank, "swiglu_backward"): kernels.swiglu_backward,
+    (norm, "forward"): kernels.rms_norm,
+    (norm, "backward"): kernels.rms_norm_backward,
+}
+"""What the trial at a start calls, and what gives the same where there is no GPU."""
+
+
+@interpreted
+def test_the_trial_finds_the_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for (module, name), twin in TRIED.items():
+        monkeypatch.setattr(module, name, twin)
+    agree = trial.agree
+    monkeypatch.setattr(
+        trial, "agree", lambda *arguments: agree(*arguments)
+    )  # another function each time, or it is not traced again
+    assert trial.find_problem() == ""
+    for (module, name), twin in TRIED.items():
+        with monkeypatch.context() as wrong:
+            wrong.setattr(trial, "agree", lambda *arguments: agree(*arguments))
+            wrong.setattr(module, name, functools.partial(doubled, twin))
+            assert trial.find_problem() == "their results differ from XLA's", name
+
+
+def doubled(function: Any, *arguments: Any, **options: Any) -> Any:
+    return jax.tree.map(lambda x: 2 * x, function(*arguments, **options))
 
 
 @pytest.fixture

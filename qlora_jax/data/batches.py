@@ -24,8 +24,6 @@ PACKING = 2**32 - 1
 LENGTH_MULTIPLE = 32
 MAX_LENGTHS = 8
 """Distinct T of one dataset, and so compilations of the step, at most."""
-
-
 AHEAD = 3
 """Batches made before they are asked for: one that takes longer than a step is made up for by those that do not."""
 

@@ -35,9 +35,8 @@ def read_file(path: Path, sample_by: SampleBy = "line") -> Iterator[RawRow]:
     """The rows of one file, by its suffix. A row that cannot be read is handed on as a `RowError`, and reading goes on where it can.
 
     Args:
-        path: .jsonl or .ndjson: one object a line, blank lines skipped. .json: an array of objects, or objects one after
-            another. .csv, .tsv: a
-            header, then rows of text. .parquet. .txt: rows with the field `text`. All but Parquet may end in .gz as well.
+        path: .jsonl or .ndjson: one object a line, blank lines skipped. .json: an array of objects, or objects one after another. .csv,
+            .tsv: a header, then rows of text. .parquet. .txt: rows with the field `text`. All but Parquet may end in .gz as well.
         sample_by: what makes a row of a text file, as in `datasets`: a line, a paragraph (blank lines between) or all of it.
 
     Raises:
