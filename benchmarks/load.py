@@ -1,20 +1,18 @@
-"""Starting a run: a model in 4 bits, from disk into pinned host memory, beside a plain read and a memory copy.
+"""Starting a run: a model in 4 bits, from disk into host memory that the device reads, beside a plain read and a memory copy.
 
     python -m benchmarks.load --layers 16 --work DIR           # 70B's shapes: 8.1 GB on DIR's disk; two minutes
     python -m benchmarks.load --model DIR                      # a folder that `benchmarks.synthetic` or `convert.quantize` wrote
 
 Each line in a process of its own, with as many threads as `convert.load` takes. `cold`: the folder's pages are dropped from the page cache
-first (best effort: the disk may have a cache of its own); `warm`: they are in it. On a GPU the first load of a process pins the pages, the
-second one in the same process finds them pinned. The share is of the slower of reading and copying memory: what a load cannot beat.
-
-On a GPU it also tries another road, which nothing takes yet: memory of our own, filled by threads and registered with the driver
-(`dma_map`), from which a copy to the device needs no staging.
+first (best effort: the disk may have a cache of its own); `warm`: they are in it. `of_read_or_copy` is a rate's share of the slower of
+reading what is in the page cache and copying memory, which no load can beat; `of_cold_read`, of a cold load, its share of reading from
+the disk. `registered_gb` is what went into memory of our own (see `qlora_jax.pinned`): all layers on a GPU whose driver registers it,
+nothing elsewhere. Then each layer is copied to the device, as a step's walk does it.
 """
 
 import argparse
 import json
 import math
-import mmap
 import os
 import subprocess
 import sys
@@ -35,8 +33,9 @@ from benchmarks.step import SHAPES
 from convert import ahead
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
+from qlora_jax import pinned
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.placement import nbytes, sharding
+from qlora_jax.placement import LayerStore, nbytes, sharding
 
 ROOT = Path(__file__).parents[1]
 CHUNK = 2**24
@@ -62,20 +61,28 @@ def main() -> None:
         if not options.model:
             synthetic.write(model, synthetic.hf_config(options.shape, options.layers))
         result = {"what": "load", "folder_mb": round(folder_bytes(model) / 1e6), "runs": list(runs(model))}
-    slower = min(run["gb_per_s"] for run in result["runs"] if run["name"] in ("read, warm", "memory copy"))
-    for run in result["runs"]:
-        run["of_read_or_copy"] = round(run["gb_per_s"] / slower, 2)
+    add_shares(result["runs"])
     print(write_result(f"load-{jax.default_backend()}", result))
+
+
+def add_shares(rows: list[dict[str, Any]]) -> None:
+    """Each rate beside what it cannot be above; printed again."""
+    rates = {row["name"]: row["gb_per_s"] for row in rows}
+    slower = min(rates["read, warm"], rates["memory copy"])
+    for row in rows:
+        row["of_read_or_copy"] = round(row["gb_per_s"] / slower, 2)
+        if row["name"] == "load, cold":
+            row["of_cold_read"] = round(row["gb_per_s"] / rates["read, cold"], 2)
+        shares = ", ".join(f"{key} {value}" for key, value in row.items() if key.startswith("of_"))
+        print(f"{row['name']}, {row['threads']} threads: {row['gb_per_s']} GB/s, {shares}")
 
 
 def runs(model: Path) -> Any:
     """Every measurement, as it is made; each is printed."""
-    on_gpu = run_child("backend", model, 1)["backend"] != "cpu"
     threads = sorted({*(n for n in THREADS if n < ahead.num_threads()), ahead.num_threads()})
     plan = [("read", "read", True, threads[-1:]), ("read", "read", False, threads[-1:])]
     plan += [("memory copy", "copy", None, threads[-1:])]
     plan += [("load", "load", True, threads[-1:]), ("load", "load", False, threads)]
-    plan += [("registered memory", "registered", False, threads[-1:])] if on_gpu else []
     for name, child, cold, counts in plan:
         for count in counts:
             if cold:
@@ -176,67 +183,33 @@ def copy(model: Path, threads: int) -> dict[str, Any]:
 
 
 def load(model: Path, threads: int) -> dict[str, Any]:
-    """`load_weights` into host memory; then once more."""
+    """`load_weights` into host memory; then a walk over the layers, the second of two."""
     ahead.num_threads = lambda: threads
     folder = ModelFolder(model)
     config = read_config(folder)
     jax.block_until_ready(jax.device_put(np.zeros(1, np.uint8), sharding("host")))  # the device is there
+    loaded: list[LayerStore] = []
 
     def work() -> int:
         moved: list[int] = []
-        load_weights(folder, config, QuantizationSettings(), "host", moved.append)
+        loaded.append(load_weights(folder, config, QuantizationSettings(), "host", moved.append).layers)
         return sum(moved)
 
-    return {"": timed(work), ", again": timed(work)}
+    def walk() -> int:
+        (layers,) = loaded
+        moved = 0
+        for _, layer in layers.walk(range(len(layers))):
+            moved += nbytes(jax.block_until_ready(layer))
+            del layer
+        return moved
+
+    row = timed(work)
+    row["registered_gb"] = round(pinned.registered_bytes() / 1e9, 2)
+    walk()
+    return {"": row, ", to the device": timed(walk)}
 
 
-def registered(model: Path, threads: int) -> dict[str, Any]:
-    """Memory of our own: filled, registered with the driver; and copies from it to the device, beside copies from pinned memory."""
-    device, parts = jax.devices()[0], chunks(model)
-    room = mmap.mmap(-1, CHUNK * len(parts))
-    room.madvise(mmap.MADV_HUGEPAGE)
-    memory = np.frombuffer(room, np.uint8)
-    found = {", filled": timed(lambda: fill(parts, threads, lambda i, size: memory[i * CHUNK :][:size]))}
-    pieces = [memory[begin : begin + 16 * CHUNK] for begin in range(0, memory.size - 16 * CHUNK + 1, 16 * CHUNK)]
-
-    def register() -> int:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda piece: device.client.dma_map(piece.ctypes.data, piece.nbytes), pieces))
-        return sum(piece.nbytes for piece in pieces)
-
-    def to_device(arrays: list[Any]) -> Callable[[], int]:
-        def work() -> int:
-            for array in arrays:
-                jax.block_until_ready(jax.device_put(array, sharding("device")))
-            return nbytes(arrays)
-
-        return work
-
-    some = pieces[:8]
-    pinned = [jax.block_until_ready(jax.device_put(piece, sharding("host"))) for piece in some]
-    found[", to the device before"] = timed(to_device(some))
-    found[", registered"] = timed(register)
-    for _ in range(2):  # the second time counts
-        found[", to the device"] = timed(to_device(some))
-        found[", pinned memory to the device"] = timed(to_device(pinned))
-    found[", to the device, dispatched"] = timed(lambda: dispatched(some))
-    found[", pinned memory to the device, dispatched"] = timed(lambda: dispatched(pinned))
-    return found
-
-
-def dispatched(arrays: list[Any]) -> int:
-    """How long issuing the copies takes, which must be next to nothing for them to overlap with computing."""
-    copies = [jax.device_put(array, sharding("device")) for array in arrays]
-    del copies
-    return nbytes(arrays)
-
-
-def backend(model: Path, threads: int) -> dict[str, Any]:
-    """Which device is computed on."""
-    return {"backend": jax.default_backend()}
-
-
-CHILDREN = {"read": read, "copy": copy, "load": load, "registered": registered, "backend": backend}
+CHILDREN = {"read": read, "copy": copy, "load": load}
 
 
 if __name__ == "__main__":

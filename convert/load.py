@@ -15,7 +15,7 @@ from qlora_jax.engine import Weights
 from qlora_jax.errors import InputError
 from qlora_jax.linear import Weight
 from qlora_jax.llama import LlamaConfig
-from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, Where, nbytes, put
+from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, Where, keep, nbytes, put
 from qlora_jax.plan import layer_bytes
 
 Advance = Callable[[int], object]
@@ -66,8 +66,8 @@ def load_weights(
 ) -> Weights:
     """Read, quantize and place the whole model, several layers at a time, each by a thread of its own.
 
-    A linear goes to its place as soon as it is read, so that one for each thread is all that exists besides. With layers on a GPU's host,
-    each thread has its own linears' pages pinned, once; that takes longer than reading them.
+    A linear goes to its place as soon as it is read, so that one for each thread is all that exists besides. On a GPU's host, linears that
+    were in 4 bits on the disk are in memory of our own, which each thread fills and registers (see `placement.keep`).
 
     Args:
         quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`). None leaves
@@ -120,7 +120,7 @@ def read_layer(
     """
 
     def placed(part: Tree) -> Tree:
-        return part if place is None else jax.block_until_ready(put(part, place))
+        return part if place is None else keep(part, place)
 
     tree = {name: placed({"weight": read_bfloat16(folder, names.norm(layer, name))}) for name in names.NORM_NAMES}
     for name in LINEAR_NAMES:

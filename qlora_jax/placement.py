@@ -1,5 +1,8 @@
 """Where arrays live: device memory, pinned host memory or disk; and the prefetcher that makes layers visit the device in time.
 
+Pinned memory is XLA's, in JAX's arrays, for all that comes from the device; frozen weights that come from the disk are in memory of our
+own, in numpy's arrays (see pinned.py). Both are copied in the same way.
+
 A copy from pinned host memory runs beside the computation only if it is issued before that computation is dispatched. So a walk over the
 layers always asks for the next layer first and hands out the current one then:
 
@@ -21,6 +24,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qlora_jax import pinned
 
 Where = Literal["device", "host"]
 LayerPlace = Literal["device", "host", "disk"]
@@ -52,6 +57,22 @@ def put(tree: Tree, where: Where) -> Tree:
     return jax.device_put(tree, sharding(where))
 
 
+def keep(tree: Tree, where: Where) -> Tree:
+    """A frozen tree at `where` to stay; returns when it is there.
+
+    numpy's arrays that are to be on a GPU's host remain numpy's, in memory of our own, where there can be such: see `pinned.pin`.
+    """
+    if (
+        where == "host"
+        and not lives(tree, "host")
+        and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree))
+    ):
+        ours = pinned.pin(tree)
+        if ours is not None:
+            return ours
+    return jax.block_until_ready(put(tree, where))
+
+
 def lives(tree: Tree, where: Where) -> bool:
     """Whether a tree's arrays are at `where` already.
 
@@ -61,7 +82,9 @@ def lives(tree: Tree, where: Where) -> bool:
     if isinstance(tree, tuple):
         return all(lives(part, where) for part in tree)
     first = next(iter(jax.tree.leaves(tree)), None)
-    return first is None or (isinstance(first, jax.Array) and first.sharding == sharding(where))
+    if isinstance(first, jax.Array):
+        return first.sharding == sharding(where)
+    return first is None or (where == "host" and pinned.holds(first))
 
 
 def nbytes(tree: Tree) -> int:
@@ -112,7 +135,7 @@ class LayerStore:
         for index, layer in enumerate(layers):
             place = where if isinstance(where, str) else where[index]
             self.places.append(place)
-            self._layers.append(layer if place == "disk" else jax.block_until_ready(put(layer, place)))
+            self._layers.append(layer if place == "disk" else keep(layer, place))
         self._readers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD) if "disk" in self.places else None
         self.pace = Pace(slots)
         self.fetched: collections.deque[int] = collections.deque(maxlen=4 * len(self._layers))

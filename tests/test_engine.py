@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
-from qlora_jax import compiled, placement
+from qlora_jax import compiled, pinned, placement
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine import Adapters, Engine, Gradients, Weights
@@ -275,6 +276,26 @@ def test_the_same_bits_from_disk_and_among_resident_layers(deep_folder: Path) ->
         found = engine.value_and_grad(weights, adapters, batch, key(0))
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, expected)), places
         assert list(weights.layers.fetched) == fetches(places)
+
+
+def test_the_same_bits_from_memory_of_our_own(deep_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host layers that are numpy's arrays, as on a GPU whose driver registers them: training and evaluation."""
+    engine, base = make(deep_folder, weights="device")
+    layers = [jax.tree.map(np.asarray, layer) for _, layer in base.layers.walk(range(4))]
+    driver = SimpleNamespace(dma_map=lambda address, size: None, dma_unmap=lambda address: None)
+    monkeypatch.setattr(pinned, "client", lambda: driver)
+    adapters, batch, held_out = moved(engine.init_adapters(0)), make_batch(2, 2), [make_batch(1, 2, seed=1)]
+    expected = engine.value_and_grad(base, adapters, batch, key(0)), engine.loss(base, adapters, held_out)
+    for places in (["host"] * 4, spread(2, 4)):
+        weights = dataclasses.replace(base, layers=LayerStore(layers, places))
+        ours = [layer for layer, place in zip(weights.layers._layers, places, strict=True) if place == "host"]
+        assert all(map(pinned.holds, jax.tree.leaves(ours)))
+        draw = key(0)
+        with jax.transfer_guard("disallow"):
+            gradient = engine.value_and_grad(weights, adapters, batch, draw)
+        found = gradient, engine.loss(weights, adapters, held_out)
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found[0], expected[0])), places
+        assert found[1] == expected[1]
 
 
 def test_the_schedule_of_fetches(deep_folder: Path) -> None:

@@ -93,18 +93,18 @@ def test_several_layers_at_a_time(folders: dict[str, ModelFolder], monkeypatch: 
 def test_one_linear_a_thread_is_held(folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch) -> None:
     """A linear is in its place before the next one of its layer is read."""
     folder, waiting = folders["4bit"], threading.local()
-    real_put, real_read = load_module.put, load_module.read_linear
+    real_keep, real_read = load_module.keep, load_module.read_linear
 
-    def put(tree: Any, where: Any) -> Any:
+    def keep(tree: Any, where: Any) -> Any:
         waiting.linears = 0
-        return real_put(tree, where)
+        return real_keep(tree, where)
 
     def read(*args: Any) -> Any:
         waiting.linears = getattr(waiting, "linears", 0) + 1
         assert waiting.linears == 1
         return real_read(*args)
 
-    monkeypatch.setattr(load_module, "put", put)
+    monkeypatch.setattr(load_module, "keep", keep)
     monkeypatch.setattr(load_module, "read_linear", read)
     load_weights(folder, read_config(folder), NF4, "host")
 

@@ -1,6 +1,7 @@
 """benchmarks.load counts what it moves, and reads and loads all of a folder."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from benchmarks import load, synthetic
 from convert import ahead
 from convert.folder import ModelFolder
 from convert.load import read_config, total_bytes
+from qlora_jax import pinned
 from qlora_jax.config import QuantizationSettings
 from tests import tiny
 
@@ -39,9 +41,29 @@ def test_loading(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "num_threads", ahead.num_threads)  # what the benchmark changes is put back
     moved: list[int] = []
     monkeypatch.setattr(load, "timed", lambda work: moved.append(work()) or {})
-    assert load.load(model, 2).keys() == {"", ", again"}
-    expected = total_bytes(read_config(ModelFolder(model)), QuantizationSettings(), "host")
-    assert moved == [expected, expected]
+    found = load.load(model, 2)
+    assert found == {"": {"registered_gb": 0}, ", to the device": {}}
+    config = read_config(ModelFolder(model))
+    whole, none = (total_bytes(config, QuantizationSettings(), where) for where in ("host", "disk"))
+    assert moved == [whole, whole - none]
+
+
+def test_what_goes_into_registered_memory_is_counted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "num_threads", ahead.num_threads)
+    driver = SimpleNamespace(dma_map=lambda address, size: None, dma_unmap=lambda address: None)
+    monkeypatch.setattr(pinned, "client", lambda: driver)
+    monkeypatch.setattr(pinned, "registered_bytes", lambda: sum(pinned._ours.values()) * 10**6)
+    whole, none = (total_bytes(read_config(ModelFolder(model)), QuantizationSettings(), w) for w in ("host", "disk"))
+    assert load.load(model, 2)[""]["registered_gb"] >= (whole - none) / 1e3
+
+
+def test_shares() -> None:
+    """Of the slower of two, and for the cold load of the disk's own rate too."""
+    rates = {"read, cold": 2.0, "read, warm": 10.0, "memory copy": 8.0, "load, cold": 1.5, "load, warm": 6.0}
+    rows = [{"name": name, "threads": 8, "gb_per_s": rate} for name, rate in rates.items()]
+    load.add_shares(rows)
+    assert [row["of_read_or_copy"] for row in rows] == [0.25, 1.25, 1.0, 0.19, 0.75]
+    assert [row.get("of_cold_read") for row in rows] == [None, None, None, 0.75, None]
 
 
 def test_forgetting_loses_nothing(model: Path) -> None:

@@ -126,6 +126,8 @@ def plan_run(config: Config, shape: LlamaConfig, length: int, host_bytes: int | 
     asked = None if memory.device_memory == "auto" else machine.parse_bytes(memory.device_memory)
     limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
     guess = make_plan(job, memory, checkpointing, limits, published(gpu.name))
+    # With the weights, although those that will be registered (see pinned.py) need no room in the pool: whether they will is not known yet.
+    # They may be quantized on the way in, or the driver may refuse.
     machine.prepare(gpu, limits.device, int(PINNED_SLACK * guess.pinned_bytes), cache)
     stats = jax.devices()[0].memory_stats()
     limits = dataclasses.replace(limits, device=min(limits.device, stats["bytes_limit"]) if stats else limits.device)
