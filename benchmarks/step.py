@@ -33,7 +33,7 @@ from qlora_jax.estimate import Job, Layout, workspace
 from qlora_jax.llama import MLP_TOKENS, LlamaConfig
 from qlora_jax.metrics import peak_device_gib, peak_host_gib
 from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import SLOTS, LayerPlace, LayerStore, Tree, put
+from qlora_jax.placement import SLOTS, LayerPlace, LayerStore, Tree, keep, put
 from qlora_jax.plan import compiled_workspace, make_engine, make_plan
 from qlora_jax.rates import measured, published
 
@@ -105,7 +105,8 @@ def random_weights(engine: Engine, places: list[LayerPlace], slots: int, distinc
     def layers() -> Iterator[Tree]:
         for layer, place in enumerate(places):
             if place == "device" or len(on_host) < distinct:
-                tree = jax.block_until_ready(put(make(jax.random.key(layer)), place))
+                made = make(jax.random.key(layer))
+                tree = keep(jax.device_get(made) if place == "host" else made, place)  # as if it came from the disk
                 on_host.extend([tree] if place == "host" else [])
                 yield tree
             else:
