@@ -59,6 +59,9 @@ class NF4Linear(nnx.Module):
     """A frozen linear without bias, `weight` a 4-bit tensor of shape (out, in), and its adapter if it has one.
 
     A new one holds random weights (normal, deviation 0.02) until a checkpoint's take their place.
+
+    `run_again`: differentiated, its forward is run again within the same compiled function, where nothing else wants what it keeps.
+    `share_dense`: see `project`.
     """
 
     def __init__(
@@ -69,11 +72,12 @@ class NF4Linear(nnx.Module):
         quantization: QuantizationSettings,
         rngs: nnx.Rngs,
         *,
+        run_again: bool = False,
         share_dense: bool = False,
     ) -> None:
         weight = 0.02 * jax.random.normal(rngs.params(), (out_features, in_features), jnp.bfloat16)
         self.weight = FrozenParam(nf4.quantize(weight, quantization.double_quant, quantization.quant_type))
-        self.adapter, self.share_dense = adapter, share_dense
+        self.adapter, self.run_again, self.share_dense = adapter, run_again or share_dense, share_dense
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [..., in] → [..., out] in x's dtype; `key` as in `project`."""
@@ -139,6 +143,7 @@ def how_to(linears: Sequence[NF4Linear], rotated: Sequence[bool] | None = None, 
     return How(
         tuple(1.0 if adapter is None else adapter.scaling for adapter in adapters),
         next((adapter.dropout for adapter in adapters if adapter is not None), None),
+        linears[0].run_again,
         linears[0].share_dense,
         tuple(rotated or [False] * len(linears)),
         shape,

@@ -78,7 +78,7 @@ class DecoderLayer(nnx.Module):
             adapter = None
             if lora is not None and name in lora.targets:
                 adapter = LoRA(columns, rows, lora.r, lora.scaling, lora.lora_dropout, rngs, lora.dtype)
-            linear = NF4Linear(columns, rows, adapter, quantization, rngs, share_dense=share_dense)
+            linear = NF4Linear(columns, rows, adapter, quantization, rngs, run_again=not keep, share_dense=share_dense)
             setattr(self, name, linear)
 
     def __call__(

@@ -371,13 +371,14 @@ sys.exit(train.main(sys.argv[1:]))
 def test_the_lock_and_a_second_ctrl_c(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that hangs in its fifth step: no other may use its folder; a second Ctrl-C ends it and its lock, and what it saved is there."""
     out = tmp_path / "out"
-    arguments = ["--config", str(place / "run.yaml"), f"training.output_dir={out}", *PLAIN]
+    settings = [*PLAIN, "training.compute_dtype=float32"]  # the other process has no GPU
+    arguments = ["--config", str(place / "run.yaml"), f"training.output_dir={out}", *settings]
     with python(HANGS, *arguments) as process:
         try:
             assert any(line == "hanging\n" for line in process.stdout), process.stderr.read()
             while not (out / "checkpoints" / "step-3").exists():
                 time.sleep(0.01)
-            error = refusal(capsys, place, out, *PLAIN)
+            error = refusal(capsys, place, out, *settings)
             assert "another process is training there" in error
             process.send_signal(signal.SIGINT)
             assert process.stderr.readline() == "\n"
@@ -386,7 +387,7 @@ def test_the_lock_and_a_second_ctrl_c(place: Path, tmp_path: Path, capsys: pytes
             assert process.wait(30) == -signal.SIGINT
         finally:
             process.kill()
-    assert train_main(place, out, *PLAIN, "training.max_steps=5") == 0
+    assert train_main(place, out, *settings, "training.max_steps=5") == 0
     assert "continuing after step 3" in capsys.readouterr().out
 
 
