@@ -23,7 +23,7 @@ import jax
 from rich.console import Console
 
 from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
-from convert.cache import cached_folder
+from convert.cache import cached_folder, is_kept
 from convert.hub import cache_dir
 from convert.identity import model_identity
 from convert.load import load_weights, total_bytes
@@ -99,7 +99,8 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         check_evaluation(config.training, held_out)
         folder.refuse_nothing_to_do(resumed, len(training))
         with phases.time("planning"):
-            plan = plan_as_before(config, model.config, training.longest, resumed)
+            on_disk = is_kept(model.folder, model.name_or_path, config.quantization)
+            plan = plan_as_before(config, model.config, training.longest, resumed, on_disk=on_disk)
         show(plan, console, len(training))
         config = resolved(config, plan)
         space = space_of(config, plan.job, len(training), model.folder, model.name_or_path)
@@ -139,14 +140,19 @@ def about_run(config: Config, model: BaseModel, training: Batches, plan: Plan) -
     return {"config": config.model_dump(mode="json"), "identity": identity, "work": work}
 
 
-def plan_as_before(config: Config, shape: LlamaConfig, length: int, resumed: Checkpoint | None) -> Plan:
-    """The plan. A continued run keeps the intermediates of as many layers as before, if it can, because that decides the last bits."""
+def plan_as_before(
+    config: Config, shape: LlamaConfig, length: int, resumed: Checkpoint | None, *, on_disk: bool = False
+) -> Plan:
+    """The plan, see `plan_run`.
+
+    A continued run keeps the intermediates of as many layers as before, if it can, because that decides the last bits.
+    """
     before = resumed.about.get("work", {}).get("keep", "auto") if resumed else "auto"
     if before != "auto" and config.memory.kept_layers == "auto":
         memory = config.memory.model_copy(update={"kept_layers": before})
         with contextlib.suppress(InputError):  # another machine may have less room
-            return plan_run(config.model_copy(update={"memory": memory}), shape, length)
-    return plan_run(config, shape, length)
+            return plan_run(config.model_copy(update={"memory": memory}), shape, length, on_disk=on_disk)
+    return plan_run(config, shape, length, on_disk=on_disk)
 
 
 def continued(resumed: Checkpoint, about: Mapping[str, Any], console: Console) -> None:

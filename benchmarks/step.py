@@ -162,7 +162,9 @@ def settle(options: argparse.Namespace) -> Plan:
             limits,
             published(),
         )
-    machine.prepare(gpu, limits.device, int(PINNED_SLACK * guess.pinned_bytes), cache_dir() / "compiled")
+    registered = gpu is not None and machine.registers_host_memory()
+    pool_bytes = int(PINNED_SLACK * guess.pool_bytes(registered=registered))
+    machine.prepare(gpu, limits.device, pool_bytes, cache_dir() / "compiled")
     if gpu is None:
         return dataclasses.replace(guess, rates=None)
     if options.auto:

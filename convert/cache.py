@@ -74,6 +74,11 @@ def cached_folder(
     return ModelFolder(entry)
 
 
+def is_kept(folder: ModelFolder, name_or_path: str, quantization: QuantizationSettings) -> bool:
+    """Whether `cached_folder` has the model in 4 bits on the disk already, and need not quantize it."""
+    return folder.is_4bit or entry_of(folder, name_or_path, quantization).is_dir()
+
+
 def entry_of(folder: ModelFolder, name_or_path: str, quantization: QuantizationSettings) -> Path:
     """Where a model's quantized form is kept: known by what it was made of (revision, or files, sizes and times) and how."""
     name = re.sub(r"[^\w.-]+", "-", name_or_path if not Path(name_or_path).exists() else Path(name_or_path).name)

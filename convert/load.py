@@ -10,6 +10,7 @@ from convert.ahead import in_order
 from convert.folder import ModelFolder, some
 from convert.pieces import quantized, read_bfloat16
 from convert.shapes import mismatch, tensor_shapes
+from qlora_jax import pinned
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Weights
 from qlora_jax.errors import InputError
@@ -137,5 +138,7 @@ def read_linear(folder: ModelFolder, name: str, quantization: QuantizationSettin
 
 
 def _device_bfloat16(folder: ModelFolder, name: str) -> jax.Array:
-    """A tensor on the device, cast to bfloat16."""
-    return put(read_bfloat16(folder, name), "device")
+    """A tensor on the device, cast to bfloat16; by way of registered memory where there is such: XLA's pool may be smaller than it."""
+    values = read_bfloat16(folder, name)
+    ours = pinned.pin(values)
+    return put(values if ours is None else ours, "device")

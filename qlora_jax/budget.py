@@ -67,10 +67,12 @@ class Plan:
         """The predicted peak of the process."""
         return total(self.items)[1]
 
-    @property
-    def pinned_bytes(self) -> int:
-        """Of it, pinned."""
-        return sum(item.host for item in self.items if item.name not in ("the process",))
+    def pool_bytes(self, *, registered: bool) -> int:
+        """Of it, in XLA's pool of pinned memory; without the weights if those on the host will be `registered` (see pinned.py)."""
+        elsewhere = {"the process"}
+        if registered and self.layout.streamed_from == "host":
+            elsewhere.add("base weights")
+        return sum(item.host for item in self.items if item.name not in elsewhere)
 
     @property
     def seconds(self) -> Seconds:

@@ -20,6 +20,9 @@ CONTEXT_BYTES = GIB * 3 // 4
 PINNED_UNIT = GIB
 """XLA takes the limit of its pinned pool in whole GiB."""
 
+HOST_REGISTER_SUPPORTED = 99
+"""CUDA's number for that question about a device (`CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED`)."""
+
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -64,6 +67,19 @@ def _describe(nvml: ctypes.CDLL) -> Gpu | None:
         return None
     nvml.nvmlDeviceGetName(handle, name, len(name))
     return Gpu(name.value.decode(), memory.total, memory.free)
+
+
+def registers_host_memory() -> bool:
+    """Whether the driver says that the GPU JAX will use copies from host memory registered with it; without starting JAX."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    device, answer = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return False
+    status = cuda.cuDeviceGetAttribute(ctypes.byref(answer), HOST_REGISTER_SUPPORTED, device)
+    return status == 0 and answer.value == 1
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:
@@ -125,8 +141,8 @@ def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache:
     Args:
         gpu: the card, None without one.
         device_bytes: XLA's share of it.
-        pinned_bytes: the most the run may pin. The pool grows by doubling what it has, up to its limit: a limit just above the need keeps
-            it from taking much more than that.
+        pinned_bytes: what the run has in XLA's pool of pinned memory at most. The pool grows by doubling what it has, up to its limit: a
+            limit just above the need keeps it from taking much more than that.
         cache: where compiled functions are kept from run to run, unless `JAX_COMPILATION_CACHE_DIR` names another folder.
     """
     keep_compiled(cache)

@@ -137,6 +137,7 @@ def _refuse(error: Exception) -> None:
     if first:
         warnings.warn(
             f"host memory cannot be registered with {jax.devices()[0].device_kind} ({str(error).splitlines()[0][:200]}): "
-            "weights go through XLA's pinned pool instead, which takes several times as long to load; steps are as fast",
+            "weights go to XLA's pinned pool instead, which takes longer to load; steps are as fast. Where that pool is too small, set "
+            "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",
             stacklevel=2,
         )

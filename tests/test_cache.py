@@ -17,7 +17,7 @@ import yaml
 import train
 from convert import cache as cache_module
 from convert.adapter import WEIGHTS_FILE
-from convert.cache import cached_folder, entry_of, main
+from convert.cache import cached_folder, entry_of, is_kept, main
 from convert.folder import ModelFolder
 from convert.quantize import quantize
 from qlora_jax.config import QuantizationSettings
@@ -49,7 +49,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_once(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ModelFolder(place / "model"), str(place / "model"), NF4
+    assert not is_kept(*source)
     first = cached(place)
+    assert is_kept(*source) and is_kept(first, str(first.path), NF4)
+    assert not is_kept(*source[:2], QuantizationSettings(double_quant=False))
     assert first.path.parent == place / "cache" / "quantized"
     assert first.path.name.startswith("model-")
     said = f"nf4, double quantization: quantized once, kept in {first.path} (0.00 GiB, 0.00 with all others; see python -m convert.cache)"

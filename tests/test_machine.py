@@ -1,11 +1,13 @@
 """What the machine is said to have, and what XLA is told before it starts."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
-from qlora_jax import machine
+from qlora_jax import machine, pinned
 from qlora_jax.machine import GIB, Gpu
 
 CARD = Gpu("a card", 24 * GIB, 23 * GIB)
@@ -88,6 +90,50 @@ def test_other_platforms_have_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.config, "_value", None, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert machine.find_gpu() is None
+
+
+class Cuda:
+    """The driver's library, answering `answer`, or failing at one call."""
+
+    def __init__(self, answer: int, failing: str = "") -> None:
+        self._answer, self._failing = answer, failing
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return int(self._failing == "cuInit")
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: N802
+        return int(self._failing == "cuDeviceGet")
+
+    def cuDeviceGetAttribute(self, answer: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        assert attribute == 99
+        answer._obj.value = self._answer
+        return int(self._failing == "cuDeviceGetAttribute")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "expected"),
+    [
+        (Cuda(1), True),
+        (Cuda(0), False),
+        (Cuda(1, "cuInit"), False),
+        (Cuda(1, "cuDeviceGet"), False),
+        (Cuda(1, "cuDeviceGetAttribute"), False),
+        (None, False),
+    ],
+)
+def test_whether_memory_can_be_registered(monkeypatch: pytest.MonkeyPatch, cuda: Cuda | None, expected: bool) -> None:
+    def library(name: str) -> Cuda:
+        if cuda is None:
+            raise OSError(name)
+        return cuda
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", library)
+    assert machine.registers_host_memory() is expected
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_the_driver_registers_what_it_says_it_does() -> None:
+    assert machine.registers_host_memory() == (pinned.pin([np.ones(3)]) is not None)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")

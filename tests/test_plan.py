@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import pytest
 
+from qlora_jax import machine
 from qlora_jax.__main__ import main
-from qlora_jax.budget import GIB, Limits, Plan
+from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.commands import plan as plan_module
 from qlora_jax.commands.plan import memory_explained
-from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings
+from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, load_config
 from qlora_jax.errors import InputError
-from qlora_jax.estimate import Job, Layout, items, seconds, total, workspace
+from qlora_jax.estimate import PROCESS_BYTES, Job, Layout, items, seconds, total, workspace
 from qlora_jax.llama import MLP_TOKENS, LlamaConfig
 from qlora_jax.plan import compiled_workspace, layer_bytes, make_plan
 from qlora_jax.rates import Rates, published
@@ -228,6 +230,33 @@ def test_a_processor_keeps_everything_unless_asked() -> None:
     assert make_plan(job(LLAMA2_7B, 1, 128), asked, "none", limits, None).layout == Layout(3, optimizer="host", keep=32)
     with pytest.raises(InputError, match=r"GiB of the 16\.0 that are free"):
         make_plan(job(LLAMA2_70B, 1, 128), MemorySettings(), "auto", limits, None)
+
+
+def test_registered_weights_need_no_room_in_the_pool() -> None:
+    """But for that they take as much of the host."""
+    streamed = plan(job(LLAMA2_7B, 1, 512), base_weights="host", resident_layers=5, adapters="host")
+    weights = 27 * streamed.job.layer_bytes
+    assert streamed.pool_bytes(registered=False) - streamed.pool_bytes(registered=True) == weights
+    assert streamed.pool_bytes(registered=True) >= 32 * streamed.job.adapter_bytes
+    assert streamed.host_bytes == streamed.pool_bytes(registered=False) + PROCESS_BYTES[True]
+    from_disk = plan(job(LLAMA2_7B, 1, 512), base_weights="disk")
+    assert from_disk.pool_bytes(registered=False) == from_disk.pool_bytes(registered=True) > 0
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+@pytest.mark.parametrize("registers", [True, False])
+def test_the_pool_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool, registers: bool) -> None:
+    """Without the weights only where it is sure that they will be registered."""
+    config = load_config(write_config(tmp_path), ["memory.base_weights=host", "memory.adapters=host"])
+    limits: list[int] = []
+    monkeypatch.setattr(machine, "find_gpu", lambda: machine.Gpu("a card", 24 * GIB, 24 * GIB))
+    monkeypatch.setattr(machine, "registers_host_memory", lambda: registers)
+    monkeypatch.setattr(machine, "prepare", lambda gpu, device, pinned, cache: limits.append(pinned))
+    monkeypatch.setattr(plan_module, "measured", published)
+    monkeypatch.setattr(plan_module, "compiled_workspace", workspace)
+    found = plan_module.plan_run(config, LLAMA2_7B, 512, 64 * GIB, on_disk=on_disk)
+    assert found.layout.resident == 0
+    assert limits == [int(PINNED_SLACK * found.pool_bytes(registered=on_disk and registers))]
 
 
 def test_out_of_memory_is_explained(tmp_path: Path) -> None:

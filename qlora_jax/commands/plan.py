@@ -109,8 +109,13 @@ def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -
     )
 
 
-def plan_run(config: Config, shape: LlamaConfig, length: int, host_bytes: int | None = None) -> Plan:
+def plan_run(
+    config: Config, shape: LlamaConfig, length: int, host_bytes: int | None = None, *, on_disk: bool = False
+) -> Plan:
     """The plan for this machine; JAX's backend is started by it, with the memory that the plan needs.
+
+    Args:
+        on_disk: whether the model is in 4 bits on the disk already.
 
     Raises:
         InputError: the run does not fit, or the GPU cannot be asked for.
@@ -126,9 +131,9 @@ def plan_run(config: Config, shape: LlamaConfig, length: int, host_bytes: int | 
     asked = None if memory.device_memory == "auto" else machine.parse_bytes(memory.device_memory)
     limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
     guess = make_plan(job, memory, checkpointing, limits, published(gpu.name))
-    # With the weights, although those that will be registered (see pinned.py) need no room in the pool: whether they will is not known yet.
-    # They may be quantized on the way in, or the driver may refuse.
-    machine.prepare(gpu, limits.device, int(PINNED_SLACK * guess.pinned_bytes), cache)
+    # A model that is yet to be quantized may have to be in memory, for want of disk: its weights then come from the device, to the pool.
+    registered = on_disk and machine.registers_host_memory()
+    machine.prepare(gpu, limits.device, int(PINNED_SLACK * guess.pool_bytes(registered=registered)), cache)
     stats = jax.devices()[0].memory_stats()
     limits = dataclasses.replace(limits, device=min(limits.device, stats["bytes_limit"]) if stats else limits.device)
     return make_plan(job, memory, checkpointing, limits, measured(), compiled_workspace)
