@@ -8,12 +8,32 @@ unsigned for the second. 8 + 32/256 = 8.125 bits a value.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qlora_jax import nf4
 
 BLOCK_SIZE = 256
 _MAPS = {signed: nf4.dynamic_map(signed=signed) for signed in (True, False)}
 _THRESHOLDS = {signed: nf4.midpoints(values) for signed, values in _MAPS.items()}
+_CUT, _FIRST, _LAST = 16, (127 - 23) << 7, 127 << 7
+"""Magnitudes are told apart by their upper 16 bits: an exponent and 7 bits, from 2⁻²³, under which all are next to zero, to 1."""
+
+
+def _first_codes(thresholds: np.ndarray) -> np.ndarray:
+    """By sign and by the upper bits of a magnitude: the code of the smallest value that has both, [2, buckets] uint8.
+
+    Values of one bucket have this code or the next: no two thresholds share a bucket.
+    """
+    edges = (np.arange(_FIRST, _LAST + 2, dtype=np.int32) << _CUT).view(np.float32)
+    edges[0] = 0
+    smallest = np.stack([edges[:-1], -np.nextafter(edges[1:], np.float32(0))])
+    codes = np.searchsorted(thresholds, smallest)
+    largest = np.stack([np.nextafter(edges[1:], np.float32(0)), -edges[:-1]])
+    assert (np.searchsorted(thresholds, largest) - codes <= 1).all()
+    return codes.astype(np.uint8)
+
+
+_FIRST_CODES = {signed: _first_codes(thresholds) for signed, thresholds in _THRESHOLDS.items()}
 
 
 @flax.struct.dataclass
@@ -32,8 +52,19 @@ def quantize(values: jax.Array, *, signed: bool) -> BlockwiseTensor:
     blocks = jnp.pad(flat, (0, -flat.size % BLOCK_SIZE)).reshape(-1, BLOCK_SIZE)
     absmax = jnp.max(jnp.abs(blocks), axis=1)
     scaled = blocks / jnp.where(absmax > 0, absmax, 1)[:, None]
-    codes = jnp.searchsorted(_THRESHOLDS[signed], scaled.reshape(-1)[: flat.size], method="scan_unrolled")
-    return BlockwiseTensor(codes.astype(jnp.uint8), absmax, values.shape, signed)
+    codes = _nearest(scaled.reshape(-1)[: flat.size], signed=signed)
+    return BlockwiseTensor(codes, absmax, values.shape, signed)
+
+
+def _nearest(scaled: jax.Array, *, signed: bool) -> jax.Array:
+    """How many thresholds are below each value [n], -1 to 1: uint8. In two look-ups, where a search by halves takes eight, which a GPU
+    does one after the other with the whole array."""
+    magnitude = jax.lax.bitcast_convert_type(scaled, jnp.int32) & 0x7FFFFFFF
+    bucket = jnp.clip(magnitude >> _CUT, _FIRST, _LAST) - _FIRST
+    first = jnp.asarray(_FIRST_CODES[signed])
+    code = first.at[jnp.where(scaled < 0, 1, 0), bucket].get(mode="clip").astype(jnp.int32)
+    threshold = jnp.take(jnp.append(_THRESHOLDS[signed], np.float32(np.inf)), code, mode="clip")
+    return (code + (scaled > threshold)).astype(jnp.uint8)
 
 
 def dequantize(tensor: BlockwiseTensor) -> jax.Array:
