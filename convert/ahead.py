@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 
@@ -63,6 +63,32 @@ def made_ahead(items: Iterator[Item], depth: int = 1) -> Iterator[Iterator[Item]
 def num_threads() -> int:
     """One for each processor that this process may use, up to `MOST_THREADS`."""
     return min(len(os.sched_getaffinity(0)), MOST_THREADS)
+
+
+class Shared(Generic[Item]):
+    """A task for `in_order` whose result others of its tasks wait for. It must come before them, or all threads might wait for it."""
+
+    def __init__(self, make: Callable[[], Item]) -> None:
+        self._make: Callable[[], Item] | None = make
+        self._made: concurrent.futures.Future[Item] = concurrent.futures.Future()
+
+    def __call__(self) -> None:
+        """Run it; once."""
+        make, self._make = self._make, None  # with whatever it holds
+        try:
+            self._made.set_result(make())
+        except BaseException as error:
+            self._made.set_exception(error)
+            raise
+
+    def result(self) -> Item:
+        """What it made, once it has; or its exception."""
+        return self._made.result()
+
+    def take(self) -> Item:
+        """The same, for the last who asks: it is not held here any longer."""
+        made, self._made = self._made, concurrent.futures.Future()
+        return made.result()
 
 
 def in_order(tasks: Iterable[Callable[[], Item]]) -> Iterator[Item]:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from convert import names, pieces
+from convert.ahead import in_order
 from convert.folder import ModelFolder
 from qlora_jax.config import QuantizationSettings
 
@@ -75,9 +76,20 @@ def base_rows(
     Args:
         stored: the values that take the base's place, if there are any.
     """
+    first, rows = base_passes(folder, name, quantization, base, stored)
+    for _ in in_order(first):
+        pass
+    return rows
+
+
+def base_passes(
+    folder: ModelFolder, name: str, quantization: QuantizationSettings, base: Base, stored: np.ndarray | None = None
+) -> tuple[pieces.FirstPass, pieces.Rows]:
+    """`base_rows`, the work that comes before any values left to the caller."""
     if stored is not None:
         some = pieces.row_slices(*stored.shape)
-        return ((rows, functools.partial(np.ndarray.astype, stored[rows], ml_dtypes.bfloat16)) for rows in some)
+        copies = ((rows, functools.partial(np.ndarray.astype, stored[rows], ml_dtypes.bfloat16)) for rows in some)
+        return iter(()), copies
     if base == "dequantized" and names.parse_linear(name) is not None:
         return pieces.through_4_bits(folder, name, quantization)
-    return pieces.bfloat16_rows(folder, name)
+    return iter(()), pieces.bfloat16_rows(folder, name)

@@ -13,13 +13,13 @@ from convert.shards import (
     PT_METADATA,
     Piece,
     TensorSpec,
-    checksum,
     file_size,
     is_whole,
     write_index,
     write_json,
     write_pieces,
 )
+from convert.sink import checksum
 
 SPARE_BYTES = 2**20
 """For config, index and the file system's own needs."""
@@ -42,6 +42,7 @@ def write_derived(
     job: dict[str, Any],
     *,
     quantization_config: dict[str, Any] | None = None,
+    past_cache: bool = False,
     advance: Callable[[int], object] = lambda nbytes: None,
     log: Log = lambda line: None,
     verify: Callable[[Path], object] = lambda written: None,
@@ -52,6 +53,7 @@ def write_derived(
         change: from a shard's name to its new tensors. A shard without any is left out.
         job: `convert.job.describe`: whatever the new bytes depend on.
         quantization_config: of the new `config.json`; None for a model that is not quantized.
+        past_cache: write the weights as what is not soon read: see `convert.sink`.
         advance: called with the work of each shard that is there already.
         log: told what can be continued, a line each.
         verify: called with the folder that is complete, before it becomes `out`; with an InputError of its it never does.
@@ -74,7 +76,9 @@ def write_derived(
                 advance(made.work)
             else:
                 (aside / shard).parent.mkdir(parents=True, exist_ok=True)
-                kept[shard] = write_pieces(aside / shard, made.specs, made.pieces, metadata[shard])
+                kept[shard] = write_pieces(
+                    aside / shard, made.specs, made.pieces, metadata[shard], past_cache=past_cache
+                )
                 write_json(record, kept)
         for companion in companions:
             shutil.copyfile(companion, aside / companion.name)

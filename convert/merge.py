@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from convert.adapter import WEIGHTS_FILE, Adapter, load_adapter
 from convert.adapter_config import CONFIG_FILE, read_adapter_config
 from convert.ahead import in_order
 from convert.check import Differences, check_merge
-from convert.delta import Base, Pair, base_rows, merged_weight
+from convert.delta import Base, Pair, base_passes, merged_weight
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
 from convert.hub import cache_dir, resolve_model
@@ -80,12 +81,13 @@ def merge(
     def change(shard: str) -> Shard:
         specs = _merged_specs(folder, shard, adapter, base)
         work = sum(spec.nbytes for spec in specs)
-        return Shard(specs, in_order(_merged_tensors(folder, specs, adapter, base, advance)), work)
+        made = in_order(_merged_tensors(folder, specs, adapter, base, advance))
+        return Shard(specs, (piece for piece in made if piece is not None), work)
 
     files = files_identity((adapter.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)), adapter.path)
     settings = {"base": base, "adapter": {"path": str(adapter.path.resolve()), "files": files}}
     job = describe("merge", folder, **settings)
-    write_derived(folder, out, change, job, advance=advance, log=log, verify=verify)
+    write_derived(folder, out, change, job, past_cache=True, advance=advance, log=log, verify=verify)
 
 
 def check_base(folder: ModelFolder, base: Base) -> None:
@@ -122,26 +124,41 @@ def _merged_tensors(
     adapter: Adapter,
     base: Base,
     advance: Callable[[int], object],
-) -> Iterator[Callable[[], Piece]]:
-    """What makes the shard's bytes, some rows of a tensor at a time."""
+) -> Iterator[Callable[[], Piece | None]]:
+    """What makes the shard's bytes, some rows of a tensor at a time; and, between them, what must be known before the next tensor's are."""
+    tensors = (_passes(folder, spec, adapter, base) for spec in specs)
+    first, values = next(tensors, (iter(()), iter(())))
+    yield from first
     for spec in specs:
-        if not _changes(spec.name, adapter, base):
-            size = pieces.PIECE
-            for first in range(0, math.prod(spec.shape), size):
-                yield functools.partial(folder.elements, spec.name, first, size)
-        elif len(spec.shape) == 1:
-            yield functools.partial(_bfloat16, adapter.saved[spec.name])
-        else:
-            pair = adapter.pairs.get(names.parse_target(spec.name))
-            if pair is not None:
-                pair = dataclasses.replace(pair, lora_a=put(pair.lora_a, "device"))
-            stored = adapter.saved.get(spec.name)
-            for rows, values in base_rows(folder, spec.name, adapter.quantization, base, stored):
-                yield functools.partial(_merged_rows, values, None if pair is None else pair.rows(rows))
+        first, following = next(tensors, (iter(()), iter(())))
+        for pair in itertools.zip_longest(values, first):
+            yield from filter(None, pair)
+        values = following
         advance(spec.nbytes)
 
 
-def _merged_rows(values: pieces.Values, pair: Pair | None) -> np.ndarray:
+def _passes(
+    folder: ModelFolder, spec: TensorSpec, adapter: Adapter, base: Base
+) -> tuple[Iterator[Callable[[], None]], Iterator[Callable[[], Piece]]]:
+    """What comes before any of a tensor's pieces, and the pieces. Nothing is held before they are asked for."""
+    if not _changes(spec.name, adapter, base):
+        cuts = range(0, math.prod(spec.shape), pieces.PIECE)
+        return iter(()), (functools.partial(folder.elements, spec.name, begin, pieces.PIECE) for begin in cuts)
+    if len(spec.shape) == 1:
+        return iter(()), iter([functools.partial(_bfloat16, adapter.saved[spec.name])])
+    stored = adapter.saved.get(spec.name)
+    first, rows = base_passes(folder, spec.name, adapter.quantization, base, stored)
+    return first, _merged_rows(rows, adapter.pairs.get(names.parse_target(spec.name)))
+
+
+def _merged_rows(rows: pieces.Rows, pair: Pair | None) -> Iterator[Callable[[], np.ndarray]]:
+    if pair is not None:
+        pair = dataclasses.replace(pair, lora_a=put(pair.lora_a, "device"))
+    for some, values in rows:
+        yield functools.partial(_merged, values, None if pair is None else pair.rows(some))
+
+
+def _merged(values: pieces.Values, pair: Pair | None) -> np.ndarray:
     return _bfloat16(values() if pair is None else merged_weight(values(), pair))
 
 

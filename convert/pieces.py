@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from convert import bitsandbytes
-from convert.ahead import in_order
+from convert.ahead import Shared, in_order
 from convert.folder import ModelFolder
 from qlora_jax import kernels, nf4
 from qlora_jax.config import QuantizationSettings
@@ -30,6 +30,8 @@ LARGEST = 0x7F7F
 
 Values = Callable[[], np.ndarray | jax.Array]
 """Makes a piece."""
+FirstPass = Iterator[Callable[[], object]]
+"""What any threads must run, or have begun to, in this order, before they make values."""
 Rows = Iterator[tuple[slice, Values]]
 """A linear [out, in] some rows at a time: which, and what makes their values [rows, in]."""
 
@@ -75,7 +77,8 @@ def quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings
         return bitsandbytes.read(folder, name)
     shape = folder.spec(name).shape
     if jax.default_backend() != "cpu":
-        return _quantize_whole(_sent(folder, name), quantization.double_quant, quantization.quant_type)
+        sent = list(in_order(functools.partial(_send, folder, name, *cut) for cut in _cuts(folder, name)))
+        return _quantize_parts(folder, name, sent, quantization)
     codes = np.empty(-(-math.prod(shape) // 2), np.uint8)
     absmax = np.empty(-(-math.prod(shape) // nf4.BLOCK_SIZE), np.float32)
 
@@ -89,40 +92,54 @@ def quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings
     return nf4.QuantizedTensor(codes, *_scales(folder, name, absmax, quantization), shape, quantization.quant_type)
 
 
-def through_4_bits(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> Rows:
-    """`dequantized(quantized(...))`, bit for bit.
+def through_4_bits(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> tuple[FirstPass, Rows]:
+    """`dequantized(quantized(...))`, bit for bit, in two passes; whatever else there is to do can be done between their parts.
 
-    On a CPU in two passes over the file, the first for the scales: faster than packing and unpacking codes, and nothing is held.
+    On a CPU both go over the file, the first for the scales: faster than packing and unpacking codes, and nothing is held.
 
     Raises:
-        InputError: a weight or a scale is not finite.
+        InputError: (a task of the first pass) a weight or a scale is not finite.
     """
-    if folder.is_4bit or jax.default_backend() != "cpu":
-        return dequantized(quantized(folder, name, quantization))
+    if folder.is_4bit:
+        return iter(()), _dequantized(folder, name, quantization)
     shape = folder.spec(name).shape
-    rows, columns = shape
-    absmax = np.concatenate(
-        list(in_order(functools.partial(_absmax, folder, name, *cut) for cut in _cuts(folder, name)))
-    )
-    of_scales = _scales(folder, name, absmax, quantization)
-    scales = np.asarray(_dequantize_absmax(nf4.QuantizedTensor(np.empty(0, np.uint8), *of_scales, shape)))
+    if jax.default_backend() != "cpu":
+        sent = [Shared(functools.partial(_send, folder, name, *cut)) for cut in _cuts(folder, name)]
+        whole = Shared(
+            lambda: _dequantize_whole(_quantize_parts(folder, name, [part.take() for part in sent], quantization))
+        )
+        return iter([*sent, whole]), _taken(whole.result, shape)
+    columns = shape[1]
+    found = [Shared(functools.partial(_absmax, folder, name, *cut)) for cut in _cuts(folder, name)]
+
+    def both_scales() -> tuple[np.ndarray, np.ndarray]:
+        absmax = np.concatenate([part.take() for part in found])
+        of_scales = _scales(folder, name, absmax, quantization)
+        return absmax, np.asarray(_dequantize_absmax(nf4.QuantizedTensor(np.empty(0, np.uint8), *of_scales, shape)))
+
+    scales = Shared(both_scales)
 
     def values(some: slice) -> jax.Array:
         begin, end = some.start * columns, some.stop * columns
         blocks = slice(begin // nf4.BLOCK_SIZE, -(-end // nf4.BLOCK_SIZE))
-        piece = put(_cast(folder, name, begin, end - begin), "device")
-        return nf4.round_trip(piece, absmax[blocks], scales[blocks], quantization.quant_type).reshape(-1, columns)
+        piece = _cast(folder, name, begin, end - begin).reshape(-1, columns)
+        before, after = scales.result()
+        return nf4.round_trip(put(piece, "device"), before[blocks], after[blocks], quantization.quant_type)
 
-    return ((some, functools.partial(values, some)) for some in row_slices(rows, columns))
+    return iter([*found, scales]), ((some, functools.partial(values, some)) for some in row_slices(*shape))
+
+
+def _dequantized(folder: ModelFolder, name: str, quantization: QuantizationSettings) -> Rows:
+    """Nothing is read before the first rows are asked for."""
+    yield from dequantized(quantized(folder, name, quantization))
 
 
 def dequantized(weight: nf4.QuantizedTensor) -> Rows:
     """A linear's values in what dequantizing rounds to."""
-    rows, columns = weight.shape
-    some = row_slices(rows, columns)
+    columns = weight.shape[1]
     if jax.default_backend() != "cpu":
         whole = _dequantize_whole(put(weight, "device"))
-        return ((which, functools.partial(_take, whole, which)) for which in some)
+        return _taken(lambda: whole, weight.shape)
     absmax = np.asarray(_dequantize_absmax(weight))
 
     def values(some: slice) -> jax.Array:
@@ -134,7 +151,7 @@ def dequantized(weight: nf4.QuantizedTensor) -> Rows:
             nf4.QuantizedTensor(codes, absmax[blocks], None, None, shape, weight.quant_type, weight.dtype)
         )
 
-    return ((which, functools.partial(values, which)) for which in some)
+    return ((which, functools.partial(values, which)) for which in row_slices(*weight.shape))
 
 
 def row_slices(rows: int, columns: int) -> list[slice]:
@@ -191,17 +208,20 @@ def _scales(
     return jax.tree.map(np.asarray, _quantize_absmax(absmax)) if quantization.double_quant else (absmax, None, None)
 
 
-def _sent(folder: ModelFolder, name: str) -> jax.Array:
-    """A tensor in bfloat16 on the device, whole; pieces of it are on their way at a time."""
+def _send(folder: ModelFolder, name: str, begin: int, size: int) -> jax.Array:
+    """A part of a tensor, in bfloat16, that has arrived on the device."""
+    return jax.block_until_ready(put(_cast(folder, name, begin, size), "device"))
 
-    def send(begin: int, size: int) -> jax.Array:
-        return jax.block_until_ready(put(_cast(folder, name, begin, size), "device"))
 
-    parts = list(in_order(functools.partial(send, *cut) for cut in _cuts(folder, name)))
+def _quantize_parts(
+    folder: ModelFolder, name: str, parts: list[jax.Array], quantization: QuantizationSettings
+) -> nf4.QuantizedTensor:
+    """A linear of which all parts are on the device. `parts` is emptied."""
     whole, finite = _joined(parts, folder.spec(name).shape)
+    parts.clear()
     if not finite:
         _refuse_infinite(folder, name)
-    return whole
+    return _quantize_whole(whole, quantization.double_quant, quantization.quant_type)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -211,8 +231,13 @@ def _joined(parts: list[jax.Array], shape: tuple[int, ...]) -> tuple[jax.Array, 
     return whole, jnp.isfinite(whole).all()
 
 
-def _take(whole: jax.Array, which: slice) -> jax.Array:
-    return _some_rows(whole, which.start, which.stop - which.start)
+def _taken(whole: Callable[[], jax.Array], shape: tuple[int, int]) -> Rows:
+    """A matrix on the device, some rows at a time; it is asked for when they are."""
+
+    def values(some: slice) -> jax.Array:
+        return _some_rows(whole(), some.start, some.stop - some.start)
+
+    return ((some, functools.partial(values, some)) for some in row_slices(*shape))
 
 
 @functools.partial(jax.jit, static_argnames="number")  # not the start: one compilation serves all pieces

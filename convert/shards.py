@@ -5,21 +5,19 @@ the tensors' bytes one after the other. safetensors' `save_file` wants every ten
 itself; here they are written in the order given.
 """
 
-import concurrent.futures
 import dataclasses
 import json
 import math
-import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
 
 from convert.ahead import made_ahead
+from convert.sink import Sink
 from qlora_jax.files import replacing, write_json
 
 ALIGNMENT = 8
@@ -50,10 +48,6 @@ NUMPY_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 
 Piece = np.ndarray | bytes
 """Consecutive bytes of a file: an array's, row-major and little-endian, or as they are."""
-
-CHECKED_BYTES = 2**22
-SYNC_BYTES = 2**26
-"""The disk begins to write after so many, while there is more to come: else all of it would be waited for at the end of the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,71 +104,39 @@ def write_pieces(
     specs: Sequence[TensorSpec],
     pieces: Iterator[Piece],
     metadata: Mapping[str, str] = PT_METADATA,
+    *,
+    past_cache: bool = False,
 ) -> int:
-    """Write one safetensors file; whole or not at all. The next pieces are made while one is written.
+    """Write one safetensors file; whole or not at all. The next pieces are made while some are written.
 
     Args:
         path: the file; an existing one is replaced when the new one is complete.
         specs: the tensors of the file, in the order of their bytes.
         pieces: all their bytes in that order, cut anywhere.
         metadata: the header's `__metadata__`.
+        past_cache: see `convert.sink`.
 
     Returns:
-        The file's `checksum`.
+        The file's `convert.sink.checksum`.
 
     Raises:
         ValueError: the pieces are fewer or more bytes than the specs say.
     """
     expected, written, header = sum(spec.nbytes for spec in specs), 0, _header(specs, metadata)
-    with replacing(path, buffering=0) as file, made_ahead(pieces) as ahead, _Syncing(file) as syncing:
-        _write_all(file, header)
-        summed = zlib.crc32(header)
+    with (
+        replacing(path, buffering=0) as file,
+        made_ahead(pieces) as ahead,
+        Sink(file, past_cache=past_cache) as sink,
+    ):
+        sink.write(header)
         for piece in ahead:
             buffer = _buffer(piece)
-            written += _write_all(file, buffer)
-            summed = zlib.crc32(buffer, summed)
+            sink.write(buffer)
+            written += len(buffer)
             del piece, buffer  # else it is held while the next one is waited for
-            syncing.after(written)
+        summed = sink.finish()
         if written != expected:
             raise ValueError(f"{path}: {written} bytes, expected {expected} for {len(specs)} tensors")
-    return summed
-
-
-class _Syncing:
-    """Has a file's bytes written to the disk, by a thread, while more are to come."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._last = file, 0
-        self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        self._synced = self._pool.submit(os.fdatasync, file.fileno())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
-
-    def after(self, written: int) -> None:
-        """`written` bytes are in the file. Raises OSError: a disk that is full may say so here only."""
-        if written - self._last >= SYNC_BYTES and self._synced.done():
-            self._synced.result()
-            self._synced, self._last = self._pool.submit(os.fdatasync, self._file.fileno()), written
-
-
-def _write_all(file: IO[bytes], buffer: memoryview | bytes) -> int:
-    """An unbuffered file may take a part only: at most 2 GiB, or what the disk has room for, before it says that it is full."""
-    rest = memoryview(buffer)
-    while rest:
-        rest = rest[file.write(rest) :]
-    return len(buffer)
-
-
-def checksum(path: Path) -> int:
-    """A file's CRC-32: tells that bytes changed by accident."""
-    summed = 0
-    with path.open("rb", buffering=0) as file:
-        while read := file.read(CHECKED_BYTES):
-            summed = zlib.crc32(read, summed)
     return summed
 
 

@@ -59,8 +59,8 @@ def stop_after(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatc
         yield next(pieces)
         raise error
 
-    def write(path: Path, specs: Any, pieces: Iterator[Any], metadata: Any) -> int:
-        return real(path, specs, failing(pieces) if next(begun) == number else pieces, metadata)
+    def write(path: Path, specs: Any, pieces: Iterator[Any], metadata: Any, **how: bool) -> int:
+        return real(path, specs, failing(pieces) if next(begun) == number else pieces, metadata, **how)
 
     monkeypatch.setattr(derived, "write_pieces", write)
 
@@ -69,9 +69,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that are written from now on."""
     real, written = shards.write_pieces, []
 
-    def write(path: Path, *args: Any) -> int:
+    def write(path: Path, *args: Any, **how: bool) -> int:
         written.append(path.name)
-        return real(path, *args)
+        return real(path, *args, **how)
 
     monkeypatch.setattr(derived, "write_pieces", write)
     return written
