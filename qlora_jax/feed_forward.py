@@ -21,12 +21,12 @@ from qlora_jax.products import (
     Pair,
     Weight,
     adapter_output,
-    base_products,
     dense,
     drawn_for,
     dropped,
     firsts,
     input_gradient,
+    matmul,
     pair_gradients,
     seen_again,
     seen_by_adapters,
@@ -85,45 +85,29 @@ def _one_by_one(
 def _feed_forward(
     x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], draws: Draws, how: How
 ) -> jax.Array:
-    return _forward(x, residual, weights, pairs, draws, how, extended=True)[0]
+    return _forward(x, residual, weights, pairs, draws, how)[0]
 
 
-def _forward_keeping(
+def _forward(
     x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], draws: Draws, how: How
 ) -> tuple[jax.Array, Any]:
     if how.share_dense:
         weights = tuple(map(dense, weights))
-    # Where they are written over by their gradients, the products may not be wider than these.
-    *found, (drawn, seen, inner_drawn) = _forward(x, residual, weights, pairs, draws, how, extended=not how.run_again)
-    out, products, u, down = found
+    products = tuple(
+        checkpoint_name(matmul(x, weight), name) for weight, name in zip(weights, GATED_PRODUCTS, strict=False)
+    )
+    drawn = drawn_for(x.shape, draws[0], how)
+    seen = seen_by_adapters(x, drawn, how.dropout)
+    u = adapter_output(seen, pairs[:2])
+    inner = kernels.swiglu(_gated(products, u, pairs, how), spent=how.run_again)
+    inner_drawn = drawn_for(inner.shape, draws[1], how)
+    down = adapter_output(seen_by_adapters(inner, inner_drawn, how.dropout), pairs[2:])
+    bases, lora_b = [matmul(inner, weights[2]), residual], pairs[2][1].astype(x.dtype)
+    out = kernels.low_rank_add(bases, down, lora_b, factor=how.scalings[2], transposed=True)
     # A forward that is run again for its backward pass alone need not come as far as `down`: `_backward` makes what SwiGLU gives anyway.
     masked = how.run_again and drawn is not None
     again = (draws[0], (drawn, seen) if masked else None), (draws[1], inner_drawn if how.run_again else None)
     return out, (None if masked else x, weights, pairs, again, products, u, None if how.run_again else down)
-
-
-def _forward(
-    x: jax.Array,
-    residual: jax.Array,
-    weights: tuple[Weight, ...],
-    pairs: tuple[Pair, ...],
-    draws: Draws,
-    how: How,
-    *,
-    extended: bool,
-) -> tuple[Any, ...]:
-    """(out; the two products that enter SwiGLU; x·Aᵀ; the same before down_proj; what was drawn for x, x as the adapters saw it, and what
-    was drawn before down_proj)"""
-    drawn = drawn_for(x.shape, draws[0], how)
-    seen = seen_by_adapters(x, drawn, how.dropout)
-    products, u = base_products(x, seen, weights[:2], pairs[:2], extended=extended)
-    products = tuple(map(checkpoint_name, products, GATED_PRODUCTS))
-    inner = kernels.swiglu(_gated(products, u, pairs, how), spent=how.run_again)
-    inner_drawn = drawn_for(inner.shape, draws[1], how)
-    (base,), down = base_products(inner, seen_by_adapters(inner, inner_drawn, how.dropout), weights[2:], pairs[2:])
-    lora_b = pairs[2][1].astype(x.dtype)
-    out = kernels.low_rank_add([base, residual], down, lora_b, factor=how.scalings[2], transposed=True)
-    return out, products, u, down, (drawn, seen, inner_drawn)
 
 
 def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
@@ -132,8 +116,7 @@ def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
     if inner_drawn is None:
         inner_drawn = drawn_for(products[0].shape, inner_draw, how)
     outer, inmost = slice(2, 3), slice(2)
-    # Not wider than what SwiGLU gave, which is written in its place.
-    (dinner,), ddown = toward_input([dy], weights[outer], pairs[outer], how.scalings[outer], extended=False)
+    (dinner,), ddown = toward_input([dy], weights[outer], pairs[outer], how.scalings[outer])
     inner, *dproducts = kernels.swiglu_backward(
         _gated(products, u, pairs, how),
         dinner,
@@ -152,7 +135,7 @@ def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
     return dx, dy, None, dpairs, None  # weights are frozen: no cotangent
 
 
-_feed_forward.defvjp(_forward_keeping, _backward)
+_feed_forward.defvjp(_forward, _backward)
 
 
 def _gated(products: tuple[jax.Array, ...], u: jax.Array, pairs: tuple[Pair, ...], how: How) -> kernels.Gated:

@@ -60,7 +60,7 @@ def multiply(
     how: How,
 ) -> list[jax.Array]:
     """`project` on x of any shape that is [N, in] in memory, and its residual [N, out]."""
-    return _multiply(x, weights, pairs, residual, draw, rotation, how)[0]
+    return _multiply_forward(x, weights, pairs, residual, draw, rotation, how)[0]
 
 
 def _multiply_forward(
@@ -72,31 +72,15 @@ def _multiply_forward(
     rotation: kernels.Rotation | None,
     how: How,
 ) -> tuple[list[jax.Array], Any]:
+    kept_x, x = x if any(pairs) else None, _as_rows(x, weights)
     if how.share_dense:
         weights = tuple(map(dense, weights))
-    outputs, drawn, seen, down = _multiply(x, weights, pairs, residual, draw, rotation, how)
-    again = draw, (drawn, seen) if how.run_again and drawn is not None else None
-    kept_x = x if any(pairs) and again[1] is None else None
-    return outputs, (kept_x, weights, pairs, again, down, rotation, residual is not None)
-
-
-def _multiply(
-    x: jax.Array,
-    weights: tuple[Weight, ...],
-    pairs: tuple[Pair | None, ...],
-    residual: jax.Array | None,
-    draw: Draw | None,
-    rotation: kernels.Rotation | None,
-    how: How,
-) -> tuple[list[jax.Array], jax.Array | None, jax.Array, jax.Array | None]:
-    """(outputs; what was drawn for x; x as the adapters saw it; x·Aᵀ)"""
-    x = _as_rows(x, weights)
-    drawn = drawn_for(x.shape, draw, how)
-    seen = seen_by_adapters(x, drawn, how.dropout)
-    products, down = base_products(x, seen, weights, pairs)
-    bases = [[product] for product in products]
+    bases = [[matmul(x, weight)] for weight in weights]
     if residual is not None:
         bases[0].append(residual)
+    drawn = drawn_for(x.shape, draw, how)
+    seen = seen_by_adapters(x, drawn, how.dropout)
+    down = adapter_output(seen, pairs) if any(pairs) else None
     outputs = []
     for base, pair, scaling, first, turned in zip(bases, pairs, how.scalings, firsts(pairs), how.rotated, strict=True):
         turn = rotation if turned else None
@@ -106,7 +90,8 @@ def _multiply(
         else:
             options = {"factor": scaling, "first": first, "transposed": True, "rotation": turn}
             outputs.append(kernels.low_rank_add(base, down, pair[1].astype(x.dtype), **options))
-    return outputs, drawn, seen, down
+    again = draw, (drawn, seen) if how.run_again and drawn is not None else None
+    return outputs, (None if again[1] else kept_x, weights, pairs, again, down, rotation, residual is not None)
 
 
 def _multiply_backward(how: How, kept: Any, dys: list[jax.Array]) -> tuple[Any, ...]:
@@ -161,63 +146,22 @@ def seen_by_adapters(x: jax.Array, drawn: jax.Array | None, dropout: Dropout | N
     return x if drawn is None else dropout(x, drawn)
 
 
-def base_products(
-    x: jax.Array,
-    seen: jax.Array,
-    weights: Sequence[Weight],
-    pairs: Sequence[Pair | None],
-    *,
-    extended: bool = True,
-) -> tuple[list[jax.Array], jax.Array | None]:
-    """x [N, in] on every weight, [N, out] each; what adapters see on all A's, [N, ΣR], if there are any.
-
-    `extended`: the first product may be wider, see `kernels.low_rank_add`.
-    """
-    rank = sum(len(pair[0]) for pair in pairs if pair is not None)
-    if rank == 0:
-        return [matmul(x, weight) for weight in weights], None
-    first, *others = weights
-    if not extended or seen is not x or not extends(first, x, rank):
-        return [matmul(x, weight) for weight in weights], adapter_output(seen, pairs)
-    both = kernels.dense_matmul(x, kernels.dequantize_extended(first, below=stacked(pairs, x.dtype)))
-    down = checkpoint_name(both[:, first.shape[0] :], ADAPTER_OUTPUT)
-    return [both, *(matmul(x, weight) for weight in others)], down
-
-
-def extends(weight: Weight, x: jax.Array, rank: int) -> bool:
-    """Whether a product of x [N, features] and this weight is best made together with an adapter's, see `kernels.extends`."""
-    return isinstance(weight, nf4.QuantizedTensor) and kernels.extends(weight, x.dtype, rank, x.shape[0])
-
-
 def adapter_output(seen: jax.Array, pairs: Sequence[Pair | None]) -> jax.Array:
     """What adapters see [N, in] through all A's: [N, ΣR], under the name `ADAPTER_OUTPUT`."""
     return checkpoint_name(jnp.einsum("ni,ri->nr", seen, stacked(pairs, seen.dtype)), ADAPTER_OUTPUT)
 
 
 def toward_input(
-    dys: Sequence[jax.Array],
-    weights: Sequence[Weight],
-    pairs: Sequence[Pair | None],
-    scalings: Sequence[float],
-    *,
-    extended: bool = True,
+    dys: Sequence[jax.Array], weights: Sequence[Weight], pairs: Sequence[Pair | None], scalings: Sequence[float]
 ) -> tuple[list[jax.Array], jax.Array | None]:
-    """Gradients of outputs [N, out] → through the weights, [N, in] each, or wider (see `kernels.low_rank_add`); through the B's, [N, ΣR],
-    if there is any.
-
-    `extended`: products may be wider.
-    """
-    bases, pieces = [], []
-    for dy, weight, pair, scaling in zip(dys, weights, pairs, scalings, strict=True):
-        lora_b = None if pair is None else pair[1].astype(dy.dtype)
-        if extended and lora_b is not None and extends(weight, dy, lora_b.shape[1]):
-            base = jnp.einsum("no,oi->ni", dy, kernels.dequantize_extended(weight, beside=lora_b))
-            piece = base[:, weight.shape[1] :].astype(jnp.float32)
-        else:
-            base = jnp.einsum("no,oi->ni", dy, dense(weight).astype(dy.dtype))
-            piece = None if pair is None else jnp.einsum("no,or->nr", dy, lora_b, preferred_element_type=jnp.float32)
-        bases.append(base)
-        if piece is not None:
+    """Gradients of outputs [N, out] → through the weights, [N, in] each; through the B's, [N, ΣR], if there is any."""
+    bases = [
+        jnp.einsum("no,oi->ni", dy, dense(weight).astype(dy.dtype)) for dy, weight in zip(dys, weights, strict=True)
+    ]
+    pieces = []
+    for dy, pair, scaling in zip(dys, pairs, scalings, strict=True):
+        if pair is not None:
+            piece = jnp.einsum("no,or->nr", dy, pair[1].astype(dy.dtype), preferred_element_type=jnp.float32)
             pieces.append((piece * scaling).astype(dy.dtype))
     return bases, jnp.concatenate(pieces, axis=-1) if pieces else None
 

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from qlora_jax import feed_forward as module
-from qlora_jax import kernels, nf4
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.feed_forward import feed_forward
 from qlora_jax.linear import LoRA, NF4Linear
@@ -88,25 +87,6 @@ def test_one_by_one_is_the_formula() -> None:
         return residual + down(jax.nn.silu(gate(x)) * up(x))
 
     assert_alike(*(outcome(apply, linears, (None, None), 0) for apply in (one_by_one, formula)))
-
-
-@pytest.mark.parametrize(("apply", "beside", "below"), [(feed_forward, 2, 2), (one_by_one, 3, 2)])
-def test_products_made_together_with_an_adapters(
-    apply: Any, beside: int, below: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As kernels make them on a GPU: the same numbers."""
-    linears = make_linears(0.0, False)
-    expected, made = outcome(apply, linears, (None, None), 0), []
-
-    def extended(weight: Any, *, beside: Any = None, below: Any = None) -> jax.Array:
-        made.append("below" if beside is None else "beside")
-        matrix = nf4.dequantize(weight).astype(jnp.float32)
-        return jnp.concatenate([matrix, below] if beside is None else [matrix, beside], 0 if beside is None else 1)
-
-    monkeypatch.setattr(kernels, "extends", lambda *arguments: True)
-    monkeypatch.setattr(kernels, "dequantize_extended", extended)
-    assert_alike(outcome(apply, linears, (None, None), 0), expected)
-    assert (made.count("beside"), made.count("below")) == (beside, below)
 
 
 @pytest.mark.parametrize("without", [0, 1, 2])

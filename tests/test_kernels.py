@@ -86,54 +86,6 @@ def test_dequantize_equals_the_twin(shape: tuple[int, int], dtype: Any, quant_ty
     np.testing.assert_array_equal(bits(found), bits(nf4.dequantize(weight)))
 
 
-EXTENDED_CASES = [
-    ((8, 64), 2),
-    ((72, 192), 48),
-    ((3, 640), 16),
-    ((64, 64), 64),
-]  # the last has more than a thread's share
-
-
-def assert_extended(weight: QuantizedTensor, rank: int, dequantize: Any) -> None:
-    """Whatever `dequantize(weight, beside, below)` writes: the twin's values and the matrix, bit for bit."""
-    (rows, columns), draws = weight.shape, Draws()
-    dense, beside, below = nf4.dequantize(weight), draws.normal(rows, rank), draws.normal(rank, columns)
-    for found, parts, axis in (
-        (dequantize(weight, beside, None), [dense, beside], 1),
-        (dequantize(weight, None, below), [dense, below], 0),
-    ):
-        expected = jnp.concatenate(parts, axis)
-        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-        np.testing.assert_array_equal(bits(found), bits(expected))
-
-
-@interpreted
-@every_format
-@pytest.mark.parametrize(("shape", "rank"), EXTENDED_CASES, ids=str)
-def test_an_extended_weight(shape: tuple[int, int], rank: int, quant_type: Any, double_quant: bool) -> None:
-    weight = nf4.quantize(random_weight(*shape), double_quant, quant_type)
-    assert dequantization.extends(weight, rank)
-    options = {"warps": 1, "chunks": 2, "interpret": True}
-    assert_extended(
-        weight, rank, lambda *arrays: dequantization.dequantize(arrays[0], "bfloat16", *arrays[1:], **options)
-    )
-
-
-def test_which_weights_are_not_extended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernels, few tokens, a rank that is no tile's multiple or much beside the weight, other dtypes, words that span two rows."""
-    monkeypatch.setattr(kernels, "available", lambda: True)
-    weight = nf4.quantize(random_weight(320, 640))
-
-    def extends(weight: QuantizedTensor = weight, dtype: Any = jnp.bfloat16, rank: int = 16, tokens: int = 256) -> bool:
-        return kernels.extends(weight, dtype, rank, tokens)
-
-    assert extends()
-    assert not any((extends(tokens=255), extends(rank=8), extends(rank=32), extends(dtype=jnp.float32)))
-    assert not extends(nf4.quantize(random_weight(640, 324)))
-    monkeypatch.setattr(kernels, "available", lambda: False)
-    assert not extends()
-
-
 @interpreted
 @every_format
 @pytest.mark.parametrize("shape", [(8, 64), (72, 192), (257, 64)], ids=str)
@@ -224,20 +176,6 @@ def test_low_rank_add_interpreted(case: tuple[Any, ...]) -> None:
     assert_low_rank_sum(found, arguments, options)
 
 
-def wider(x: jax.Array, columns: int = 16) -> jax.Array:
-    """With columns that nothing may look at."""
-    return jnp.pad(x, ((0, 0), (0, columns)), constant_values=jnp.nan)
-
-
-@pytest.mark.parametrize("add", [functools.partial(low_rank.add, tiling=SMALL_TILES), kernels.low_rank_add])
-@pytest.mark.parametrize("case", LOW_RANK_CASES, ids=str)
-def test_wider_bases(case: tuple[Any, ...], add: Any) -> None:
-    ((first, *others), u, v), options = low_rank_case(*case)
-    expected = add([first, *others], u, v, **options)
-    found = add([wider(first), *map(wider, others)], u, v, **options)
-    np.testing.assert_array_equal(bits(found), bits(expected))
-
-
 @pytest.mark.parametrize("case", LOW_RANK_CASES, ids=str)
 def test_the_twin_of_low_rank_add(case: tuple[Any, ...]) -> None:
     """In float32, where what it rounds on the way does not count."""
@@ -287,14 +225,6 @@ def test_rotated_sum_interpreted(case: tuple[int, ...], along_rows: bool) -> Non
     tiling = dataclasses.replace(SMALL_TILES, columns=128, along_rows=along_rows)
     found = low_rank.add(*arguments, **options, rotation=rotation, tiling=tiling)
     assert_rotated_sum(found, arguments, rotation, case[-1])
-
-
-@interpreted
-@pytest.mark.parametrize("case", ROTATED_CASES, ids=str)
-def test_a_wider_base_rotated(case: tuple[int, ...]) -> None:
-    ((base,), u, v), rotation, options = rotated_case(*case)
-    add = functools.partial(low_rank.add, u=u, v=v, **options, rotation=rotation, tiling=SMALL_TILES)
-    np.testing.assert_array_equal(bits(add([wider(base)])), bits(add([base])))
 
 
 @pytest.mark.parametrize("case", ROTATED_CASES, ids=str)
@@ -365,16 +295,6 @@ def test_swiglu_interpreted(case: tuple[Any, ...]) -> None:
     found = run_gated(*case, low_rank, tiling=SMALL_TILES)
     assert {each.dtype for each in found} == {jnp.dtype(jnp.bfloat16)}
     assert_swiglu(found, *case)
-
-
-@pytest.mark.parametrize("module", [low_rank, kernels])
-@pytest.mark.parametrize("case", GATED_CASES, ids=str)
-def test_swiglu_of_a_wider_gate(case: tuple[Any, ...], module: Any) -> None:
-    gated, *others = gated_case(*case)
-    options = {"tiling": SMALL_TILES} if module is low_rank else {}
-    found = run_gated(gated._replace(gate=wider(gated.gate)), *others, module, **options, spent=True)
-    for one, other in zip(found, run_gated(gated, *others, module, **options, spent=True), strict=True):
-        np.testing.assert_array_equal(bits(one), bits(other))
 
 
 @pytest.mark.parametrize("case", GATED_CASES, ids=str)
@@ -515,13 +435,8 @@ def test_a_cpu_uses_the_twins() -> None:
     assert kernels.available() is expected
 
 
-def plain_dequantize(weight: QuantizedTensor, dtype: Any, beside: Any = None, below: Any = None) -> jax.Array:
-    parts = [part for part in (nf4.dequantize(weight, dtype), beside, below) if part is not None]
-    return jnp.concatenate(parts, axis=0 if beside is None else 1)
-
-
 TRIED = {
-    (dequantization, "dequantize"): plain_dequantize,
+    (dequantization, "dequantize"): kernels.dequantize,
     (low_rank, "add"): kernels.low_rank_add,
     (low_rank, "swiglu"): kernels.swiglu,
     (low_rank, "swiglu_backward"): kernels.swiglu_backward,
@@ -612,11 +527,8 @@ def test_every_kernel_is_accepted_by_the_backend(quant_type: Any, double_quant: 
     dense = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16)
     weight = jax.eval_shape(lambda w: nf4.quantize(w, double_quant, quant_type), dense)
     x = {tokens: jax.ShapeDtypeStruct((tokens, 1024), jnp.bfloat16) for tokens in (1, 16)}
-    more = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 16), (16, 1024))]
     cases = {
         "dequantize": (lambda w: dequantization.dequantize(w, "bfloat16"), weight),
-        "beside": (lambda w, m: dequantization.dequantize(w, "bfloat16", m), weight, more[0]),
-        "below": (lambda w, m: dequantization.dequantize(w, "bfloat16", None, m), weight, more[1]),
         "quantize": (lambda w: quantization.quantize(w, double_quant, quant_type), dense),
         "few": (narrow_matmul.matmul, x[1], weight),
         "some": (narrow_matmul.matmul, x[16], weight),
@@ -704,14 +616,6 @@ def test_kernels_on_the_gpu(shape: tuple[int, int], quant_type: Any, double_quan
         x = jax.random.normal(jax.random.key(tokens), (tokens, shape[1]), jnp.bfloat16)
         y = jax.jit(kernels.matmul)(x, packed)
         assert_product(y, x, packed, weight_rounding=BF16_ROUNDING)
-
-
-@needs_gpu
-@every_format
-@pytest.mark.parametrize(("shape", "rank"), [*EXTENDED_CASES, ((4096, 11008), 64), ((1376, 4096), 48)], ids=str)
-def test_an_extended_weight_on_the_gpu(shape: tuple[int, int], rank: int, quant_type: Any, double_quant: bool) -> None:
-    run = jax.jit(lambda weight, *more: dequantization.dequantize(weight, "bfloat16", *more))
-    assert_extended(nf4.quantize(random_weight(*shape), double_quant, quant_type), rank, run)
 
 
 @needs_gpu

@@ -23,8 +23,6 @@ __all__ = [
     "available",
     "dense_matmul",
     "dequantize",
-    "dequantize_extended",
-    "extends",
     "low_rank_add",
     "matmul",
     "plain_rotate",
@@ -35,10 +33,6 @@ __all__ = [
     "swiglu",
     "swiglu_backward",
 ]
-
-MANY_TOKENS, TILE, MOST_EXTENDED = 256, 16, 20
-"""Fewer tokens do not fill a matrix product; a rank that is no multiple of the tile, or more than one in so many of the matrix's rows or
-columns, costs it more than reading its other factor once more does (7B and 70B on an H100)."""
 
 
 def quantize(weight: jax.Array, double_quant: bool = True, quant_type: QuantType = "nf4") -> QuantizedTensor:
@@ -60,25 +54,6 @@ def dequantize(weight: QuantizedTensor, dtype: jax.typing.DTypeLike | None = Non
         if kernel.supported(weight, name):
             return kernel.dequantize(weight, name)
     return nf4.dequantize(weight, dtype)
-
-
-def extends(weight: QuantizedTensor, dtype: jax.typing.DTypeLike, rank: int, tokens: int) -> bool:
-    """Whether a product of so many tokens with this weight is best made together with one of an adapter's matrices, of so many rows or
-    columns: where `dequantize_extended` writes both in one pass, and the tensor cores hardly notice the difference."""
-    if not available() or tokens < MANY_TOKENS or rank % TILE or rank * MOST_EXTENDED > min(weight.shape):
-        return False
-    from qlora_jax.kernels import dequantization as kernel
-
-    return jnp.dtype(dtype) == weight.dtype and kernel.supported(weight, weight.dtype) and kernel.extends(weight, rank)
-
-
-def dequantize_extended(
-    weight: QuantizedTensor, *, beside: jax.Array | None = None, below: jax.Array | None = None
-) -> jax.Array:
-    """A weight's values and a matrix of their dtype in one array, where the weight `extends`: [out, in + R] or [out + R, in]."""
-    from qlora_jax.kernels import dequantization as kernel
-
-    return kernel.dequantize(weight, weight.dtype, beside, below)
 
 
 def matmul(x: jax.Array, weight: QuantizedTensor) -> jax.Array:
@@ -134,9 +109,8 @@ def low_rank_add(
     threshold: int = 0,
     rotation: Rotation | None = None,
 ) -> jax.Array:
-    """bases [tokens, features] each, u [tokens, R'], v [R, features] → Σ bases + factor · u[:, first : first + R]·v, [tokens, features].
+    """bases [tokens, features] each, u [tokens, R'], v [R, features] → Σ bases + factor · u[:, first : first + R]·v, as the bases.
 
-    A base's columns past the features are not looked at: products made with an extended matrix have some.
     The kernel sums in float32 and rounds once, and writes where the first base was; the twin rounds the product, and every sum.
 
     Args:
@@ -171,14 +145,14 @@ def plain_low_rank_add(
     product = product if factor == 1 else product * jnp.asarray(factor, product.dtype)
     if drawn is not None:
         product = jnp.where(drawn >= threshold, product, 0)
-    base, *more = (base[:, : v.shape[1]] for base in bases)
+    base, *more = bases
     return functools.reduce(jnp.add, more, base + product)
 
 
 class Gated(NamedTuple):
     """The two products that enter SwiGLU, and their adapters' terms: gate + factors[0] · u[:, firsts[0]:]·gate_vᵀ, and so for up."""
 
-    gate: jax.Array  # [tokens, features], or wider, see `low_rank_add`
+    gate: jax.Array  # [tokens, features]
     up: jax.Array  # [tokens, features]
     u: jax.Array  # [tokens, R']
     gate_v: jax.Array  # [features, R]

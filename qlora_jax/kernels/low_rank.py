@@ -46,7 +46,8 @@ def supported(bases: Sequence[jax.Array], u: jax.Array, v: jax.Array) -> bool:
         len(dtypes) == 1
         and u.dtype in (jnp.bfloat16, jnp.float16)
         and u.shape[0] >= SMALLEST
-        and all(size % SMALLEST == 0 for size in v.shape)
+        and min(v.shape) % SMALLEST == 0
+        and bases[0].shape[1] % SMALLEST == 0
     )
 
 
@@ -72,9 +73,9 @@ def add(
     tiling: Tiling | None = None,
 ) -> jax.Array:
     """As `kernels.low_rank_add`, for what is `supported`."""
-    shape = jax.ShapeDtypeStruct((u.shape[0], v.shape[0 if transposed else 1]), u.dtype)
+    shape = jax.ShapeDtypeStruct(bases[0].shape, bases[0].dtype)
     options = {"factor": factor, "first": first, "transposed": transposed, "threshold": threshold}
-    in_place = {0: 0} if bases[0].shape == shape.shape else {}  # else it is wider
+    in_place = {0: 0}
     if rotation is None:
         return _call(
             functools.partial(_add, **options),
@@ -96,9 +97,9 @@ def add(
 
 def swiglu(gated: Gated, *, spent: bool = False, tiling: Tiling = SWIGLU) -> jax.Array:
     """As `kernels.swiglu`, for what is `supported`."""
-    shape = jax.ShapeDtypeStruct(gated.up.shape, gated.up.dtype)
+    shape = jax.ShapeDtypeStruct(gated.gate.shape, gated.gate.dtype)
     kernel = functools.partial(_swiglu, factors=gated.factors, firsts=gated.firsts)
-    return _call(kernel, tuple(gated[:5]), shape, tiling, "swiglu", {1: 0} if spent else {})
+    return _call(kernel, tuple(gated[:5]), shape, tiling, "swiglu", {0: 0} if spent else {})
 
 
 def swiglu_backward(
@@ -114,13 +115,11 @@ def swiglu_backward(
     tiling: Tiling = SWIGLU_BACKWARD,
 ) -> list[jax.Array]:
     """As `kernels.swiglu_backward`, for what is `supported`."""
-    shapes = [jax.ShapeDtypeStruct(dy.shape, dy.dtype)] * 3
+    shapes = [jax.ShapeDtypeStruct(gated.gate.shape, gated.gate.dtype)] * 3
     kernel = functools.partial(
         _swiglu_backward, factors=gated.factors, firsts=gated.firsts, factor=factor, threshold=threshold
     )
     in_place = {5: 0, 0: 1, 1: 2} if spent else {5: 0}  # dy, the gate and what it lets through
-    if gated.gate.shape != dy.shape:
-        in_place.pop(0, None)
     return _call(kernel, (tuple(gated[:5]), dy, u, v, drawn), shapes, tiling, "swiglu_backward", in_place)
 
 
