@@ -20,7 +20,7 @@ _CUT, _FIRST, _LAST = 16, (127 - 23) << 7, 127 << 7
 
 
 def _first_codes(thresholds: np.ndarray) -> np.ndarray:
-    """By sign and by the upper bits of a magnitude: the code of the smallest value that has both, [2, buckets] uint8.
+    """By `bucket`: the code of the smallest value in it, [2 · buckets] uint8.
 
     Values of one bucket have this code or the next: no two thresholds share a bucket.
     """
@@ -30,7 +30,7 @@ def _first_codes(thresholds: np.ndarray) -> np.ndarray:
     codes = np.searchsorted(thresholds, smallest)
     largest = np.stack([np.nextafter(edges[1:], np.float32(0)), -edges[:-1]])
     assert (np.searchsorted(thresholds, largest) - codes <= 1).all()
-    return codes.astype(np.uint8)
+    return codes.astype(np.uint8).reshape(-1)
 
 
 _FIRST_CODES = {signed: _first_codes(thresholds) for signed, thresholds in _THRESHOLDS.items()}
@@ -59,12 +59,20 @@ def quantize(values: jax.Array, *, signed: bool) -> BlockwiseTensor:
 def _nearest(scaled: jax.Array, *, signed: bool) -> jax.Array:
     """How many thresholds are below each value [n], -1 to 1: uint8. In two look-ups, where a search by halves takes eight, which a GPU
     does one after the other with the whole array."""
+    _, thresholds, first_codes = tables(signed=signed)
+    code = jnp.take(first_codes, bucket(scaled), mode="clip").astype(jnp.int32)
+    return (code + (scaled > jnp.take(thresholds, code, mode="clip"))).astype(jnp.uint8)
+
+
+def bucket(scaled: jax.Array) -> jax.Array:
+    """The number of each value's bucket, by its magnitude's upper bits, and for negative values behind the others; int32."""
     magnitude = jax.lax.bitcast_convert_type(scaled, jnp.int32) & 0x7FFFFFFF
-    bucket = jnp.clip(magnitude >> _CUT, _FIRST, _LAST) - _FIRST
-    first = jnp.asarray(_FIRST_CODES[signed])
-    code = first.at[jnp.where(scaled < 0, 1, 0), bucket].get(mode="clip").astype(jnp.int32)
-    threshold = jnp.take(jnp.append(_THRESHOLDS[signed], np.float32(np.inf)), code, mode="clip")
-    return (code + (scaled > threshold)).astype(jnp.uint8)
+    return jnp.clip(magnitude >> _CUT, _FIRST, _LAST) - _FIRST + jnp.where(scaled < 0, _LAST - _FIRST + 1, 0)
+
+
+def tables(*, signed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A map's values [256], above which value's threshold the next is nearer [256], and by `bucket` the first code there."""
+    return _MAPS[signed], np.append(_THRESHOLDS[signed], np.float32(np.inf)), _FIRST_CODES[signed]
 
 
 def dequantize(tensor: BlockwiseTensor) -> jax.Array:

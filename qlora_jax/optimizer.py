@@ -6,7 +6,8 @@ they live on the host by decision, and visit layer by layer: layer l is updated 
 their way. Both places give the same bits.
 
 `paged_adamw_8bit` keeps the moments in 8 bits between steps (`blockwise.py`): a quarter of the memory and of the traffic. Each visit they
-are dequantized, updated in float32 and quantized again, as bitsandbytes does; tensors under 4,096 elements stay float32.
+are dequantized, updated in float32 and quantized again, as bitsandbytes does; tensors under 4,096 elements stay float32. On a GPU a
+kernel does all of that to a tensor in one pass.
 
     g ← g · min(1, max_norm / (‖g‖₂ + 1e-6))          over all adapters, after accumulation (torch's clip_grad_norm_)
     m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²;  p ← p - lr · (m̂ / (√v̂ + ε) + decay · p)
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qlora_jax import blockwise
+from qlora_jax import blockwise, kernels
 from qlora_jax.blockwise import BlockwiseTensor
 from qlora_jax.config import TrainingSettings
 from qlora_jax.engine import Gradients
@@ -59,6 +60,9 @@ class AdamW:
         """Moments start at zero; `params` is only described, not kept."""
         self.where, self.max_norm = where, settings.max_grad_norm
         self._rule, self._pack = _rule(settings), _packing(settings)
+        self._adam = kernels.Adam(
+            settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.weight_decay
+        )
         init = jax.jit(lambda layer: self._pack(self._rule.init(_float32(layer))))
         pace = Pace(SLOTS)
         self.moments = [
@@ -101,12 +105,29 @@ class AdamW:
         def update(
             params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array
         ) -> tuple[Tree, Any, jax.Array]:
-            grads = jax.tree.map(lambda g: g * factor, _float32(grads))
-            steps, moments = self._rule.update(grads, _unpack(moments), _float32(params))
-            new = jax.tree.map(lambda p, step: (p - rate * step).astype(p.dtype), params, steps)
-            return new, self._pack(moments), jnp.ravel(jax.tree.leaves(new)[0])[0]
+            leaves, structure = jax.tree.flatten(params)
+            adam, *rest = moments
+            found = zip(leaves, *map(structure.flatten_up_to, (grads, adam.mu, adam.nu)), strict=True)
+            by_kernel, others = {}, {}
+            for i, leaf in enumerate(found):
+                (by_kernel if kernels.updates_8bit(leaf[0], leaf[2]) else others)[i] = leaf
+            plain, plain_grads, mu, nu = ({i: leaf[part] for i, leaf in others.items()} for part in range(4))
+            plain, (adam, *rest) = self._plain(plain, plain_grads, (adam._replace(mu=mu, nu=nu), *rest), factor, rate)
+            shares = (1 - beta**adam.count for beta in (self._adam.beta1, self._adam.beta2))
+            numbers = jnp.stack([factor, rate, *shares]).astype(jnp.float32)
+            new = {i: kernels.adamw_8bit(*leaf, numbers, self._adam) for i, leaf in by_kernel.items()}
+            new |= {i: (param, adam.mu[i], adam.nu[i]) for i, param in plain.items()}
+            params, mu, nu = (structure.unflatten(new[i][part] for i in range(len(leaves))) for part in range(3))
+            return params, (adam._replace(mu=mu, nu=nu), *rest), jnp.ravel(jax.tree.leaves(params)[0])[0]
 
         return jax.jit(update, donate_argnames=("params", "moments"))
+
+    def _plain(self, params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array) -> tuple[Tree, Any]:
+        """The update in XLA's operations: (new params, new moments)."""
+        grads = jax.tree.map(lambda g: g * factor, _float32(grads))
+        steps, moments = self._rule.update(grads, _unpack(moments), _float32(params))
+        new = jax.tree.map(lambda p, step: (p - rate * step).astype(p.dtype), params, steps)
+        return new, self._pack(moments)
 
 
 def abstract_moments(settings: TrainingSettings, abstract_layer: Tree) -> Any:

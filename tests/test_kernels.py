@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax import kernels, nf4
-from qlora_jax.kernels import dequantization, low_rank, narrow_matmul, norm, quantization, trial, triton
+from qlora_jax import blockwise, kernels, nf4
+from qlora_jax.kernels import adam, dequantization, low_rank, narrow_matmul, norm, quantization, trial, triton
 from qlora_jax.nf4 import QuantizedTensor
 from tests.linears import frozen_matmul
 
@@ -338,8 +338,70 @@ def test_what_is_written_in_place_was_read_before() -> None:
         (lambda: low_rank.swiglu(gated, spent=True, tiling=SMALL_TILES), 1),
         (lambda: low_rank.swiglu_backward(gated, *back, tiling=SMALL_TILES), 1),
         (lambda: low_rank.swiglu_backward(gated, *back, spent=True, tiling=SMALL_TILES), 3),
+        (lambda: adam.update(*adam_case((4, 256)), interpret=False), 5),
     ):
         assert assert_read_before_it_is_written(run) == outputs
+
+
+ADAM = kernels.Adam(0.9, 0.99, 1e-8, 0.1)
+
+
+def adam_case(shape: tuple[int, ...], dtype: Any = jnp.float32) -> tuple[Any, ...]:
+    """Arguments of `adam.update`: a parameter, its gradient, moments, one block of which is zero, and the third step's numbers."""
+    draws = Draws()
+    param, grad, moment = (draws.normal(*shape, dtype=jnp.float32) for _ in range(3))
+    moment = moment.reshape(-1).at[:256].set(0).reshape(shape)
+    grad = grad.reshape(-1).at[:256].set(0).reshape(shape)
+    moments = [blockwise.quantize(each, signed=signed) for each, signed in ((moment, True), (moment**2, False))]
+    numbers = jnp.asarray([0.5, 1e-2, 1 - ADAM.beta1**3, 1 - ADAM.beta2**3], jnp.float32)
+    return param.astype(dtype), grad.astype(dtype), *moments, numbers, ADAM
+
+
+def assert_adam(found: tuple[Any, ...], case: tuple[Any, ...]) -> None:
+    """Against float64, from the moments as they are in 8 bits: the parameter, each block's largest moment, and codes that are the nearest
+    or no further from it than float32 is from exact."""
+    old, grad, *moments = (np.asarray(each, np.float64) for each in (*case[:2], *map(blockwise.dequantize, case[2:4])))
+    factor, rate, mu_share, nu_share = np.asarray(case[4], np.float64)
+    mu = ADAM.beta1 * moments[0] + (1 - ADAM.beta1) * grad * factor
+    nu = ADAM.beta2 * moments[1] + (1 - ADAM.beta2) * (grad * factor) ** 2
+    step = mu / mu_share / (np.sqrt(nu / nu_share) + ADAM.epsilon) + ADAM.weight_decay * old
+    size = np.abs(old) + rate * (np.abs(mu) + np.abs(moments[0]) + np.abs(grad)) / mu_share / (
+        np.sqrt(nu / nu_share) + ADAM.epsilon
+    )
+    rounding = BF16_ROUNDING if found[0].dtype == jnp.bfloat16 else 0
+    assert (found[0].shape, found[0].dtype) == (case[0].shape, case[0].dtype)
+    exact = old - rate * step
+    assert (np.abs(np.asarray(found[0], np.float64) - exact) <= 16 * F32_EPS * size + rounding * np.abs(exact)).all()
+    for packed, moment, size in (
+        (found[1], mu, np.abs(moments[0]) + np.abs(grad)),
+        (found[2], nu, moments[1] + grad**2),
+    ):
+        blocks, sizes = (each.reshape(-1, 256) for each in (moment, size))
+        error = 16 * F32_EPS * sizes.max(1)
+        assert (np.abs(np.asarray(packed.absmax, np.float64) - np.abs(blocks).max(1)) <= error).all()
+        largest = np.where(packed.absmax > 0, packed.absmax, 1).astype(np.float64)[:, None]
+        values = blockwise.tables(signed=packed.signed)[0].astype(np.float64)
+        gap = np.abs(values[np.asarray(packed.codes).reshape(blocks.shape)] - blocks / largest)
+        best = np.abs(values[None, None] - (blocks / largest)[..., None]).min(-1)
+        assert (gap <= best + 2 * error[:, None] / largest + 2 * F32_EPS).all()
+        assert packed.codes.dtype == jnp.uint8
+
+
+ADAM_CASES = [((4, 256), jnp.float32), ((3, 256), jnp.bfloat16), ((64, 48), jnp.float32)]
+
+
+@interpreted
+@pytest.mark.parametrize(("shape", "dtype"), ADAM_CASES, ids=str)
+def test_adamw_8bit_interpreted(shape: tuple[int, int], dtype: Any) -> None:
+    case = adam_case(shape, dtype)
+    assert adam.supported(case[0], case[2])
+    assert_adam(adam.update(*case, interpret=True), case)
+
+
+def test_what_adamw_8bit_leaves_to_optax() -> None:
+    ragged = jnp.zeros((3, 100))
+    assert not adam.supported(ragged, blockwise.quantize(ragged, signed=True))
+    assert not adam.supported(jnp.zeros((4, 256)), jnp.zeros((4, 256)))
 
 
 def test_what_low_rank_add_leaves_to_its_twin() -> None:
@@ -442,6 +504,7 @@ TRIED = {
     (low_rank, "swiglu_backward"): kernels.swiglu_backward,
     (norm, "forward"): kernels.rms_norm,
     (norm, "backward"): kernels.rms_norm_backward,
+    (adam, "update"): functools.partial(adam.update, interpret=True),
 }
 """What the trial at a start calls, and what gives the same where there is no GPU."""
 
@@ -535,6 +598,12 @@ def test_every_kernel_is_accepted_by_the_backend(quant_type: Any, double_quant: 
     }
     for name, case in cases.items():
         assert "triton" in lowered(*case), name
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_adamw_8bit_is_accepted_by_the_backend(dtype: Any) -> None:
+    *arrays, constants = adam_case((64, 1024), dtype)
+    assert "triton" in lowered(lambda *each: adam.update(*each, constants), *arrays)
 
 
 @pytest.mark.parametrize("features", [576, 4096, 5120])
@@ -655,6 +724,16 @@ def test_rms_norm_on_the_gpu(case: tuple[int, int], dtype: Any) -> None:
     )
     assert "triton" in run.lower(*arrays).as_text()
     assert_norm(*run(*arrays), arrays)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*ADAM_CASES, ((64, 4096), jnp.float32), ((11008, 16), jnp.bfloat16)], ids=str
+)
+def test_adamw_8bit_on_the_gpu(shape: tuple[int, int], dtype: Any) -> None:
+    *arrays, constants = case = adam_case(shape, dtype)
+    assert kernels.updates_8bit(case[0], case[2])
+    assert_adam(jax.jit(lambda *each: kernels.adamw_8bit(*each, constants))(*arrays), case)
 
 
 @needs_gpu

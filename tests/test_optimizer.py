@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from qlora_jax import blockwise, compiled
+from qlora_jax import blockwise, compiled, kernels
 from qlora_jax.blockwise import BlockwiseTensor
 from qlora_jax.config import TrainingSettings
 from qlora_jax.engine import Gradients
+from qlora_jax.kernels import adam
 from qlora_jax.optimizer import AdamW, schedule
 from qlora_jax.placement import Tree, put
 
@@ -150,6 +151,44 @@ def test_8_bit_adamw_equals_bitsandbytes() -> None:
     gap = np.abs(np.asarray(jax.tree.leaves(params)[0]) - theirs[0].detach().numpy())
     assert np.median(gap) <= 8 * ONE_ULP * 0.1
     assert gap.max() <= steps * rate  # less than the steps themselves are long
+
+
+def test_tensors_that_a_kernel_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, beside one that it leaves to optax: the same steps, up to a code that fell to the other side of a threshold."""
+    options = settings(optim="paged_adamw_8bit", weight_decay=0.1, max_grad_norm=1.0)
+    params = {by: wide_layers(0) for by in ("optax", "kernel")}
+    optimizers = {by: AdamW(options, params[by], "device") for by in params}
+    called: list[tuple[int, ...]] = []
+
+    def update(*arguments: Any) -> Any:
+        called.append(arguments[0].shape)
+        return adam.update(*arguments, interpret=True)
+
+    for step in range(4):
+        grads = wide_layers(step + 1)
+        for by, optimizer in optimizers.items():
+            with monkeypatch.context() as patched:
+                if by == "kernel":
+                    patched.setattr(kernels, "updates_8bit", adam.supported)
+                    patched.setattr(kernels, "adamw_8bit", update)
+                params[by], _ = optimizer.update(params[by], gradients(grads), 1e-2)
+                grads = wide_layers(step + 1)
+    assert set(called) == {(32, 256)}
+    states = [jax.tree.leaves(optimizers[by].moments) for by in ("kernel", "optax")]
+    assert [(leaf.shape, leaf.dtype) for leaf in states[0]] == [(leaf.shape, leaf.dtype) for leaf in states[1]]
+    for by in params:
+        assert int(optimizers[by].moments[0][0].count) == 4
+    for ours, theirs in zip(*map(jax.tree.leaves, (params["kernel"], params["optax"])), strict=True):
+        apart = np.abs(np.asarray(ours) - np.asarray(theirs))
+        assert np.median(apart) <= 8 * ONE_ULP
+        assert (apart > 1e-5).mean() <= 1e-3  # each step has a code in ten thousand within an ulp of a threshold
+
+
+def wide_layers(seed: int) -> list[Tree]:
+    """One tensor of whole blocks, one that is not, and one that is kept in float32."""
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (32, 256), "b": (70, 80), "c": (8, 8)}
+    return [{name: put(rng.standard_normal(shape).astype(np.float32), "device") for name, shape in shapes.items()}]
 
 
 def test_8_bit_moments_take_a_quarter() -> None:

@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax import nf4
+from qlora_jax.blockwise import BlockwiseTensor
 from qlora_jax.nf4 import QuantizedTensor, QuantType
 
 __all__ = [
+    "Adam",
     "Gated",
     "Rotation",
+    "adamw_8bit",
     "available",
     "dense_matmul",
     "dequantize",
@@ -32,6 +35,7 @@ __all__ = [
     "rms_norm_backward",
     "swiglu",
     "swiglu_backward",
+    "updates_8bit",
 ]
 
 
@@ -223,6 +227,39 @@ def plain_sums(gated: Gated) -> list[jax.Array]:
         plain_low_rank_add([base], gated.u, v, factor=factor, first=first, transposed=True)
         for base, v, factor, first in gated.halves
     ]
+
+
+class Adam(NamedTuple):
+    """What is constant about AdamW."""
+
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+
+
+def updates_8bit(param: jax.Array, mu: Any) -> bool:
+    """Whether `adamw_8bit` has a kernel for this parameter and first moment here."""
+    if not available():
+        return False
+    from qlora_jax.kernels import adam as kernel
+
+    return kernel.supported(param, mu)
+
+
+def adamw_8bit(
+    param: jax.Array, grad: jax.Array, mu: BlockwiseTensor, nu: BlockwiseTensor, numbers: jax.Array, adam: Adam
+) -> tuple[jax.Array, BlockwiseTensor, BlockwiseTensor]:
+    """One step of AdamW where `updates_8bit` says so: the new parameter and its moments, written where the old ones were.
+
+    Its twin is the rule in `optimizer.py`; here sums and products may be fused, and so round once where they round twice there.
+
+    Args:
+        numbers: [4] float32: what the gradient is multiplied by, the learning rate, and 1 - beta1^t and 1 - beta2^t.
+    """
+    from qlora_jax.kernels import adam as kernel
+
+    return kernel.update(param, grad, mu, nu, numbers, adam)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
