@@ -6,20 +6,24 @@
 Each line in a process of its own, with as many threads as `convert.load` takes. `cold`: the folder's pages are dropped from the page cache
 first (best effort: the disk may have a cache of its own); `warm`: they are in it. `of_read_or_copy` is a rate's share of the slower of
 reading what is in the page cache and copying memory, which no load can beat; `of_cold_read`, of a cold load, its share of reading from
-the disk. `registered_gb` is what went into memory of our own (see `qlora_jax.pinned`): all layers on a GPU whose driver registers it,
-nothing elsewhere. Then each layer is copied to the device, as a step's walk does it.
+the disk. `thread_seconds` are those of all threads of a load together in each of `STAGES`, `cpu_seconds` the processors'. `registered_gb`
+is what went into memory of our own (see `qlora_jax.pinned`): all layers on a GPU whose driver registers it, nothing elsewhere. Then each
+layer is copied to the device, as a step's walk does it.
 """
 
 import argparse
-import gc
+import contextlib
+import functools
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ from benchmarks import synthetic
 from benchmarks.convert import held
 from benchmarks.machine import write_result
 from benchmarks.step import SHAPES
-from convert import ahead
+from convert import ahead, pieces
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
 from qlora_jax import pinned
@@ -42,6 +46,15 @@ ROOT = Path(__file__).parents[1]
 CHUNK = 2**24
 """Bytes read or copied at a time."""
 THREADS = (1, 2, 4, 8)
+STAGES = {
+    "reading": [(ModelFolder, "elements")],
+    "mapping": [(pinned, "_room")],
+    "registering": [(pinned, "_register")],
+    "sending": [(jax, "device_put"), (jax, "block_until_ready")],
+    "joining": [(pieces, "_joined")],
+}
+"""Functions that a load's threads spend their time in, none within another: into memory that is new, if it is; new memory of our own;
+its pages; to the device, and until they are there; and what came in pieces, the compiler's time included."""
 
 
 def main() -> None:
@@ -204,11 +217,38 @@ def load(model: Path, threads: int) -> dict[str, Any]:
             del layer
         return moved
 
-    row = timed(work)
-    walk()
-    gc.collect()  # what embedding and head were copied from is given back
+    before = time.process_time()
+    with watched() as seconds:
+        row = timed(work)
+    row["cpu_seconds"] = round(time.process_time() - before, 2)
+    row["thread_seconds"] = {stage: round(spent, 2) for stage, spent in seconds.items()}
     row["registered_gb"] = round(pinned.registered_bytes() / 1e9, 2)
+    walk()
     return {"": row, ", to the device": timed(walk)}
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """The seconds that all threads together have spent in each of `STAGES` meanwhile."""
+    seconds, lock = dict.fromkeys(STAGES, 0.0), threading.Lock()
+
+    def timing(stage: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return real(*args, **options)
+            finally:
+                with lock:
+                    seconds[stage] += time.perf_counter() - start
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for stage, functions in STAGES.items():
+            for owner, name in functions:
+                stack.enter_context(unittest.mock.patch.object(owner, name, timing(stage, getattr(owner, name))))
+        yield seconds
 
 
 CHILDREN = {"read": read, "copy": copy, "load": load}

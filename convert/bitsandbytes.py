@@ -18,12 +18,13 @@ of one type, because the engine compiles one layer for all.
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
 import pydantic
 
-from convert.folder import ModelFolder, some
+from convert.folder import ModelFolder, aligned, some
 from convert.shards import ALIGNMENT, TensorSpec
 from qlora_jax import nf4
 from qlora_jax.config import QuantizationSettings
@@ -134,21 +135,29 @@ def _state(shape: tuple[int, ...], quant_type: nf4.QuantType, dtype: str, offset
     )
 
 
-def read(folder: ModelFolder, name: str) -> nf4.QuantizedTensor:
+def read(
+    folder: ModelFolder,
+    name: str,
+    room: Callable[[Sequence[int]], list[np.ndarray]] = lambda sizes: list(map(aligned, sizes)),
+) -> nf4.QuantizedTensor:
     """One linear of a folder that was checked, byte for byte; arrays are numpy's.
+
+    Args:
+        room: makes the memory that is read into, called once: an array [size] uint8 for each of the sizes.
 
     Raises:
         InputError: a scale is not finite.
     """
     state = read_state(folder, name)
-    codes = folder.read(name).reshape(-1).view(np.uint8)
-    absmax, nested_absmax, offset = folder.read(f"{name}.absmax"), None, None
+    tensors = [name, f"{name}.absmax", *([f"{name}.nested_absmax"] if state.nested else [])]
+    *places, of_offset = room([*(folder.spec(tensor).nbytes for tensor in tensors), np.dtype(np.float32).itemsize])
+    arrays = [folder.read(tensor, into) for tensor, into in zip(tensors, places, strict=True)]
+    nf4.check_finite(arrays[-1], f"{folder.path}: {tensors[-1]}")
+    codes, absmax, nested_absmax, offset = *arrays, *([] if state.nested else [None]), None
     if state.nested:
-        nested_absmax = folder.read(f"{name}.nested_absmax")
-        nf4.check_finite(nested_absmax, f"{folder.path}: {name}.nested_absmax")
-        offset = np.asarray(state.nested_offset, np.float32)
-    else:
-        nf4.check_finite(absmax, f"{folder.path}: {name}.absmax")
+        offset = of_offset.view(np.float32).reshape(())
+        offset[...] = state.nested_offset
+    codes = codes.reshape(-1).view(np.uint8)
     return nf4.QuantizedTensor(codes, absmax, nested_absmax, offset, state.shape, state.quant_type, state.dtype)
 
 

@@ -27,6 +27,8 @@ SHOWN_NAMES = 5
 MAX_REFUSALS = 20
 XLA_ALIGNMENT = 64
 """Bytes."""
+READ = 2**21
+"""Bytes asked of the kernel at a time: until it has read them, it may keep other threads from memory that is new to them."""
 MAX_DIMENSIONS, MAX_DIMENSION = 64, 2**63 - 1
 """Of a shape: numpy's most, and what 64 bits hold. More would be a product without end."""
 
@@ -85,10 +87,10 @@ class ModelFolder:
         """One tensor's dtype and shape. Raises KeyError for a name that is not in `names`."""
         return self._headers[self._where[name]].entries[name].spec
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
         """One tensor, in the file's dtype (`ml_dtypes.bfloat16` for BF16) and shape. Raises InputError as `elements`."""
         shape = self.spec(name).shape
-        return self.elements(name, 0, math.prod(shape)).reshape(shape)
+        return self.elements(name, 0, math.prod(shape), into).reshape(shape)
 
     def read_bytes(self, name: str) -> bytes:
         """One tensor's bytes as they are in the file."""
@@ -98,10 +100,11 @@ class ModelFolder:
             file.seek(self._headers[shard].data_start + entry.begin)
             return file.read(entry.spec.nbytes)
 
-    def elements(self, name: str, begin: int, size: int) -> np.ndarray:
+    def elements(self, name: str, begin: int, size: int, into: np.ndarray | None = None) -> np.ndarray:
         """Some of one tensor's elements, row-major, from number `begin`: [size], fewer at its end, in the file's dtype.
 
-        Read, not mapped: pages of a mapped file would count as this process's memory. Into memory that XLA uses without copying it.
+        Read, not mapped: pages of a mapped file would count as this process's memory. Into memory that XLA uses without copying it, or
+        that of `into` [at least their bytes] uint8.
 
         Raises:
             InputError: the file ends before the tensor does; it was whole when the folder was opened.
@@ -110,12 +113,13 @@ class ModelFolder:
         entry = self._headers[shard].entries[name]
         dtype = NUMPY_DTYPES[entry.spec.dtype]
         skipped = begin * dtype.itemsize
-        piece = _aligned(min(size * dtype.itemsize, entry.spec.nbytes - skipped))
+        nbytes = min(size * dtype.itemsize, entry.spec.nbytes - skipped)
+        piece = aligned(nbytes) if into is None else into[:nbytes]
         with (self.path / shard).open("rb", buffering=0) as file:
             file.seek(self._headers[shard].data_start + entry.begin + skipped)
             filled = 0
-            while filled < piece.nbytes:  # a call gives at most 2 GiB
-                read = file.readinto(piece[filled:].data)
+            while filled < nbytes:
+                read = file.readinto(piece[filled : filled + READ].data)
                 if not read:
                     raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
                 filled += read
@@ -206,7 +210,7 @@ class _Header:
     data_start: int = 0
 
 
-def _aligned(nbytes: int) -> np.ndarray:
+def aligned(nbytes: int) -> np.ndarray:
     """Memory to fill, [nbytes] uint8, that begins where XLA wants it; it copies arrays that do not."""
     room = np.empty(nbytes + XLA_ALIGNMENT, np.uint8)
     return room[-room.ctypes.data % XLA_ALIGNMENT :][:nbytes]

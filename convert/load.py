@@ -1,14 +1,15 @@
 """Reads a Hugging Face model folder into the engine's trees: each linear quantized on the way, or as it is if it is in 4 bits already."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
 from convert import bitsandbytes, names, prequantized
 from convert.ahead import in_order
 from convert.folder import ModelFolder, some
-from convert.pieces import quantized, read_bfloat16
+from convert.pieces import on_device, quantized, read_bfloat16
 from convert.shapes import mismatch, tensor_shapes
 from qlora_jax import pinned
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
@@ -20,6 +21,8 @@ from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, Where, kee
 from qlora_jax.plan import layer_bytes
 
 Advance = Callable[[int], object]
+LAYER_PARTS = 1 + len(LINEAR_NAMES)
+"""The norms, and each linear."""
 
 
 def read_config(folder: ModelFolder) -> LlamaConfig:
@@ -65,10 +68,11 @@ def load_weights(
     where: LayerPlace | Sequence[LayerPlace],
     advance: Advance = lambda nbytes: None,
 ) -> Weights:
-    """Read, quantize and place the whole model, several layers at a time, each by a thread of its own.
+    """Read, quantize and place the whole model, several linears at a time, each by a thread of its own.
 
     A linear goes to its place as soon as it is read, so that one for each thread is all that exists besides. On a GPU's host, linears that
-    were in 4 bits on the disk are in memory of our own, which each thread fills and registers (see `placement.keep`).
+    were in 4 bits on the disk are in memory of our own, which each thread reads into and registers (see `pinned.filled`). Embedding and
+    head come first, in pieces.
 
     Args:
         quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`). None leaves
@@ -87,20 +91,23 @@ def load_weights(
         )
         raise InputError(folder.path, found=found, expected="a model in 4 bits", fix=fix)
 
-    def layers() -> Iterator[Source]:
-        reads = [functools.partial(read_layer, folder, layer, quantization) for layer in range(len(places))]
-        tasks = (functools.partial(read, place) for read, place in zip(reads, places, strict=True) if place != "disk")
-        placed = in_order(tasks) if folder.is_4bit else (task() for task in tasks)  # quantizing keeps all cores busy
-        for read, place in zip(reads, places, strict=True):
-            layer = read if place == "disk" else next(placed)
-            advance(0 if place == "disk" else nbytes(layer))
-            yield layer
-            del layer
-
-    embedding = _device_bfloat16(folder, names.EMBEDDING)
-    lm_head = embedding if config.tie_word_embeddings else _device_bfloat16(folder, names.LM_HEAD)
-    final_norm = put(read_bfloat16(folder, names.FINAL_NORM), "device")
+    parts = [layer_parts(folder, layer, quantization, place) for layer, place in enumerate(places) if place != "disk"]
+    tasks = [functools.partial(_vocabulary, folder, config), *itertools.chain.from_iterable(parts)]
+    done = in_order(tasks) if folder.is_4bit else (task() for task in tasks)  # quantizing keeps all cores busy
+    embedding, lm_head, final_norm = next(done)
     advance(nbytes((embedding, final_norm)) + (0 if config.tie_word_embeddings else nbytes(lm_head)))
+
+    def layers() -> Iterator[Source]:
+        for index, place in enumerate(places):
+            if place == "disk":
+                advance(0)
+                yield functools.partial(read_layer, folder, index, quantization)
+            else:
+                layer = _joined(itertools.islice(done, LAYER_PARTS))
+                advance(nbytes(layer))
+                yield layer
+                del layer
+
     return Weights(
         {"weight": embedding}, LayerStore(layers(), where), {"norm": {"weight": final_norm}, "weight": lm_head}
     )
@@ -113,32 +120,52 @@ def total_bytes(config: LlamaConfig, quantization: QuantizationSettings, where: 
     return 2 * config.hidden_size * vocabulary + layers
 
 
-def read_layer(
+def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettings | None) -> Tree:
+    """One decoder layer as the engine's frozen tree: linears are on the device if they were quantized here, all else is still numpy's."""
+    return _joined(part() for part in layer_parts(folder, layer, quantization))
+
+
+def layer_parts(
     folder: ModelFolder, layer: int, quantization: QuantizationSettings | None, place: Where | None = None
-) -> Tree:
-    """One decoder layer as the engine's frozen tree, at `place`; by default linears are on the device if they were quantized here, else
-    still numpy's.
+) -> list[Callable[[], Tree]]:
+    """What makes the `LAYER_PARTS` parts of one decoder layer's tree, to be called by any thread: the norms, and each linear.
+
+    A part is at `place` when it is returned; by default it is where `read_layer` says.
     """
 
     def placed(part: Tree) -> Tree:
         return part if place is None else keep(part, place)
 
-    tree = {name: placed({"weight": read_bfloat16(folder, names.norm(layer, name))}) for name in names.NORM_NAMES}
-    for name in LINEAR_NAMES:
-        tree[name] = placed({"weight": read_linear(folder, names.linear(layer, name), quantization)})
-    return jax.block_until_ready(tree)
+    def read_norms() -> Tree:
+        return placed({name: {"weight": read_bfloat16(folder, names.norm(layer, name))} for name in names.NORM_NAMES})
+
+    def read_one(name: str) -> Tree:
+        return placed({name: {"weight": read_linear(folder, names.linear(layer, name), quantization, place)}})
+
+    return [read_norms, *(functools.partial(read_one, name) for name in LINEAR_NAMES)]
 
 
-def read_linear(folder: ModelFolder, name: str, quantization: QuantizationSettings | None) -> Weight:
-    """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device). With None: only cast."""
-    if quantization is None and not folder.is_4bit:
+def _joined(parts: Iterable[Tree]) -> Tree:
+    return {name: module for part in parts for name, module in part.items()}
+
+
+def read_linear(
+    folder: ModelFolder, name: str, quantization: QuantizationSettings | None, place: Where | None = None
+) -> Weight:
+    """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device). With None: only cast.
+
+    Where it is to be on the host, numpy's arrays are in registered memory already, if there can be such.
+    """
+    if folder.is_4bit:
+        read = functools.partial(bitsandbytes.read, folder, name)
+        return pinned.filled(read) if place == "host" else read()
+    if quantization is None:
         return put(read_bfloat16(folder, name), "device")
-    weight = quantized(folder, name, quantization)
-    return weight if folder.is_4bit else put(weight, "device")
+    return put(quantized(folder, name, quantization), "device")
 
 
-def _device_bfloat16(folder: ModelFolder, name: str) -> jax.Array:
-    """A tensor on the device, cast to bfloat16; by way of registered memory where there is such: XLA's pool may be smaller than it."""
-    values = read_bfloat16(folder, name)
-    ours = pinned.pin(values)
-    return put(values if ours is None else ours, "device")
+def _vocabulary(folder: ModelFolder, config: LlamaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Embedding, head (the same array if they are tied) and final norm, on the device."""
+    embedding = on_device(folder, names.EMBEDDING)
+    lm_head = embedding if config.tie_word_embeddings else on_device(folder, names.LM_HEAD)
+    return jax.block_until_ready((embedding, lm_head, on_device(folder, names.FINAL_NORM)))

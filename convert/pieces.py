@@ -77,8 +77,7 @@ def quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings
         return bitsandbytes.read(folder, name)
     shape = folder.spec(name).shape
     if jax.default_backend() != "cpu":
-        sent = list(in_order(functools.partial(_send, folder, name, *cut) for cut in _cuts(folder, name)))
-        return _quantize_parts(folder, name, sent, quantization)
+        return _quantize_parts(folder, name, _sent(folder, name), quantization)
     codes = np.empty(-(-math.prod(shape) // 2), np.uint8)
     absmax = np.empty(-(-math.prod(shape) // nf4.BLOCK_SIZE), np.float32)
 
@@ -160,6 +159,17 @@ def row_slices(rows: int, columns: int) -> list[slice]:
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
+def on_device(folder: ModelFolder, name: str) -> jax.Array:
+    """A tensor on the device, cast to bfloat16; sent in pieces, by threads, so that a large one takes no host memory.
+
+    Raises:
+        InputError: a value is not finite then.
+    """
+    if jax.default_backend() == "cpu":
+        return put(read_bfloat16(folder, name), "device")
+    return put(_whole(folder, name, _sent(folder, name)), "device")
+
+
 def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:
     """A tensor cast to bfloat16, as it is before it is quantized.
 
@@ -217,11 +227,21 @@ def _quantize_parts(
     folder: ModelFolder, name: str, parts: list[jax.Array], quantization: QuantizationSettings
 ) -> nf4.QuantizedTensor:
     """A linear of which all parts are on the device. `parts` is emptied."""
+    return _quantize_whole(_whole(folder, name, parts), quantization.double_quant, quantization.quant_type)
+
+
+def _sent(folder: ModelFolder, name: str) -> list[jax.Array]:
+    """All parts of a tensor, on the device."""
+    return list(in_order(functools.partial(_send, folder, name, *cut) for cut in _cuts(folder, name)))
+
+
+def _whole(folder: ModelFolder, name: str, parts: list[jax.Array]) -> jax.Array:
+    """A tensor of which all parts are on the device. `parts` is emptied."""
     whole, finite = _joined(parts, folder.spec(name).shape)
     parts.clear()
     if not finite:
         _refuse_infinite(folder, name)
-    return _quantize_whole(whole, quantization.double_quant, quantization.quant_type)
+    return whole
 
 
 @functools.partial(jax.jit, static_argnames="shape")

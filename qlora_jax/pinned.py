@@ -2,7 +2,7 @@
 
 A copy to the device runs beside the computation only from pages that the kernel will not move, and the driver must know that. XLA has a
 pool of such memory, but makes it in pages of 4 KiB, one thread at a time: slower than a disk reads. Weights that come from the disk
-as numpy's arrays need none of it. Here they are copied into huge pages, by as many threads as there are, and those are registered
+as numpy's arrays need none of it. Here they are read or copied into huge pages, by as many threads as there are, and those are registered
 (`dma_map`) when they are full. `jax.device_put` then takes the arrays as they are, without staging them.
 
 The memory belongs to the views that are handed out. When the last one dies, and with it the last copy that reads from it (JAX holds what
@@ -10,11 +10,13 @@ it copies from), it is taken from the driver first and given back to the kernel 
 """
 
 import contextlib
+import functools
 import itertools
 import mmap
 import threading
 import warnings
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,8 @@ import numpy as np
 
 Tree = Any  # a pytree of arrays
 Client = Any  # a backend's, as `jax.Device.client`
+Room = Callable[[Sequence[int]], list[np.ndarray]]
+"""Makes memory to fill: an array [size] uint8 for each of the sizes, each beginning with a line of the processor's caches."""
 
 ALIGNMENT = 64
 """Bytes, of each array: a line of the processor's caches."""
@@ -47,16 +51,23 @@ def client() -> Client | None:
 def pin(tree: Tree) -> Tree | None:
     """A tree of numpy's arrays, copied into registered memory: numpy's arrays again, not to be written to. From any thread.
 
-    None, and nothing is copied, where memory cannot be registered; if a GPU refuses it, a warning says so once.
+    None where memory cannot be registered; if a GPU refuses it, a warning says so once.
     """
     where = client()
     if where is None:
         return None
-    try:
-        return _copied(tree, where)
-    except jax.errors.JaxRuntimeError as error:
-        _refuse(error)
-        return None
+    ours, registered = _filled(functools.partial(_copied, tree), where)
+    return ours if registered else None
+
+
+def filled(fill: Callable[..., Tree]) -> Tree:
+    """What `fill` returns, a tree of numpy's arrays, not to be written to any more: in registered memory, where there can be such.
+
+    `fill` is called with a `Room` that all of the tree's arrays are to be in; without one, where no memory can be registered. If a GPU
+    refuses it, a warning says so once, and the tree is in ordinary memory.
+    """
+    where = client()
+    return fill() if where is None else _filled(fill, where)[0]
 
 
 def holds(array: object) -> bool:
@@ -70,21 +81,36 @@ def registered_bytes() -> int:
     return sum(list(_ours.values()))
 
 
-def _copied(tree: Tree, where: Client) -> Tree:
-    """`pin`, with a client that has `dma_map`. Raises jax.errors.JaxRuntimeError if it refuses."""
+def _copied(tree: Tree, room: Room) -> Tree:
     leaves, structure = jax.tree.flatten(tree)
-    *offsets, size = itertools.accumulate((-(-leaf.nbytes // ALIGNMENT) * ALIGNMENT for leaf in leaves), initial=0)
-    size = max(-(-size // mmap.PAGESIZE), 1) * mmap.PAGESIZE
-    mapping, owner, begin = _room(size)
     views = []
-    for leaf, offset in zip(leaves, offsets, strict=True):
-        bytes_of_leaf = owner[begin + offset : begin + offset + leaf.nbytes]
-        view = bytes_of_leaf.view(leaf.dtype).reshape(leaf.shape)
-        np.copyto(view, leaf)
-        view.flags.writeable = False
-        views.append(view)
-    _register(where, owner, begin, size, mapping)
+    for leaf, place in zip(leaves, room([leaf.nbytes for leaf in leaves]), strict=True):
+        views.append(place.view(leaf.dtype).reshape(leaf.shape))
+        np.copyto(views[-1], leaf)
     return jax.tree.unflatten(structure, views)
+
+
+def _filled(fill: Callable[[Room], Tree], where: Client) -> tuple[Tree, bool]:
+    """`filled`, with a client that has `dma_map`; and whether it took the memory."""
+    made: list[tuple[np.ndarray, int, int, mmap.mmap]] = []
+
+    def room(sizes: Sequence[int]) -> list[np.ndarray]:
+        *offsets, size = itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
+        size = max(-(-size // mmap.PAGESIZE), 1) * mmap.PAGESIZE
+        mapping, owner, begin = _room(size)
+        made.append((owner, begin, size, mapping))
+        return [owner[begin + offset :][:nbytes] for offset, nbytes in zip(offsets, sizes, strict=True)]
+
+    tree = fill(room)
+    for leaf in jax.tree.leaves(tree):
+        leaf.flags.writeable = False
+    try:
+        for memory in made:
+            _register(where, *memory)
+    except jax.errors.JaxRuntimeError as error:
+        _refuse(error)
+        return tree, False
+    return tree, True
 
 
 def _register(where: Client, owner: np.ndarray, begin: int, size: int, mapping: mmap.mmap) -> None:

@@ -1,6 +1,7 @@
 """4-bit folders of bitsandbytes: what they write we read byte for byte, what we write they read bit for bit; every bad one is refused."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,22 @@ def test_our_config_is_theirs(plain: Path, ours: dict[str, Path], tmp_path: Path
             assert folders[0].read_bytes(name) == folders[1].read_bytes(name)
 
 
+def assert_read_into_what_is_given(folder: ModelFolder, expected: nf4.QuantizedTensor) -> None:
+    """Every array is a view of what `room` made, and what is beside it stays."""
+    made: list[np.ndarray] = []
+
+    def room(sizes: Sequence[int]) -> list[np.ndarray]:
+        made.extend(np.full(size + 8, 7, np.uint8) for size in sizes)
+        return [array[:-8] for array in made]
+
+    found = bitsandbytes.read(folder, UP, room)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    leaves = jax.tree.leaves(found)
+    for leaf, other, array in zip(leaves, jax.tree.leaves(expected), made[: len(leaves)], strict=True):
+        assert leaf.ctypes.data == array.ctypes.data and (array[-8:] == 7).all()
+        assert (leaf.dtype, leaf.shape, leaf.tobytes()) == (other.dtype, other.shape, other.tobytes())
+
+
 @pytest.mark.parametrize(("shape", "kind"), list(zip([(1, 1), (3, 5), (5, 26), (129, 256)], KINDS, strict=True)))
 def test_ragged_shapes(tmp_path: Path, shape: tuple[int, int], kind: QuantizationSettings) -> None:
     """Written, read back and read by bitsandbytes, also where the last byte or block is not full."""
@@ -252,6 +269,7 @@ def test_ragged_shapes(tmp_path: Path, shape: tuple[int, int], kind: Quantizatio
     assert jax.tree.structure(found) == jax.tree.structure(quantized)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(quantized), strict=True):
         assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, np.asarray(other).tobytes())
+    assert_read_into_what_is_given(ModelFolder(tmp_path), found)
 
     torch = pytest.importorskip("torch")
     theirs = pytest.importorskip("bitsandbytes").functional

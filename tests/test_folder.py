@@ -247,6 +247,23 @@ def test_a_header_of_absurd_length_is_not_read(single: Path) -> None:
     assert "a header of 200000000 bytes; at most 100000000 are read" in refusal(single)
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 15, 16, 17])
+def test_a_tensor_longer_than_one_read(single: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Into memory of its own, or into what is given; a file that was cut off meanwhile is named."""
+    monkeypatch.setattr("convert.folder.READ", 8)
+    data = np.arange(1, length + 1, dtype=np.uint8)
+    safetensors.numpy.save_file({"x": data}, single / "model.safetensors")
+    folder, given = ModelFolder(single), np.full(length + 3, 99, np.uint8)
+    assert folder.read("x").tolist() == data.tolist()
+    assert folder.read("x", given).ctypes.data == given.ctypes.data
+    assert given.tolist() == [*data.tolist(), 99, 99, 99]
+    with (single / "model.safetensors").open("r+b") as file:
+        file.truncate((single / "model.safetensors").stat().st_size - 1)
+    for into in (None, given):
+        with pytest.raises(InputError, match=r"model.safetensors\s.*cut off at x while it was read"):
+            folder.read("x", into)
+
+
 @pytest.mark.parametrize(
     ("quantization", "method"), [({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "unnamed"), ("x", "unnamed")]
 )

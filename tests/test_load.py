@@ -15,9 +15,9 @@ from convert.ahead import num_threads
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config, read_layer, total_bytes
 from convert.quantize import quantize
-from qlora_jax.config import QuantizationSettings
+from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.errors import InputError
-from qlora_jax.placement import LayerPlace, nbytes
+from qlora_jax.placement import LayerPlace, lives, nbytes
 from tests import tiny
 
 NF4 = QuantizationSettings()
@@ -47,7 +47,7 @@ def test_layers_are_in_their_places_and_in_order(
         loaded, expected = weights.layers._layers[index], read_layer(folders["4bit"], index, NF4)
         assert jax.tree.structure(loaded) == jax.tree.structure(expected)
         for leaf, value in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
-            assert leaf.sharding.memory_kind == {"host": "pinned_host"}.get(place, place)
+            assert lives(leaf, place)
             assert np.asarray(leaf).tobytes() == np.asarray(value).tobytes()
     assert sum(advanced) == total_bytes(config, NF4, "device")
     assert len(advanced) == LAYERS + 1
@@ -66,32 +66,34 @@ def test_every_byte_is_counted(tmp_path: Path, tied: bool) -> None:
 def test_disk_layers_are_not_read(folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, read = folders["4bit"], []
     config = read_config(folder)
-    monkeypatch.setattr(load_module, "read_layer", lambda folder, layer, *args: read.append(layer))
+    for reader in ("read_layer", "read_linear"):
+        monkeypatch.setattr(load_module, reader, lambda folder, which, *args: read.append(which))
     advanced: list[int] = []
     weights = load_weights(folder, config, NF4, "disk", advanced.append)
     assert read == [] and len(weights.layers) == LAYERS
     assert sum(advanced) == total_bytes(config, NF4, "disk")
 
 
-def test_several_layers_at_a_time(folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as there are threads: each waits here until the others have come."""
-    folder, threads = folders["4bit"], max(num_threads(), 2)
+def test_several_linears_at_a_time(folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are threads, of one layer too: each waits here until the others have come."""
+    folder, threads = folders["4bit"], min(max(num_threads(), 2), len(LINEAR_NAMES))
     monkeypatch.setattr("convert.ahead.num_threads", lambda: threads)
-    real, meeting, seen = load_module.read_layer, threading.Barrier(threads, timeout=30), set()
+    real, meeting, seen = load_module.read_linear, threading.Barrier(threads, timeout=30), set()
+    first = {names.linear(0, name) for name in LINEAR_NAMES[:threads]}
 
-    def read(folder: ModelFolder, layer: int, *args: Any) -> Any:
+    def read(folder: ModelFolder, name: str, *args: Any) -> Any:
         seen.add(threading.current_thread())
-        if layer < threads:
+        if name in first:
             meeting.wait()
-        return real(folder, layer, *args)
+        return real(folder, name, *args)
 
-    monkeypatch.setattr(load_module, "read_layer", read)
+    monkeypatch.setattr(load_module, "read_linear", read)
     load_weights(folder, read_config(folder), NF4, "host")
     assert len(seen) == threads
 
 
 def test_one_linear_a_thread_is_held(folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A linear is in its place before the next one of its layer is read."""
+    """A linear is in its place before the thread reads another."""
     folder, waiting = folders["4bit"], threading.local()
     real_keep, real_read = load_module.keep, load_module.read_linear
 

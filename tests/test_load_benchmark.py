@@ -1,5 +1,7 @@
 """benchmarks.load counts what it moves, and reads and loads all of a folder."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +44,10 @@ def test_loading(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
     monkeypatch.setattr(load, "timed", lambda work: moved.append(work()) or {})
     found = load.load(model, 2)
-    assert found == {"": {"registered_gb": 0}, ", to the device": {}}
+    assert found.keys() == {"", ", to the device"} and found[", to the device"] == {}
+    row = found[""]
+    assert row.keys() == {"cpu_seconds", "thread_seconds", "registered_gb"} and row["registered_gb"] == 0
+    assert row["thread_seconds"].keys() == load.STAGES.keys()
     config = read_config(ModelFolder(model))
     whole, none = (total_bytes(config, QuantizationSettings(), where) for where in ("host", "disk"))
     assert moved == [whole, whole - none]
@@ -55,6 +60,19 @@ def test_what_goes_into_registered_memory_is_counted(model: Path, monkeypatch: p
     monkeypatch.setattr(pinned, "registered_bytes", lambda: sum(pinned._ours.values()) * 10**6)
     whole, none = (total_bytes(read_config(ModelFolder(model)), QuantizationSettings(), w) for w in ("host", "disk"))
     assert load.load(model, 2)[""]["registered_gb"] >= (whole - none) / 1e3
+
+
+def test_the_seconds_of_all_threads_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those meanwhile, of calls that end in an error too; afterwards everything is as it was."""
+    owner = SimpleNamespace(work=lambda seconds: time.sleep(seconds) or 1 / seconds)
+    real = owner.work
+    monkeypatch.setattr(load, "STAGES", {"working": [(owner, "work")], "nothing": []})
+    with load.watched() as seconds, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(owner.work, [0.05] * 8)) == [20.0] * 8
+        with pytest.raises(ZeroDivisionError):
+            owner.work(0)
+    assert 0.4 <= seconds["working"] < 4 and seconds["nothing"] == 0
+    assert owner.work is real
 
 
 def test_shares() -> None:

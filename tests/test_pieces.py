@@ -19,6 +19,7 @@ from convert.quantize import quantize
 from qlora_jax import kernels, nf4
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.errors import InputError
+from qlora_jax.placement import lives
 from tests import tiny
 from tests.test_quantize import KINDS, RAGGED
 
@@ -79,12 +80,17 @@ def test_whole_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     monkeypatch.setattr(kernels, "available", lambda: False)
     for ours, theirs in zip(results(), expected, strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    for name in (names.EMBEDDING, names.FINAL_NORM):
+        found, same = pieces.on_device(folder, name), pieces.read_bfloat16(folder, name)
+        assert lives(found, "device")
+        assert (found.dtype, found.shape, np.asarray(found).tobytes()) == (same.dtype, same.shape, same.tobytes())
     path = model / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     tensors[all_names[0]][-1, -1] = np.inf
     safetensors.numpy.save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(InputError, match=r"1 of 1600 values are NaN or infinite, the first at \(39, 39\)"):
-        pieces.quantized(ModelFolder(model), all_names[0], kind)
+    for read in (lambda folder, name: pieces.quantized(folder, name, kind), pieces.on_device):
+        with pytest.raises(InputError, match=r"1 of 1600 values are NaN or infinite, the first at \(39, 39\)"):
+            read(ModelFolder(model), all_names[0])
 
 
 def test_in_order() -> None:

@@ -1,13 +1,15 @@
 """The schedule of fetches, the bound on layers in flight, and the stack of layer inputs."""
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax import placement
+from qlora_jax import pinned, placement
 from qlora_jax.placement import LayerInputs, LayerStore, nbytes, put
 
 
@@ -38,9 +40,14 @@ def test_resident_layers_are_handed_out_as_they_are() -> None:
     assert list(store.fetched) == []
 
 
-def test_streamed_layers_live_in_host_memory() -> None:
-    store = make_store(2, "host")
-    assert [kind(layer["w"]) for layer in store._layers] == ["pinned_host"] * 2
+@pytest.mark.parametrize("source", [np.asarray, lambda array: put(array, "device")], ids=["numpy", "device"])
+def test_streamed_layers_live_in_host_memory(source: Callable[[np.ndarray], Any]) -> None:
+    """numpy's arrays in memory of our own where the GPU's driver registers it; XLA's pool is for all else."""
+    store = LayerStore(({"w": source(np.full(2, i, np.float32))} for i in range(2)), "host")
+    ours = pinned.client() is not None and source is np.asarray
+    for index, layer in enumerate(store._layers):
+        assert placement.lives(layer, "host") and layer["w"].tolist() == [index] * 2
+        assert pinned.holds(layer["w"]) if ours else kind(layer["w"]) == "pinned_host"
 
 
 def test_a_copy_waits_until_old_work_is_done() -> None:
