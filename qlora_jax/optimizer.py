@@ -75,25 +75,33 @@ class AdamW:
         return _global_norm(grads.square_sums)
 
     def update(
-        self, params: list[Tree], grads: Gradients, learning_rate: float, norm: jax.Array | None = None
+        self,
+        params: list[Tree],
+        grads: Gradients,
+        learning_rate: float,
+        norm: jax.Array | None = None,
+        loss: jax.Array | None = None,
     ) -> tuple[list[Tree], jax.Array]:
         """One step. `params` and `grads` are spent: the lists are refilled and emptied. Params that live on the host return there.
 
+        A step whose gradient, or loss, is not finite is not made: params and moments come out as they went in. The device sees to that,
+        so that the update need not wait for the caller to look.
+
         Args:
-            norm: the gradients' `global_norm`, if the caller has looked at it already.
+            norm: the gradients' `global_norm`, if the caller has it already.
 
         Returns:
             (new params; the gradients' global norm before clipping, float32 scalar)
         """
         norm = self.global_norm(grads) if norm is None else norm
-        factor = _clip_factor(norm, self.max_norm)
+        factor, made = _clip_factor(norm, self.max_norm), _finite(norm, norm if loss is None else loss)
         rate = put(np.float32(learning_rate), "device")
         pace = Pace(SLOTS)
         coming = visits(lambda i: (params[i], grads.layers[i], self.moments[i]), range(len(params)), pace)
         homes: list[Where] = ["device" if lives(layer, "device") else "host" for layer in params]
         for layer in range(len(params)):  # not `enumerate`, which holds on to the last item while it asks for the next
             here = next(coming)
-            new, moments, token = self._update_layer(*here, factor, rate)
+            new, moments, token = self._update_layer(*here, factor, rate, made)
             pace.dispatched(token)
             params[layer], self.moments[layer] = put(new, homes[layer]), put(moments, self.where)
             grads.layers[layer] = None
@@ -103,7 +111,7 @@ class AdamW:
     @functools.cached_property
     def _update_layer(self) -> Callable[..., Any]:
         def update(
-            params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array
+            params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array, made: jax.Array
         ) -> tuple[Tree, Any, jax.Array]:
             leaves, structure = jax.tree.flatten(params)
             adam, *rest = moments
@@ -112,9 +120,10 @@ class AdamW:
             for i, leaf in enumerate(found):
                 (by_kernel if kernels.updates_8bit(leaf[0], leaf[2]) else others)[i] = leaf
             plain, plain_grads, mu, nu = ({i: leaf[part] for i, leaf in others.items()} for part in range(4))
-            plain, (adam, *rest) = self._plain(plain, plain_grads, (adam._replace(mu=mu, nu=nu), *rest), factor, rate)
+            moments = adam._replace(mu=mu, nu=nu), *rest
+            plain, (adam, *rest) = self._plain(plain, plain_grads, moments, factor, rate, made)
             shares = (1 - beta**adam.count for beta in (self._adam.beta1, self._adam.beta2))
-            numbers = jnp.stack([factor, rate, *shares]).astype(jnp.float32)
+            numbers = jnp.stack([factor, rate, *shares, made]).astype(jnp.float32)
             new = {i: kernels.adamw_8bit(*leaf, numbers, self._adam) for i, leaf in by_kernel.items()}
             new |= {i: (param, adam.mu[i], adam.nu[i]) for i, param in plain.items()}
             params, mu, nu = (structure.unflatten(new[i][part] for i in range(len(leaves))) for part in range(3))
@@ -122,12 +131,14 @@ class AdamW:
 
         return jax.jit(update, donate_argnames=("params", "moments"))
 
-    def _plain(self, params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array) -> tuple[Tree, Any]:
+    def _plain(
+        self, params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array, made: jax.Array
+    ) -> tuple[Tree, Any]:
         """The update in XLA's operations: (new params, new moments)."""
         grads = jax.tree.map(lambda g: g * factor, _float32(grads))
-        steps, moments = self._rule.update(grads, _unpack(moments), _float32(params))
+        steps, state = self._rule.update(grads, _unpack(moments), _float32(params))
         new = jax.tree.map(lambda p, step: (p - rate * step).astype(p.dtype), params, steps)
-        return new, self._pack(moments)
+        return jax.tree.map(functools.partial(jnp.where, made), (new, self._pack(state)), (params, moments))
 
 
 def abstract_moments(settings: TrainingSettings, abstract_layer: Tree) -> Any:
@@ -175,6 +186,11 @@ def _unpack(state: Any) -> Any:
 @jax.jit
 def _global_norm(square_sums: list[jax.Array]) -> jax.Array:
     return jnp.sqrt(functools.reduce(jnp.add, square_sums))
+
+
+@jax.jit
+def _finite(norm: jax.Array, loss: jax.Array) -> jax.Array:
+    return jnp.isfinite(norm) & jnp.isfinite(loss)
 
 
 @functools.partial(jax.jit, static_argnames="max_norm")

@@ -138,15 +138,15 @@ class Trainer:
         with jax.transfer_guard("disallow"):  # every byte that crosses the bus in here is one we wrote
             loss, grads = self.engine.value_and_grad(self.weights, adapters, batch, key)
             norm = optimizer.global_norm(grads)
-            numbers = [float(value) for value in jax.device_get((loss, norm))]  # before the update: it may not be made
-            if all(map(math.isfinite, numbers)):
-                adapters, _ = optimizer.update(adapters, grads, rate, norm)
+            adapters, _ = optimizer.update(
+                adapters, grads, rate, norm, loss
+            )  # which is not made unless both are finite
+            numbers = [float(value) for value in jax.device_get((loss, norm))]  # the update is under way meanwhile
         if all(map(math.isfinite, numbers)):
             if self.progress.add(*numbers, batch.num_input_tokens):
                 rows = shown(everything(self.batches.rows(step)))
                 self._note("loss spike", step, f"loss {numbers[0]}; rows {rows}", loss=numbers[0])
         else:
-            del grads
             self._not_finite(adapters, optimizer, batch, key, *numbers)
         done = step + 1
         if done % self.settings.logging_steps == 0 or done == len(self.batches):

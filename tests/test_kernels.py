@@ -353,7 +353,7 @@ def adam_case(shape: tuple[int, ...], dtype: Any = jnp.float32) -> tuple[Any, ..
     moment = moment.reshape(-1).at[:256].set(0).reshape(shape)
     grad = grad.reshape(-1).at[:256].set(0).reshape(shape)
     moments = [blockwise.quantize(each, signed=signed) for each, signed in ((moment, True), (moment**2, False))]
-    numbers = jnp.asarray([0.5, 1e-2, 1 - ADAM.beta1**3, 1 - ADAM.beta2**3], jnp.float32)
+    numbers = jnp.asarray([0.5, 1e-2, 1 - ADAM.beta1**3, 1 - ADAM.beta2**3, 1], jnp.float32)
     return param.astype(dtype), grad.astype(dtype), *moments, numbers, ADAM
 
 
@@ -361,7 +361,7 @@ def assert_adam(found: tuple[Any, ...], case: tuple[Any, ...]) -> None:
     """Against float64, from the moments as they are in 8 bits: the parameter, each block's largest moment, and codes that are the nearest
     or no further from it than float32 is from exact."""
     old, grad, *moments = (np.asarray(each, np.float64) for each in (*case[:2], *map(blockwise.dequantize, case[2:4])))
-    factor, rate, mu_share, nu_share = np.asarray(case[4], np.float64)
+    factor, rate, mu_share, nu_share, _ = np.asarray(case[4], np.float64)
     mu = ADAM.beta1 * moments[0] + (1 - ADAM.beta1) * grad * factor
     nu = ADAM.beta2 * moments[1] + (1 - ADAM.beta2) * (grad * factor) ** 2
     step = mu / mu_share / (np.sqrt(nu / nu_share) + ADAM.epsilon) + ADAM.weight_decay * old
@@ -396,6 +396,20 @@ def test_adamw_8bit_interpreted(shape: tuple[int, int], dtype: Any) -> None:
     case = adam_case(shape, dtype)
     assert adam.supported(case[0], case[2])
     assert_adam(adam.update(*case, interpret=True), case)
+
+
+def assert_not_made(update: Any, param: jax.Array, grad: jax.Array, *rest: Any) -> None:
+    """With a gradient that is no number: everything is as it was."""
+    *moments, numbers = rest
+    found = update(param, grad.at[1].set(jnp.nan), *moments, numbers.at[4].set(0).at[0].set(jnp.nan))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves([param, *moments]), strict=True):
+        np.testing.assert_array_equal(bits(one), bits(other))
+
+
+@interpreted
+def test_an_adamw_8bit_step_that_is_not_made() -> None:
+    *arrays, constants = adam_case((4, 256))
+    assert_not_made(lambda *each: adam.update(*each, constants, interpret=True), *arrays)
 
 
 def test_what_adamw_8bit_leaves_to_optax() -> None:
@@ -733,7 +747,9 @@ def test_rms_norm_on_the_gpu(case: tuple[int, int], dtype: Any) -> None:
 def test_adamw_8bit_on_the_gpu(shape: tuple[int, int], dtype: Any) -> None:
     *arrays, constants = case = adam_case(shape, dtype)
     assert kernels.updates_8bit(case[0], case[2])
-    assert_adam(jax.jit(lambda *each: kernels.adamw_8bit(*each, constants))(*arrays), case)
+    run = jax.jit(lambda *each: kernels.adamw_8bit(*each, constants))
+    assert_adam(run(*arrays), case)
+    assert_not_made(run, *arrays)
 
 
 @needs_gpu

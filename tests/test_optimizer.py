@@ -184,6 +184,25 @@ def test_tensors_that_a_kernel_updates(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (apart > 1e-5).mean() <= 1e-3  # each step has a code in ten thousand within an ulp of a threshold
 
 
+@pytest.mark.parametrize("broken", ["gradient", "loss"])
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_a_step_that_is_not_finite_is_not_made(optim: str, broken: str) -> None:
+    params = wide_layers(0)
+    optimizer = AdamW(settings(optim=optim, weight_decay=0.1, max_grad_norm=1.0), params, "host")
+    params, _ = optimizer.update(params, gradients(wide_layers(1)), 1e-2, loss=np.float32(2))
+    before = [np.asarray(leaf).copy() for leaf in jax.tree.leaves((params, optimizer.moments))]
+    grads, loss = wide_layers(2), np.float32(np.inf if broken == "loss" else 2)
+    if broken == "gradient":
+        grads[0]["b"] = grads[0]["b"].at[3, 4].set(np.nan)
+    params, norm = optimizer.update(params, gradients(grads), 1e-2, loss=loss)
+    assert np.isfinite(norm) == (broken == "loss")
+    for one, other in zip(jax.tree.leaves((params, optimizer.moments)), before, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), other)
+    params, _ = optimizer.update(params, gradients(wide_layers(3)), 1e-2, loss=np.float32(2))
+    assert int(optimizer.moments[0][0].count) == 2
+    assert any((np.asarray(leaf) != old).any() for leaf, old in zip(jax.tree.leaves(params), before, strict=False))
+
+
 def wide_layers(seed: int) -> list[Tree]:
     """One tensor of whole blocks, one that is not, and one that is kept in float32."""
     rng = np.random.default_rng(seed)

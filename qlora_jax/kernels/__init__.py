@@ -255,7 +255,8 @@ def adamw_8bit(
     Its twin is the rule in `optimizer.py`; here sums and products may be fused, and so round once where they round twice there.
 
     Args:
-        numbers: [4] float32: what the gradient is multiplied by, the learning rate, and 1 - beta1^t and 1 - beta2^t.
+        numbers: [5] float32: what the gradient is multiplied by, the learning rate, 1 - beta1^t and 1 - beta2^t, and 1 if the step is to be
+            made, 0 if all is to stay as it is, whatever the gradient.
     """
     from qlora_jax.kernels import adam as kernel
 

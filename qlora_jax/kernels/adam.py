@@ -89,29 +89,32 @@ def _kernel(
 ) -> None:
     block = pl.program_id(0) * blocks + jnp.arange(blocks, dtype=jnp.int32)
     place = block[:, None] * BLOCK_SIZE + jnp.arange(BLOCK_SIZE, dtype=jnp.int32)[None, :]
-    factor, rate, mu_share, nu_share = (numbers[i] for i in range(4))
+    factor, rate, mu_share, nu_share, made = (numbers[i] for i in range(5))
     old = plt.load(param.at[place]).astype(jnp.float32)
     slope = plt.load(grad.at[place]).astype(jnp.float32) * factor
-    mu = _decoded(mu_codes, mu_absmax, block, place, signed) * adam.beta1 + (1 - adam.beta1) * slope
-    nu = _decoded(nu_codes, nu_absmax, block, place, unsigned) * adam.beta2 + (1 - adam.beta2) * slope * slope
+    kept = [
+        (plt.load(codes.at[place]), plt.load(absmax.at[block]))
+        for codes, absmax in ((mu_codes, mu_absmax), (nu_codes, nu_absmax))
+    ]
+    mu = _decoded(*kept[0], signed) * adam.beta1 + (1 - adam.beta1) * slope
+    nu = _decoded(*kept[1], unsigned) * adam.beta2 + (1 - adam.beta2) * slope * slope
     divide = functools.partial(triton.divide, interpret=interpret)
     mean, spread = divide(mu, jnp.full_like(mu, mu_share)), divide(nu, jnp.full_like(nu, nu_share))
     step = divide(mean, jnp.sqrt(spread) + adam.epsilon) + adam.weight_decay * old
-    plt.store(new_param.at[place], (old - rate * step).astype(new_param.dtype))
-    for moment, tables, codes, absmax in (
-        (mu, signed, new_mu_codes, new_mu_absmax),
-        (nu, unsigned, new_nu_codes, new_nu_absmax),
+    plt.store(new_param.at[place], jnp.where(made > 0, old - rate * step, old).astype(new_param.dtype))
+    for moment, (old_codes, old_absmax), tables, codes, absmax in (
+        (mu, kept[0], signed, new_mu_codes, new_mu_absmax),
+        (nu, kept[1], unsigned, new_nu_codes, new_nu_absmax),
     ):
         largest = jnp.max(jnp.abs(moment), axis=1)
-        plt.store(absmax.at[block], largest)
+        plt.store(absmax.at[block], jnp.where(made > 0, largest, old_absmax))
         whole = jnp.broadcast_to(jnp.where(largest > 0, largest, 1)[:, None], moment.shape)
-        plt.store(codes.at[place], _encoded(divide(moment, whole), tables))
+        plt.store(codes.at[place], jnp.where(made > 0, _encoded(divide(moment, whole), tables), old_codes))
 
 
-def _decoded(codes: Any, absmax: Any, block: jax.Array, place: jax.Array, tables: _Tables) -> jax.Array:
-    """The moments of the blocks, [blocks, 256] float32."""
-    value = plt.load(tables.values.at[plt.load(codes.at[place]).astype(jnp.int32)])
-    return value * plt.load(absmax.at[block])[:, None]
+def _decoded(codes: jax.Array, absmax: jax.Array, tables: _Tables) -> jax.Array:
+    """Codes [blocks, 256] and absmax [blocks] → the moments, [blocks, 256] float32."""
+    return plt.load(tables.values.at[codes.astype(jnp.int32)]) * absmax[:, None]
 
 
 def _encoded(scaled: jax.Array, tables: _Tables) -> jax.Array:

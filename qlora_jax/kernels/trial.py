@@ -55,7 +55,7 @@ def stepped(grad: jax.Array, update: Callable[..., tuple[jax.Array, ...]] | None
     other side of a threshold makes no difference."""
     moments = [blockwise.quantize(moment, signed=signed) for moment, signed in ((grad / 3, True), (grad**2, False))]
     if update is not None:
-        numbers = jnp.asarray([1, 0.5, 1 - 0.9**2, 1 - 0.99**2], jnp.float32)
+        numbers = jnp.asarray([1, 0.5, 1 - 0.9**2, 1 - 0.99**2, 1], jnp.float32)
         param, *moments = update(jnp.ones_like(grad), grad, *moments, numbers, Adam(0.9, 0.99, 1e-8, 0.1))
     else:
         rule = optax.chain(optax.scale_by_adam(0.9, 0.99, 1e-8), optax.add_decayed_weights(0.1))
