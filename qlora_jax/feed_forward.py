@@ -116,7 +116,7 @@ def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
     if inner_drawn is None:
         inner_drawn = drawn_for(products[0].shape, inner_draw, how)
     outer, inmost = slice(2, 3), slice(2)
-    dinner, ddown = toward_input([dy], weights[outer], pairs[outer], how.scalings[outer])
+    (dinner,), ddown = toward_input([dy], weights[outer], pairs[outer], how.scalings[outer])
     inner, *dproducts = kernels.swiglu_backward(
         _gated(products, u, pairs, how),
         dinner,
@@ -129,8 +129,8 @@ def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
     if down is None:
         down = adapter_output(seen, pairs[outer])
     dpairs = pair_gradients([dy], ddown, seen, down, pairs[outer], how.scalings[outer])
-    base, du = toward_input(dproducts, weights[inmost], pairs[inmost], how.scalings[inmost])
-    dx = input_gradient(base, du, pairs[inmost], drawn, how.dropout)
+    bases, du = toward_input(dproducts, weights[inmost], pairs[inmost], how.scalings[inmost])
+    dx = input_gradient(bases, du, pairs[inmost], drawn, how.dropout)
     dpairs = pair_gradients(dproducts, du, seen_outside, u, pairs[inmost], how.scalings[inmost]) + dpairs
     return dx, dy, None, dpairs, None  # weights are frozen: no cotangent
 

@@ -101,11 +101,11 @@ def _multiply_backward(how: How, kept: Any, dys: list[jax.Array]) -> tuple[Any, 
         kernels.plain_rotate(dy, rotation.inverse) if turned else dy
         for dy, turned in zip(dys, how.rotated, strict=True)
     ]
-    base, ddown = toward_input(dys, weights, pairs, how.scalings)
+    bases, ddown = toward_input(dys, weights, pairs, how.scalings)
     if not any(pairs):
-        return base.reshape(how.shape), None, pairs, dresidual, None, None
+        return functools.reduce(jnp.add, bases).reshape(how.shape), None, pairs, dresidual, None, None
     drawn, seen = seen_again(None if x is None else _as_rows(x, weights), again, how)
-    dx = input_gradient(base, ddown, pairs, drawn, how.dropout).reshape(how.shape)
+    dx = input_gradient(bases, ddown, pairs, drawn, how.dropout).reshape(how.shape)
     dpairs = pair_gradients(dys, ddown, seen, down, pairs, how.scalings)
     return dx, None, dpairs, dresidual, None, None  # weights are frozen: no cotangent
 
@@ -153,21 +153,17 @@ def adapter_output(seen: jax.Array, pairs: Sequence[Pair | None]) -> jax.Array:
 
 def toward_input(
     dys: Sequence[jax.Array], weights: Sequence[Weight], pairs: Sequence[Pair | None], scalings: Sequence[float]
-) -> tuple[jax.Array, jax.Array | None]:
-    """Gradients of outputs [N, out] → through the weights, their sum [N, in]; through the B's, [N, ΣR], if there is any.
-
-    Each product is added to those before it, which a GPU does where it makes it.
-    """
-    products = (
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """Gradients of outputs [N, out] → through the weights, [N, in] each; through the B's, [N, ΣR], if there is any."""
+    bases = [
         jnp.einsum("no,oi->ni", dy, dense(weight).astype(dy.dtype)) for dy, weight in zip(dys, weights, strict=True)
-    )
-    base = functools.reduce(jnp.add, products)
+    ]
     pieces = []
     for dy, pair, scaling in zip(dys, pairs, scalings, strict=True):
         if pair is not None:
             piece = jnp.einsum("no,or->nr", dy, pair[1].astype(dy.dtype), preferred_element_type=jnp.float32)
             pieces.append((piece * scaling).astype(dy.dtype))
-    return base, jnp.concatenate(pieces, axis=-1) if pieces else None
+    return bases, jnp.concatenate(pieces, axis=-1) if pieces else None
 
 
 def dropped(drawn: jax.Array | None, dropout: Dropout | None) -> dict[str, Any]:
@@ -176,14 +172,14 @@ def dropped(drawn: jax.Array | None, dropout: Dropout | None) -> dict[str, Any]:
 
 
 def input_gradient(
-    base: jax.Array,
+    bases: Sequence[jax.Array],
     ddown: jax.Array,
     pairs: Sequence[Pair | None],
     drawn: jax.Array | None,
     dropout: Dropout | None,
 ) -> jax.Array:
     """What `toward_input` gives, summed: the gradient of x [N, in]."""
-    return kernels.low_rank_add([base], ddown, stacked(pairs, ddown.dtype), **dropped(drawn, dropout))
+    return kernels.low_rank_add(bases, ddown, stacked(pairs, ddown.dtype), **dropped(drawn, dropout))
 
 
 def pair_gradients(
