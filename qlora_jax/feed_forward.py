@@ -129,6 +129,8 @@ def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
     if down is None:
         down = adapter_output(seen, pairs[outer])
     dpairs = pair_gradients([dy], ddown, seen, down, pairs[outer], how.scalings[outer])
+    # What is made of dy and of `inner` is made before the rest, which then may take their memory.
+    dproducts, dpairs = jax.lax.optimization_barrier((dproducts, dpairs))
     bases, du = toward_input(dproducts, weights[inmost], pairs[inmost], how.scalings[inmost])
     dx = input_gradient(bases, du, pairs[inmost], drawn, how.dropout)
     dpairs = pair_gradients(dproducts, du, seen_outside, u, pairs[inmost], how.scalings[inmost]) + dpairs

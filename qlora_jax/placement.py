@@ -229,7 +229,10 @@ class LayerInputs:
         self._stack.append(put(inputs, self.where))
 
     def pop(self) -> Tree:
-        """The inputs pushed last, on the device."""
+        """The inputs pushed last, on the device. The next ones set out when the work on older layers is done: without layers that stream,
+        nothing else keeps Python from bringing all of them at once."""
         current = put(self._stack.pop(), "device") if self._coming is None else self._coming
+        if self._stack and self.where == "host":
+            self._pace.wait()
         self._coming = put(self._stack.pop(), "device") if self._stack else None
         return current

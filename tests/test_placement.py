@@ -147,6 +147,21 @@ def test_layer_inputs_come_back_in_reverse_and_on_the_device(where: placement.Wh
         assert [array.tolist() for array in popped] == [array.tolist() for array in pair]
 
 
+def test_inputs_come_back_from_the_host_no_faster_than_layers_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most two are on the device besides those of layers that are done: one at work or waiting for it, and one on its way."""
+    pace = placement.Pace(placement.SLOTS)
+    stack, events = LayerInputs("host", pace), []
+    for i in range(5):
+        stack.push(put(np.full((3,), i, np.float32), "device"))
+    monkeypatch.setattr(pace, "wait", lambda: events.append("wait"))
+    monkeypatch.setattr(placement, "put", lambda tree, where: (events.append(f"bring {float(tree[0]):.0f}"), tree)[1])
+    for _ in range(5):
+        stack.pop()
+        events.append("work")
+    brought = ["bring 4", "wait", "bring 3", "work"]
+    assert events == [*brought, *(e for i in (2, 1, 0) for e in ("wait", f"bring {i}", "work")), "work"]
+
+
 def test_nbytes_of_arrays_and_of_descriptions() -> None:
     tree = {"a": jnp.zeros((3, 5), jnp.bfloat16), "b": jax.ShapeDtypeStruct((7,), jnp.uint8)}
     assert nbytes(tree) == 3 * 5 * 2 + 7
