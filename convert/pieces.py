@@ -25,6 +25,8 @@ from qlora_jax.placement import put
 
 PIECE = 2**21
 """Elements. A multiple of `nf4.BLOCK_SIZE`; enough rows to multiply fast, few enough that a dozen of them are small beside a linear."""
+MOST_PARTS = 120
+"""Sent to a GPU and joined there: of more than 128 XLA joins some first, which takes the tensor's size in memory once more."""
 LARGEST = 0x7F7F
 """The bits of the largest finite bfloat16; those of infinities and NaN, without the sign, are above."""
 
@@ -103,7 +105,7 @@ def through_4_bits(folder: ModelFolder, name: str, quantization: QuantizationSet
         return iter(()), _dequantized(folder, name, quantization)
     shape = folder.spec(name).shape
     if jax.default_backend() != "cpu":
-        sent = [Shared(functools.partial(_send, folder, name, *cut)) for cut in _cuts(folder, name)]
+        sent = [Shared(functools.partial(_send, folder, name, *part)) for part in _parts(folder, name)]
         whole = Shared(
             lambda: _dequantize_whole(_quantize_parts(folder, name, [part.take() for part in sent], quantization))
         )
@@ -182,9 +184,15 @@ def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:
     return tensor
 
 
-def _cuts(folder: ModelFolder, name: str) -> Iterator[tuple[int, int]]:
-    """(first element, number) of each piece."""
-    return ((begin, PIECE) for begin in range(0, math.prod(folder.spec(name).shape), PIECE))
+def _cuts(folder: ModelFolder, name: str, pieces: int = 1) -> Iterator[tuple[int, int]]:
+    """(first element, number) of each piece, or of so many at a time."""
+    size = PIECE * pieces
+    return ((begin, size) for begin in range(0, math.prod(folder.spec(name).shape), size))
+
+
+def _parts(folder: ModelFolder, name: str) -> Iterator[tuple[int, int]]:
+    """(first element, number) of each part that a GPU is sent: pieces, or of a large tensor some at a time."""
+    return _cuts(folder, name, -(-math.prod(folder.spec(name).shape) // (PIECE * MOST_PARTS)))
 
 
 def _cast(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:
@@ -232,7 +240,7 @@ def _quantize_parts(
 
 def _sent(folder: ModelFolder, name: str) -> list[jax.Array]:
     """All parts of a tensor, on the device."""
-    return list(in_order(functools.partial(_send, folder, name, *cut) for cut in _cuts(folder, name)))
+    return list(in_order(functools.partial(_send, folder, name, *part) for part in _parts(folder, name)))
 
 
 def _whole(folder: ModelFolder, name: str, parts: list[jax.Array]) -> jax.Array:

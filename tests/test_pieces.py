@@ -1,7 +1,9 @@
 """Tensors in pieces are the tensors; and the memory that a conversion takes does not grow with them."""
 
+import math
 import time
 import tracemalloc
+import types
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,18 @@ def test_whole_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     for read in (lambda folder, name: pieces.quantized(folder, name, kind), pieces.on_device):
         with pytest.raises(InputError, match=r"1 of 1600 values are NaN or infinite, the first at \(39, 39\)"):
             read(ModelFolder(model), all_names[0])
+
+
+@pytest.mark.parametrize("shape", [(32000, 8192), (128256, 8192), (8192,), (16384, 53248)], ids=str)
+def test_a_gpu_is_sent_few_parts(shape: tuple[int, ...]) -> None:
+    """All of a tensor, one after the other, in as many parts as can be joined at once; whole pieces, whose blocks are whole."""
+    folder = types.SimpleNamespace(spec=lambda name: types.SimpleNamespace(shape=shape))
+    parts, size = list(pieces._parts(folder, "it")), math.prod(shape)
+    assert [begin for begin, _ in parts] == list(range(0, size, parts[0][1]))
+    assert {number for _, number in parts} == {parts[0][1]}
+    assert parts[0][1] % pieces.PIECE == 0
+    assert len(parts) <= pieces.MOST_PARTS
+    assert parts[0][1] == pieces.PIECE or len(parts) > pieces.MOST_PARTS / 2
 
 
 def test_in_order() -> None:
