@@ -138,10 +138,9 @@ class Trainer:
         with jax.transfer_guard("disallow"):  # every byte that crosses the bus in here is one we wrote
             loss, grads = self.engine.value_and_grad(self.weights, adapters, batch, key)
             norm = optimizer.global_norm(grads)
-            adapters, _ = optimizer.update(
-                adapters, grads, rate, norm, loss
-            )  # which is not made unless both are finite
-            numbers = [float(value) for value in jax.device_get((loss, norm))]  # the update is under way meanwhile
+            # Dispatched before anybody has seen these numbers: if one is not finite, the device leaves everything as it was.
+            adapters, _ = optimizer.update(adapters, grads, rate, norm, loss)
+            numbers = [float(value) for value in jax.device_get((loss, norm))]
         if all(map(math.isfinite, numbers)):
             if self.progress.add(*numbers, batch.num_input_tokens):
                 rows = shown(everything(self.batches.rows(step)))
