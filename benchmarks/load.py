@@ -35,7 +35,7 @@ from benchmarks import synthetic
 from benchmarks.convert import held
 from benchmarks.machine import write_result
 from benchmarks.step import SHAPES
-from convert import ahead, pieces
+from convert import ahead
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
 from qlora_jax import pinned
@@ -51,10 +51,9 @@ STAGES = {
     "mapping": [(pinned, "_room")],
     "registering": [(pinned, "_register")],
     "sending": [(jax, "device_put"), (jax, "block_until_ready")],
-    "joining": [(pieces, "_joined")],
 }
 """Functions that a load's threads spend their time in, none within another: into memory that is new, if it is; new memory of our own;
-its pages; to the device, and until they are there; and what came in pieces, the compiler's time included."""
+its pages; and to the device, until they are there."""
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def load_weights(
 
     A linear goes to its place as soon as it is read, so that one for each thread is all that exists besides. On a GPU's host, linears that
     were in 4 bits on the disk are in memory of our own, which each thread reads into and registers (see `pinned.filled`). Embedding and
-    head come first, in pieces.
+    head come first, each read by all threads.
 
     Args:
         quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`). None leaves

@@ -18,8 +18,8 @@ import numpy as np
 
 from convert import bitsandbytes
 from convert.ahead import Shared, in_order
-from convert.folder import ModelFolder
-from qlora_jax import kernels, nf4
+from convert.folder import ModelFolder, aligned
+from qlora_jax import kernels, nf4, pinned
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.placement import put
 
@@ -27,6 +27,7 @@ PIECE = 2**21
 """Elements. A multiple of `nf4.BLOCK_SIZE`; enough rows to multiply fast, few enough that a dozen of them are small beside a linear."""
 MOST_PARTS = 120
 """Sent to a GPU and joined there: of more than 128 XLA joins some first, which takes the tensor's size in memory once more."""
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 LARGEST = 0x7F7F
 """The bits of the largest finite bfloat16; those of infinities and NaN, without the sign, are above."""
 
@@ -162,14 +163,37 @@ def row_slices(rows: int, columns: int) -> list[slice]:
 
 
 def on_device(folder: ModelFolder, name: str) -> jax.Array:
-    """A tensor on the device, cast to bfloat16; sent in pieces, by threads, so that a large one takes no host memory.
+    """A tensor on the device, cast to bfloat16. On its way to a GPU it is in registered memory, which threads read it into together.
 
     Raises:
         InputError: a value is not finite then.
     """
     if jax.default_backend() == "cpu":
         return put(read_bfloat16(folder, name), "device")
-    return put(_whole(folder, name, _sent(folder, name)), "device")
+    return jax.block_until_ready(put(pinned.filled(functools.partial(_read_together, folder, name)), "device"))
+
+
+def _read_together(
+    folder: ModelFolder, name: str, room: pinned.Room = lambda sizes: list(map(aligned, sizes))
+) -> np.ndarray:
+    """A tensor cast to bfloat16, in `room`, read by threads."""
+    shape = folder.spec(name).shape
+    (memory,) = room([math.prod(shape) * BFLOAT16.itemsize])
+    whole = memory.view(BFLOAT16)
+    direct = folder.spec(name).dtype == "BF16"
+
+    def read(begin: int, size: int) -> None:
+        place = whole[begin : begin + size]
+        if direct:
+            folder.elements(name, begin, size, place.view(np.uint8))
+        else:
+            place[...] = _cast(folder, name, begin, size)
+        if not _is_finite(place):
+            _refuse_infinite(folder, name)
+
+    for _ in in_order(functools.partial(read, *cut) for cut in _cuts(folder, name)):
+        pass
+    return whole.reshape(shape)
 
 
 def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from convert.ahead import in_order, made_ahead, num_threads
 from convert.delta import base_rows
 from convert.folder import ModelFolder
 from convert.quantize import quantize
-from qlora_jax import kernels, nf4
+from qlora_jax import kernels, nf4, pinned
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.errors import InputError
 from qlora_jax.placement import lives
@@ -80,6 +80,7 @@ def test_whole_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     expected = results()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(kernels, "available", lambda: False)
+    monkeypatch.setattr(pinned, "client", lambda: None)
     for ours, theirs in zip(results(), expected, strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
     for name in (names.EMBEDDING, names.FINAL_NORM):

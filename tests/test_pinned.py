@@ -21,9 +21,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import names
+from convert import names, pieces
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config, read_linear
+from convert.pieces import on_device, read_bfloat16
 from convert.quantize import quantize
 from qlora_jax import pinned, placement
 from qlora_jax.config import LoraSettings, QuantizationSettings
@@ -72,6 +73,7 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
     monkeypatch.setattr(pinned, "_refused", threading.Event())
+    monkeypatch.setattr(pinned, "_ours", {})  # other tests may have left some
     monkeypatch.setattr(pinned, "client", lambda: None if pinned._refused.is_set() else fake)
     return fake
 
@@ -301,6 +303,24 @@ def test_a_linear_is_read_where_it_stays(
     assert into == [(array.ctypes.data, array.nbytes) for array in (codes, absmax, nested)]
     assert len(driver.contents) == 1 and all(map(driver.has, (codes, absmax, nested, offset)))
     assert not any(array.flags.writeable for array in (codes, absmax, nested, offset))
+
+
+def test_embedding_and_norm_pass_through_registered_memory(
+    driver: Driver, folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On their way to a GPU, each in a range that was full when it was registered, and is given back afterwards."""
+    folder, sent = folders["4bit"], (names.EMBEDDING, names.FINAL_NORM)
+    expected = [read_bfloat16(folder, name) for name in sent]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(pieces, "PIECE", 512)
+    found = [on_device(folder, name) for name in sent]
+    assert [full[: array.nbytes] for full, array in zip(driver.contents, expected, strict=True)] == [
+        array.tobytes() for array in expected
+    ]
+    assert_same([np.asarray(array) for array in found], expected)
+    assert all(lives(array, "device") for array in found)
+    del found
+    assert registered(0)
 
 
 def test_a_folder_is_loaded_all_the_same_where_the_driver_refuses(
