@@ -128,7 +128,8 @@ class TrainingSettings(Section):
     merge_base: Literal["original", "dequantized"] = "dequantized"
     """What `export_merged` adds the adapter to; see `python -m convert.merge --help`."""
     gradient_checkpointing: Literal["auto", "full", "none"] = "auto"
-    """`full` runs each layer again in the backward walk, `none` keeps its intermediates instead; `auto`: the plan decides how many do."""
+    """`full` runs each layer again in the backward walk (but the last, if its intermediates find room where others work), `none` keeps them
+    instead; `auto`: the plan decides how many layers do."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     sample_prompt: str | tuple[str, ...] | None = None
     """A prompt, or a list of them, answered before and after training and every `eval_steps`, so that the change can be read."""

@@ -40,7 +40,8 @@ def make_plan(
 
     Args:
         memory: what the user has settled; every `auto` is decided here.
-        gradient_checkpointing: `full`, `none`, or `auto`: as many layers keep their intermediates as fit.
+        gradient_checkpointing: `none`; `full`: no layer keeps its intermediates but the last, if that takes no more memory; or `auto`: as
+            many do as fit.
         workspace_of: the compiled functions' own figures, where they can be had; asked for the layout that wins by the estimate,
             which is then chosen again with the answer.
 
@@ -205,10 +206,22 @@ def _keep_counts(
     depth = job.config.num_hidden_layers
     if gradient_checkpointing == "auto" and asked != "auto":
         return [min(depth, asked)]
-    if gradient_checkpointing != "auto" or layout.mlp_tokens < job.tokens:
-        return [depth] if gradient_checkpointing == "none" else [0]
+    if gradient_checkpointing == "none":
+        return [depth]
+    if layout.mlp_tokens < job.tokens:
+        return [0]
+    if gradient_checkpointing == "full":
+        return [0, 1] if _last_is_free(layout, job, work_of) else [0]
     most = _largest(depth, lambda n: _fits(job, dataclasses.replace(layout, keep=n), limits, work_of))
     return sorted({0, most, depth})  # all may fit where one fewer does not, see `spare_bytes`
+
+
+def _last_is_free(layout: Layout, job: Job, work_of: WorkspaceOf) -> bool:
+    """Whether the peak is as low if the last layer keeps its intermediates: its turn comes at once, and it then needs less workspace than
+    one that is run again."""
+    none, last = layout, dataclasses.replace(layout, keep=1)
+    work = work_of(job, last)
+    return total(items(job, last, work))[0] <= total(items(job, none, work))[0]
 
 
 def _fits(job: Job, layout: Layout, limits: Limits, work_of: WorkspaceOf) -> bool:
