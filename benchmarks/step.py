@@ -28,9 +28,9 @@ from qlora_jax import machine
 from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import Engine, Weights, default_attention
+from qlora_jax.engine import Engine, Weights
 from qlora_jax.estimate import Job, Layout, workspace
-from qlora_jax.llama import MLP_TOKENS, LlamaConfig
+from qlora_jax.llama import MLP_TOKENS, LlamaConfig, default_attention
 from qlora_jax.metrics import peak_device_gib, peak_host_gib
 from qlora_jax.optimizer import AdamW
 from qlora_jax.placement import SLOTS, LayerPlace, LayerStore, Tree, keep, put

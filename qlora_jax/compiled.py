@@ -81,14 +81,29 @@ def forward(layer_def: Definition, *args: Any) -> tuple[jax.Array, jax.Array]:
     return h, token(h)
 
 
-@functools.partial(jax.jit, static_argnames="layer_def", donate_argnames=("grads", "dh"))
+@functools.partial(jax.jit, static_argnames=("layer_def", "to_input"), donate_argnames=("grads", "dh"))
 def backward(
-    layer_def: Definition, adapter: Tree, frozen: Tree, grads: Tree, h: jax.Array, dh: jax.Array, *rest: Any
-) -> tuple[Tree, jax.Array, jax.Array]:
-    """Run the layer again from its kept inputs and pull dh through it; the adapter's gradient is added to `grads`."""
+    layer_def: Definition,
+    adapter: Tree,
+    frozen: Tree,
+    grads: Tree | None,
+    h: jax.Array,
+    dh: jax.Array,
+    *rest: Any,
+    to_input: bool = True,
+) -> tuple[Tree, jax.Array | None, jax.Array]:
+    """Run the layer again from its kept inputs and pull dh through it; the adapter's gradient is added to `grads`, if any.
+
+    Returns:
+        (grads, float32; the gradient of h, or None without `to_input`; a token to wait for)
+    """
     _, vjp = jax.vjp(lambda adapter, h: run(layer_def, adapter, frozen, h, *rest), adapter, h)
-    new_grads, dh = vjp(dh)
-    return jax.tree.map(jnp.add, grads, new_grads), dh, token(dh)
+    return _summed(grads, *vjp(dh), to_input)
+
+
+def _summed(grads: Tree | None, more: Tree, dh: jax.Array, to_input: bool) -> tuple[Tree, jax.Array | None, jax.Array]:
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), more) if grads is None else jax.tree.map(jnp.add, grads, more)
+    return (grads, dh, token(dh)) if to_input else (grads, None, token(jax.tree.leaves(grads)[0]))
 
 
 @functools.partial(jax.jit, static_argnames="layer_def")
@@ -108,24 +123,34 @@ def forward_keeping(
     return out, token(out), [r for r, source in zip(residuals, sources, strict=True) if source is None]
 
 
-@functools.partial(jax.jit, static_argnames="layer_def", donate_argnames=("grads", "dh"))
+@functools.partial(jax.jit, static_argnames=("layer_def", "to_input"), donate_argnames=("grads", "dh"))
 def backward_kept(
     layer_def: Definition,
     adapter: Tree,
     frozen: Tree,
-    grads: Tree,
+    grads: Tree | None,
     h: jax.Array,
     dh: jax.Array,
     kept: list[jax.Array],
     *rest: Any,
-) -> tuple[Tree, jax.Array, jax.Array]:
+    to_input: bool = True,
+) -> tuple[Tree, jax.Array | None, jax.Array]:
     """As `backward`, from what `forward_keeping` kept."""
     structure, sources = _RESIDUALS[_signature(layer_def, h, rest)]
     arguments, others = jax.tree.leaves((adapter, frozen, h, rest)), iter(kept)
     residuals = [next(others) if source is None else arguments[source] for source in sources]
-    new_grads, dh = jax.tree.unflatten(structure, residuals)(dh)
-    return jax.tree.map(jnp.add, grads, new_grads), dh, token(dh)
+    return _summed(grads, *jax.tree.unflatten(structure, residuals)(dh), to_input)
 
+
+def _first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward function without `to_input`. dh is not written over, for want of anything to write."""
+    first = functools.partial(function.__wrapped__, to_input=False)
+    first.__name__ = f"{function.__name__}_first"  # in profiles
+    return jax.jit(first, static_argnames="layer_def", donate_argnames="grads")
+
+
+backward_first, backward_kept_first = map(_first, (backward, backward_kept))
+"""The same for the first layer, below which nothing wants the gradient."""
 
 _RESIDUALS: dict[Any, tuple[Any, list[int | None]]] = {}
 """By signature of a traced `forward_keeping`: how its residuals make up the backward function, and which of them are arguments."""

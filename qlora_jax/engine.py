@@ -85,7 +85,7 @@ class Engine:
         lora: the adapters, or None for the base model alone.
         quantization: how the weights were quantized.
         compute_dtype: of hidden states and matmuls.
-        attention: jax's implementation, see `default_attention`.
+        attention: jax's implementation, see `llama.default_attention`.
         activations: where kept layer inputs live.
         adapters: where adapters and their gradients live; on the host they visit with their layer.
         keep: how many layers, the last ones, keep their intermediates on the device instead of being run again.
@@ -178,17 +178,18 @@ class Engine:
         del hidden
         grads = Gradients([None] * depth, [None] * depth)
         for layer, frozen, adapter in walk:
-            grad = compiled.zeros_like()(adapter)
+            grad = compiled.zeros_like()(adapter) if len(micro_batches) > 1 else None
+            to_input = layer > 0 or observe is not ignore  # below the first layer nothing wants its input's gradient
             for m, (h, each) in enumerate(zip(inputs.pop(), micro_batches, strict=True)):
-                arguments = (adapter, frozen, grad, h, hidden_grads[m])
-                drawn = (key, self._numbers[layer], each.number, each.packing)
+                backward, definition, more = self._backward(to_input), self._layer_def, ()
                 if (layer, m) in kept:
-                    grad, hidden_grads[m], token = compiled.backward_kept(
-                        self._keeping_def, *arguments, kept.pop((layer, m)), *drawn
-                    )
-                else:
-                    grad, hidden_grads[m], token = compiled.backward(self._layer_def, *arguments, *drawn)
-                del h, arguments
+                    backward, definition = self._backward(to_input, keep=True), self._keeping_def
+                    more = (kept.pop((layer, m)),)
+                drawn = (key, self._numbers[layer], each.number, each.packing)
+                grad, hidden_grads[m], token = backward(
+                    definition, adapter, frozen, grad, h, hidden_grads[m], *more, *drawn
+                )
+                del h, more
             pace.dispatched(token)
             observe(f"the gradient of layer {layer}", (hidden_grads, grad))
             grad, grads.square_sums[layer] = compiled.finish(grad, self._adapter_dtype)
@@ -196,10 +197,18 @@ class Engine:
             del frozen, adapter, grad
         return compiled.total(losses), grads
 
-    def workspace(self, rows: int, length: int, *, packed: bool, keep: bool) -> dict[str, int]:
+    def _backward(
+        self, to_input: bool, *, keep: bool = False
+    ) -> Callable[..., tuple[Tree, jax.Array | None, jax.Array]]:
+        """The compiled function of a layer backwards."""
+        if keep:
+            return compiled.backward_kept if to_input else compiled.backward_kept_first
+        return compiled.backward if to_input else compiled.backward_first
+
+    def workspace(self, rows: int, length: int, *, packed: bool, keep: bool, micro_batches: int = 1) -> dict[str, int]:
         """Bytes that the compiled functions of a training step take while they run, besides arguments and results.
 
-        Nothing is run, but they are compiled, and found again in the compilation cache by the run.
+        Nothing is run, but they are compiled, and found again in the compilation cache by the run: all but what the first layer needs.
         """
         device = sharding("device")
 
@@ -210,7 +219,9 @@ class Engine:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
         adapter, frozen, head = map(describe, (self.abstract_adapter, self.abstract_layer, self.abstract_head))
-        grads = jax.tree.map(lambda x: array(*x.shape, dtype=np.float32), self.abstract_adapter)
+        grads = None
+        if micro_batches > 1:
+            grads = jax.tree.map(lambda x: array(*x.shape, dtype=np.float32), self.abstract_adapter)
         h = array(rows, length, self.config.hidden_size, dtype=self.compute_dtype)
         dropout = self.lora is not None and self.lora.lora_dropout > 0
         key = describe(jax.eval_shape(lambda: jax.random.key(0))) if dropout else None
@@ -318,21 +329,6 @@ class Engine:
         while len(self._numbers) <= index:
             self._numbers.append(put(np.int32(len(self._numbers)), "device"))
         return self._numbers[index]
-
-
-def default_compute_dtype() -> jnp.dtype:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slower."""
-    return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
-
-
-def default_attention(compute_dtype: jax.typing.DTypeLike, head_dim: int, *, on_gpu: bool | None = None) -> Attention:
-    """cuDNN's fused attention where it can be used: on a GPU, in 16 bits, for head sizes that every generation serves; XLA's elsewhere.
-
-    `on_gpu`: of a run that is only planned; by default JAX's backend, which is then started, is asked.
-    """
-    fits = jnp.dtype(compute_dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
-    on_gpu = jax.default_backend() == "gpu" if on_gpu is None else on_gpu
-    return "cudnn" if on_gpu and fits else "xla"
 
 
 def _walk(weights: Weights, adapters: Adapters, order: Sequence[int]) -> Iterator[tuple[int, Tree, Tree]]:

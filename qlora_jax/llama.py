@@ -46,6 +46,21 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return plain_rotate(x.reshape(positions.size, -1), angles).reshape(x.shape)
 
 
+def default_compute_dtype() -> jnp.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slower."""
+    return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
+
+
+def default_attention(compute_dtype: jax.typing.DTypeLike, head_dim: int, *, on_gpu: bool | None = None) -> Attention:
+    """cuDNN's fused attention where it can be used: on a GPU, in 16 bits, for head sizes that every generation serves; XLA's elsewhere.
+
+    `on_gpu`: of a run that is only planned; by default JAX's backend, which is then started, is asked.
+    """
+    fits = jnp.dtype(compute_dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+    on_gpu = jax.default_backend() == "gpu" if on_gpu is None else on_gpu
+    return "cudnn" if on_gpu and fits else "xla"
+
+
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each on a normed input and added to it. All seven linears are NF4; those in `lora.targets` carry an adapter."""
 

@@ -6,6 +6,7 @@ How many layers are resident, or keep their intermediates, follows from what the
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -129,8 +130,11 @@ def compiled_workspace(job: Job, layout: Layout) -> Workspace:
     """The workspace of the functions as they are compiled for this machine's device; the run then finds them in the compilation cache."""
     engine = make_engine(job, layout)
     depth = job.config.num_hidden_layers
-    ordinary = {} if layout.keep == depth else engine.workspace(job.rows, job.length, packed=job.packed, keep=False)
-    keeping = engine.workspace(job.rows, job.length, packed=job.packed, keep=True) if layout.keep else {}
+    workspace = functools.partial(
+        engine.workspace, job.rows, job.length, packed=job.packed, micro_batches=job.micro_batches
+    )
+    ordinary = {} if layout.keep == depth else workspace(keep=False)
+    keeping = workspace(keep=True) if layout.keep else {}
     return Workspace(
         ordinary.get("forward", 0),
         ordinary.get("backward", 0),

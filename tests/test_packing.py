@@ -20,8 +20,8 @@ from convert.load import load_weights, read_config
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import IGNORED_LABEL, Batch
 from qlora_jax.data.templates import CHATML
-from qlora_jax.engine import Adapters, Engine, Weights, default_attention
-from qlora_jax.llama import add_noise
+from qlora_jax.engine import Adapters, Engine, Weights
+from qlora_jax.llama import add_noise, default_attention
 from qlora_jax.placement import put
 from tests import tiny
 

@@ -26,8 +26,9 @@ from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings, T
 from qlora_jax.corpus import read_examples, tokenize_rows
 from qlora_jax.data import Batch, Batches, RawRow
 from qlora_jax.display import make_console, progress_bar
-from qlora_jax.engine import Adapters, Engine, default_attention
+from qlora_jax.engine import Adapters, Engine
 from qlora_jax.errors import InputError
+from qlora_jax.llama import default_attention
 
 EXIT_EXCEEDED = 1
 FRESH_B = 0.01

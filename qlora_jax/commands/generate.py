@@ -15,8 +15,9 @@ from qlora_jax import machine
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.data.templates import TEMPLATE_FILE
 from qlora_jax.display import byte_bar, make_console
-from qlora_jax.engine import Adapters, Engine, Weights, default_attention, default_compute_dtype
+from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.generate import Sampling, generate
+from qlora_jax.llama import default_attention, default_compute_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,10 +19,9 @@ from qlora_jax.commands.space import local_folder, show_space, space_of, with_gu
 from qlora_jax.config import Config, load_config
 from qlora_jax.data.batches import LENGTH_MULTIPLE
 from qlora_jax.display import make_console
-from qlora_jax.engine import default_attention
 from qlora_jax.errors import InputError
 from qlora_jax.estimate import Job
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.llama import LlamaConfig, default_attention
 from qlora_jax.metrics import peak_device_gib
 from qlora_jax.plan import compiled_workspace, make_plan
 from qlora_jax.rates import measured, published
