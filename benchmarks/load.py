@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks import synthetic
 from benchmarks.convert import held
 from benchmarks.machine import write_result
-from benchmarks.step import SHAPES
+from benchmarks.step import SHAPES, shape_name
 from convert import ahead
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
@@ -59,7 +59,9 @@ its pages; and to the device, until they are there."""
 def main() -> None:
     """Make the folder if none is given, measure, and write `results/load-DEVICE.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="70b", help="of the synthetic folder (default: 70b)")
+    parser.add_argument(
+        "--shape", type=shape_name, choices=sorted(SHAPES), default="70b", help="of the synthetic folder (default: 70b)"
+    )
     parser.add_argument("--layers", type=int, default=16, help="of the synthetic folder (default: 16)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where the synthetic folder is made and removed again")
     parser.add_argument("--model", type=Path, metavar="DIR", help="measure with this folder instead")

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import synthetic
 from benchmarks.machine import RESULTS, write_result
-from benchmarks.step import SHAPES
+from benchmarks.step import SHAPES, shape_name
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("training.max_steps=4", "training.logging_steps=1", "data.preview_rows=0")
@@ -57,7 +57,7 @@ def start(model: Path, data: Path, out: Path, settings: list[str]) -> dict[str, 
 def main() -> None:
     """Make the model, run, and write `results/start-DEVICE.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="7b", help="default: 7b")
+    parser.add_argument("--shape", type=shape_name, choices=sorted(SHAPES), default="7b", help="default: 7b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--runs", type=int, default=3, help="default: 3")
     parser.add_argument(

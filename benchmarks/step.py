@@ -122,9 +122,14 @@ def random_weights(engine: Engine, places: list[LayerPlace], slots: int, distinc
     )
 
 
+def shape_name(text: str) -> str:
+    """A key of `SHAPES`, which may be called `llama2-70b` as well as `70b`."""
+    return text.removeprefix("llama2-")
+
+
 def llama(name: str) -> LlamaConfig:
     """`7b`, or `7b:8` for its first eight layers."""
-    shape, _, layers = name.partition(":")
+    shape, _, layers = shape_name(name).partition(":")
     settings = {**SHAPES[shape], "vocab_size": 32000, "model_type": "llama", "rms_norm_eps": 1e-5}
     return LlamaConfig.from_hf({**settings, "num_hidden_layers": int(layers or settings["num_hidden_layers"])})
 

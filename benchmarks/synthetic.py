@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks.step import SHAPES
+from benchmarks.step import SHAPES, shape_name
 from benchmarks.tokenizer import byte_tokenizer
 from convert import bitsandbytes, names
 from convert.shards import TensorSpec, write_index, write_json, write_shard
@@ -132,7 +132,7 @@ def main() -> None:
     """Parse, write, say how large it came out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--shape", required=True, choices=sorted(SHAPES), help="a Llama's shape")
+    parser.add_argument("--shape", type=shape_name, required=True, choices=sorted(SHAPES), help="a Llama's shape")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder; must not exist")
     parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the shape has")
     options = parser.parse_args()
