@@ -202,7 +202,8 @@ def load(model: Path, threads: int) -> dict[str, Any]:
     ahead.num_threads = lambda: threads
     folder = ModelFolder(model)
     config = read_config(folder)
-    jax.block_until_ready(jax.device_put(np.zeros(1, np.uint8), sharding("host")))  # the device is there
+    # As in train.py, where the plan has measured it: the first copy to a GPU takes a second or two, whatever is copied.
+    jax.block_until_ready([jax.device_put(np.zeros(1, np.uint8), sharding(where)) for where in ("host", "device")])
     loaded: list[LayerStore] = []
 
     def work() -> int:
