@@ -28,7 +28,7 @@ from qlora_jax import machine
 from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import Engine, Weights
+from qlora_jax.engine import Engine, Started, Weights
 from qlora_jax.estimate import Job, Layout, workspace
 from qlora_jax.llama import MLP_TOKENS, LlamaConfig, default_attention
 from qlora_jax.metrics import peak_device_gib, peak_host_gib
@@ -196,16 +196,21 @@ class Case:
         ids = np.random.default_rng(0).integers(0, self.config.vocab_size, shape).astype(np.int32)
         self.batch = Batch(ids, ids, ids[..., 1:].size, ids.size)
         self.steps = 0
+        self._started = self._start()
+
+    def _start(self) -> Started:
+        key = put(jax.random.key(self.steps), "device") if self.engine.draws else None
+        return self.engine.start(self.weights, self.batch, key)
 
     def step(self) -> tuple[float, float]:
         """One optimizer step, to its end: (seconds, loss)."""
         start = time.perf_counter()
-        key = put(jax.random.key(self.steps), "device") if self.engine.draws else None
-        loss, grads = self.engine.value_and_grad(self.weights, self.adapters, self.batch, key)
+        loss, grads = self.engine.go_on(self.weights, self.adapters, self._started)
         self.adapters, _ = self.optimizer.update(self.adapters, grads, 2e-4)
         del grads
-        jax.block_until_ready((self.adapters, self.optimizer.moments))
         self.steps += 1
+        self._started = self._start()  # of the next one, while the device is busy: as train.py does
+        jax.block_until_ready((self.adapters, self.optimizer.moments))
         return time.perf_counter() - start, float(loss)
 
 

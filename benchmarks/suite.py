@@ -19,20 +19,22 @@ from pathlib import Path
 from typing import Any
 
 SMALL = "7b:8 --batch 4 --seq 2048 --steps 5"
+AGAIN = "--optim paged_adamw_8bit --keep 1"  # `full`: all but the last layer, which the planner keeps where that is free
 LARGE = "70b --batch 1 --seq 4096 --steps 5"
 RECIPE = "70b --batch 1 --seq 512 --accumulate 4 --steps 5 --optim paged_adamw_8bit"
 CARD = "--gpu-memory 24GiB --auto auto --distinct 8"
 
 SUITES = {
     "7b": {
-        "7b:8, all run again": f"{SMALL} --optim paged_adamw_8bit",
-        "7b:8, matrices not shared": f"{SMALL} --optim paged_adamw_8bit --no-share-dense",
+        "7b:8, run again": f"{SMALL} {AGAIN}",
+        "7b:8, inputs on the host": f"{SMALL} {AGAIN} --activations host",
+        "7b:8, and matrices not shared": f"{SMALL} {AGAIN} --activations host --no-share-dense",
         "7b:8, none run again": f"{SMALL} --optim paged_adamw_8bit --keep",
-        "7b:8, dropout 0.1": f"{SMALL} --optim paged_adamw_8bit --dropout 0.1",
-        "7b:8, bfloat16 base": f"{SMALL} --optim paged_adamw_8bit --base bfloat16",
-        "7b:8, 1 x 2048": "7b:8 --batch 1 --seq 2048 --steps 5",
-        "7b:8, 1 x 512": "7b:8 --batch 1 --seq 512 --steps 5",
-        "7b, all run again": "7b --batch 4 --seq 2048 --auto full",
+        "7b:8, dropout 0.1": f"{SMALL} {AGAIN} --dropout 0.1",
+        "7b:8, bfloat16 base": f"{SMALL} {AGAIN} --base bfloat16",
+        "7b:8, 1 x 2048": f"7b:8 --batch 1 --seq 2048 --steps 5 {AGAIN}",
+        "7b:8, 1 x 512": f"7b:8 --batch 1 --seq 512 --steps 5 {AGAIN}",
+        "7b, run again": "7b --batch 4 --seq 2048 --auto full",
         "7b, as planned": "7b --batch 4 --seq 2048 --auto auto",
         "13b, as planned": "13b --batch 4 --seq 2048 --auto auto",
     },

@@ -83,6 +83,7 @@ def workspaces(options: argparse.Namespace) -> dict[str, float]:
 
     from benchmarks.step import llama
     from qlora_jax import kernels, placement
+    from qlora_jax.analysis import temporary_bytes
     from qlora_jax.config import LoraSettings, QuantizationSettings
     from qlora_jax.engine import Engine
 
@@ -97,7 +98,7 @@ def workspaces(options: argparse.Namespace) -> dict[str, float]:
     placement.jax.devices = lambda *arguments: [device]
     placement.sharding.cache_clear()
     with for_the_card(placement.sharding("device").mesh.abstract_mesh):
-        found = engine.workspace(options.batch, options.seq, packed=False, keep=options.keep)
+        found = temporary_bytes(engine, options.batch, options.seq, packed=False, keep=options.keep)
     return {name: round(size / 2**30, 3) for name, size in found.items()}
 
 

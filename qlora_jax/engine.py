@@ -36,7 +36,7 @@ from qlora_jax import compiled
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import Batch
 from qlora_jax.llama import MLP_TOKENS, Attention, Cache, DecoderLayer, Embedding, Head, LlamaConfig
-from qlora_jax.placement import LayerInputs, LayerStore, Tree, Where, put, sharding, visits
+from qlora_jax.placement import LayerInputs, LayerStore, Tree, Where, put, visits
 
 Adapters = list[Tree]
 """One tree a layer: {"q_proj": {"adapter": {"lora_a": [R, in], "lora_b": [out, R]}}, ...}, of `lora.dtype`, on the device or the host."""
@@ -75,6 +75,16 @@ class _MicroBatch:
     labels: jax.Array  # [B, T] int32
     packing: compiled.Packing | None
     number: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A step that has begun: its batch is on the device and embedded, or on the way. See `Engine.start`."""
+
+    micro_batches: list[_MicroBatch]
+    hidden: list[jax.Array]  # [B, T, D] of each
+    num_tokens: int
+    key: jax.Array | None
 
 
 class Engine:
@@ -116,12 +126,12 @@ class Engine:
         self.compute_dtype = jnp.dtype(compute_dtype)
         self._adapter_dtype = lora.dtype if lora else "float32"
         self._layer_settings = (config, lora, quantization, attention)
-        self._layer_def, self.abstract_adapter, self.abstract_layer = compiled.describe(
+        self.layer_def, self.abstract_adapter, self.abstract_layer = compiled.describe(
             DecoderLayer, *self._layer_settings, share_dense=share_dense, mlp_tokens=mlp_tokens
         )
-        self._keeping_def, *_ = compiled.describe(DecoderLayer, *self._layer_settings, mlp_tokens=mlp_tokens, keep=True)
+        self.keeping_def, *_ = compiled.describe(DecoderLayer, *self._layer_settings, mlp_tokens=mlp_tokens, keep=True)
         self._embedding_def, _, self.abstract_embedding = compiled.describe(Embedding, config)
-        self._head_def, _, self.abstract_head = compiled.describe(Head, config)
+        self.head_def, _, self.abstract_head = compiled.describe(Head, config)
         self._numbers = [put(np.int32(i), "device") for i in range(config.num_hidden_layers)]
 
     @property
@@ -136,22 +146,36 @@ class Engine:
             jax.block_until_ready(put(compiled.init_adapter(self._layer_settings, key), self.adapters)) for key in keys
         ]
 
+    def start(self, weights: Weights, batch: Batch, key: jax.Array | None) -> Started:
+        """Begin an optimizer step: what of it needs no adapters. The device may still be busy with the step before.
+
+        `key` draws the dropout masks, which depend on layer and micro-batch but not on where anything lives, and NEFTune's noise, which
+        depends on the micro-batch. It may be None if nothing is drawn, see `draws`.
+        """
+        assert key is not None or not self.draws
+        micro_batches = self._micro_batches(batch)
+        return Started(
+            micro_batches, [self._embed(weights, each, key) for each in micro_batches], batch.num_tokens, key
+        )
+
     def value_and_grad(
         self, weights: Weights, adapters: Adapters, batch: Batch, key: jax.Array | None, observe: Observer = ignore
     ) -> tuple[jax.Array, Gradients]:
-        """The loss of one optimizer step and its gradient with respect to the adapters.
+        """`start`, and the rest of the step's loss and gradient."""
+        return self.go_on(weights, adapters, self.start(weights, batch, key), observe)
 
-        The loss is the sum over supervised tokens of all micro-batches, divided by their number. `key` draws the dropout masks, which
-        depend on layer and micro-batch but not on where anything lives, and NEFTune's noise, which depends on the micro-batch. It may be
-        None if nothing is drawn, see `draws`.
+    def go_on(
+        self, weights: Weights, adapters: Adapters, started: Started, observe: Observer = ignore
+    ) -> tuple[jax.Array, Gradients]:
+        """The loss of one optimizer step and its gradient with respect to the adapters. `started` is spent.
+
+        The loss is the sum over supervised tokens of all micro-batches, divided by their number.
         `observe` is shown every value on the way; see faults.py.
 
         Returns:
             (loss, float32 scalar; gradients)
         """
-        assert key is not None or not self.draws
-        micro_batches = self._micro_batches(batch)
-        hidden = [self._embed(weights, each, key) for each in micro_batches]
+        micro_batches, hidden, key = started.micro_batches, started.hidden, started.key
         observe("the embedding", hidden)
         if self.lora is None or self.lora.lora_dropout == 0:
             key = None  # nothing to draw, and the compiled forward then serves evaluation too
@@ -166,24 +190,24 @@ class Engine:
                 drawn = (key, self._numbers[layer], each.number, each.packing)
                 if keep:
                     hidden[m], token, kept[layer, m] = compiled.forward_keeping(
-                        self._keeping_def, adapter, frozen, hidden[m], *drawn
+                        self.keeping_def, adapter, frozen, hidden[m], *drawn
                     )
                 else:
-                    hidden[m], token = compiled.forward(self._layer_def, adapter, frozen, hidden[m], *drawn)
+                    hidden[m], token = compiled.forward(self.layer_def, adapter, frozen, hidden[m], *drawn)
             pace.dispatched(token)
             observe(f"layer {layer}", hidden)
             del frozen, adapter
-        losses, hidden_grads = self._head(weights, micro_batches, hidden, batch.num_tokens)
+        losses, hidden_grads = self._head(weights, micro_batches, hidden, started.num_tokens)
         observe("the head and the loss", (losses, hidden_grads))
-        del hidden
+        hidden.clear()
         grads = Gradients([None] * depth, [None] * depth)
         for layer, frozen, adapter in walk:
             grad = compiled.zeros_like()(adapter) if len(micro_batches) > 1 else None
             to_input = layer > 0 or observe is not ignore  # below the first layer nothing wants its input's gradient
             for m, (h, each) in enumerate(zip(inputs.pop(), micro_batches, strict=True)):
-                backward, definition, more = self._backward(to_input), self._layer_def, ()
+                backward, definition, more = self._backward(to_input), self.layer_def, ()
                 if (layer, m) in kept:
-                    backward, definition = self._backward(to_input, keep=True), self._keeping_def
+                    backward, definition = self._backward(to_input, keep=True), self.keeping_def
                     more = (kept.pop((layer, m)),)
                 drawn = (key, self._numbers[layer], each.number, each.packing)
                 grad, hidden_grads[m], token = backward(
@@ -205,38 +229,6 @@ class Engine:
             return compiled.backward_kept if to_input else compiled.backward_kept_first
         return compiled.backward if to_input else compiled.backward_first
 
-    def workspace(self, rows: int, length: int, *, packed: bool, keep: bool, micro_batches: int = 1) -> dict[str, int]:
-        """Bytes that the compiled functions of a training step take while they run, besides arguments and results.
-
-        Nothing is run, but they are compiled, and found again in the compilation cache by the run: all but what the first layer needs.
-        """
-        device = sharding("device")
-
-        def describe(tree: Tree) -> Tree:
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
-
-        def array(*shape: int, dtype: jax.typing.DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
-
-        adapter, frozen, head = map(describe, (self.abstract_adapter, self.abstract_layer, self.abstract_head))
-        grads = None
-        if micro_batches > 1:
-            grads = jax.tree.map(lambda x: array(*x.shape, dtype=np.float32), self.abstract_adapter)
-        h = array(rows, length, self.config.hidden_size, dtype=self.compute_dtype)
-        dropout = self.lora is not None and self.lora.lora_dropout > 0
-        key = describe(jax.eval_shape(lambda: jax.random.key(0))) if dropout else None
-        drawn = (key, array(), array(), (array(rows, length), array(rows, length)) if packed else None)
-        if keep:
-            forward = compiled.forward_keeping.lower(self._keeping_def, adapter, frozen, h, *drawn)
-            arguments = (adapter, frozen, grads, h, h, describe(forward.out_info[2]), *drawn)
-            backward = compiled.backward_kept.lower(self._keeping_def, *arguments)
-        else:
-            forward = compiled.forward.lower(self._layer_def, adapter, frozen, h, *drawn)
-            backward = compiled.backward.lower(self._layer_def, adapter, frozen, grads, h, h, *drawn)
-        last = compiled.loss_and_grad.lower(self._head_def, head, h, array(rows, length), array(dtype=np.float32))
-        lowered = {"forward": forward, "backward": backward, "head": last}
-        return {name: each.compile().memory_analysis().temp_size_in_bytes for name, each in lowered.items()}
-
     def loss(self, weights: Weights, adapters: Adapters, batches: Sequence[Batch]) -> float:
         """Mean loss over the supervised tokens of `batches`, without dropout. Weights cross the bus once a batch."""
         sums = [self._batch_loss(weights, adapters, batch) for batch in batches]
@@ -246,7 +238,7 @@ class Engine:
     def logits(self, weights: Weights, adapters: Adapters, input_ids: np.ndarray) -> jax.Array:
         """input_ids [B, T] → logits [B, T, V] float32; for comparisons, where V is affordable."""
         return compiled.logits(
-            self._head_def, weights.head, self._hidden(weights, adapters, put(input_ids, "device"), None)
+            self.head_def, weights.head, self._hidden(weights, adapters, put(input_ids, "device"), None)
         )
 
     def new_cache(self, batch_size: int, length: int) -> list[Cache]:
@@ -268,16 +260,16 @@ class Engine:
             np.broadcast_to(np.arange(start, start + input_ids.shape[1], dtype=np.int32), input_ids.shape), "device"
         )
         for layer, frozen, adapter in _walk(weights, adapters, range(len(weights.layers))):
-            h, cache[layer], token = compiled.decode(self._layer_def, adapter, frozen, h, positions, cache[layer])
+            h, cache[layer], token = compiled.decode(self.layer_def, adapter, frozen, h, positions, cache[layer])
             weights.layers.pace.dispatched(token)
             del frozen, adapter
-        return compiled.logits(self._head_def, weights.head, h[:, -1]), cache
+        return compiled.logits(self.head_def, weights.head, h[:, -1]), cache
 
     def _batch_loss(self, weights: Weights, adapters: Adapters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         one, *more = self._micro_batches(batch)
         assert not more, "evaluation batches have one micro-batch"
         h = self._hidden(weights, adapters, one.input_ids, one.packing)
-        return compiled.loss(self._head_def, weights.head, h, one.labels)
+        return compiled.loss(self.head_def, weights.head, h, one.labels)
 
     def hidden_states(
         self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: compiled.Packing | None = None
@@ -287,7 +279,7 @@ class Engine:
         yield h
         for layer, frozen, adapter in _walk(weights, adapters, range(len(weights.layers))):
             drawn = (None, self._numbers[layer], self._number(0), packing)
-            h, token = compiled.forward(self._layer_def, adapter, frozen, h, *drawn)
+            h, token = compiled.forward(self.layer_def, adapter, frozen, h, *drawn)
             weights.layers.pace.dispatched(token)
             del frozen, adapter
             yield h
@@ -309,7 +301,7 @@ class Engine:
         """Each micro-batch's share of the loss, and its gradient with respect to the last layer's output."""
         token_weight = put(np.float32(1 / max(num_tokens, 1)), "device")
         head = [
-            compiled.loss_and_grad(self._head_def, weights.head, h, each.labels, token_weight)
+            compiled.loss_and_grad(self.head_def, weights.head, h, each.labels, token_weight)
             for h, each in zip(hidden, micro_batches, strict=True)
         ]
         return [loss for loss, _ in head], [dh for _, dh in head]

@@ -243,6 +243,7 @@ def _moments(job: Job, layout: Layout, work: Workspace) -> list[list[Item]]:
         [
             _placed("layer inputs", layout.activations, depth, inputs, present=0),
             _placed("gradients", layout.adapters, depth, adapter, present=depth),
+            Item("hidden states", inputs, 0),  # of the next step, which has begun
             Item("workspace", visiting + update, 0),
         ],
         _evaluation(job, layout),
@@ -259,7 +260,9 @@ def _evaluation(job: Job, layout: Layout) -> list[Item]:
     return [
         _placed("layer inputs", layout.activations, depth, job.hidden_bytes * job.micro_batches, present=0),
         _placed("gradients", layout.adapters, depth, job.adapter_bytes, present=0),
-        Item("hidden states", 2 * rows.hidden_bytes, 0),
+        Item(
+            "hidden states", 2 * rows.hidden_bytes + job.hidden_bytes * job.micro_batches, 0
+        ),  # the latter as in an update
         Item("workspace", max(work.forward, work.head), 0),
     ]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qlora_jax import compiled
+from qlora_jax.analysis import temporary_bytes
 from qlora_jax.budget import GIB, Limits, Plan, spare_bytes
 from qlora_jax.config import MemorySettings, QuantizationSettings
 from qlora_jax.engine import Engine
@@ -130,11 +131,11 @@ def compiled_workspace(job: Job, layout: Layout) -> Workspace:
     """The workspace of the functions as they are compiled for this machine's device; the run then finds them in the compilation cache."""
     engine = make_engine(job, layout)
     depth = job.config.num_hidden_layers
-    workspace = functools.partial(
-        engine.workspace, job.rows, job.length, packed=job.packed, micro_batches=job.micro_batches
+    temporary = functools.partial(
+        temporary_bytes, engine, job.rows, job.length, packed=job.packed, micro_batches=job.micro_batches
     )
-    ordinary = {} if layout.keep == depth else workspace(keep=False)
-    keeping = workspace(keep=True) if layout.keep else {}
+    ordinary = {} if layout.keep == depth else temporary(keep=False)
+    keeping = temporary(keep=True) if layout.keep else {}
     return Workspace(
         ordinary.get("forward", 0),
         ordinary.get("backward", 0),

@@ -19,7 +19,7 @@ from qlora_jax.checkpoint import Checkpoint, Checkpoints
 from qlora_jax.config import TrainingSettings
 from qlora_jax.data import Batch, Batches
 from qlora_jax.display import Phases, RunDisplay
-from qlora_jax.engine import Adapters, Engine, Weights
+from qlora_jax.engine import Adapters, Engine, Started, Weights
 from qlora_jax.errors import InputError, InterruptedRunError
 from qlora_jax.faults import everything, find_fault, shown
 from qlora_jax.metrics import MetricsLog, Record, Tracker, peak_device_gib, peak_host_gib, plot_loss
@@ -88,6 +88,7 @@ class Trainer:
         self.progress = Progress()
         self.learning_rate = schedule(settings, len(batches))
         self._key = jax.random.key(settings.seed)
+        self._ahead: tuple[Any, ...] = (None,)  # a step that has begun, and what `_begin` gave for it
 
     def train(self, adapters: Adapters, resumed: Checkpoint | None = None) -> Adapters:
         """All steps that are left, with an evaluation before the first and after the last; then `loss.png`.
@@ -132,15 +133,18 @@ class Trainer:
     def _step(self, adapters: Adapters, optimizer: AdamW) -> Adapters:
         """One optimizer step, or none where it is not finite."""
         step = self.progress.step
-        batch = self.batches.batch(step)
-        key = put(jax.random.fold_in(self._key, step), "device") if self.engine.draws else None
-        rate = self.learning_rate(step)
+        batch, started = self._begun(step)
+        key, rate = started.key, self.learning_rate(step)
         with jax.transfer_guard("disallow"):  # every byte that crosses the bus in here is one we wrote
-            loss, grads = self.engine.value_and_grad(self.weights, adapters, batch, key)
+            loss, grads = self.engine.go_on(self.weights, adapters, started)
             norm = optimizer.global_norm(grads)
             # Dispatched before anybody has seen these numbers: if one is not finite, the device leaves everything as it was.
             adapters, _ = optimizer.update(adapters, grads, rate, norm, loss)
-            numbers = [float(value) for value in jax.device_get((loss, norm))]
+            del grads, started
+        if step + 1 < len(self.batches):  # while the device is busy
+            with contextlib.suppress(Exception):  # which is raised when that step's turn comes
+                self._ahead = step + 1, *self._begin(step + 1)
+        numbers = [float(value) for value in jax.device_get((loss, norm))]
         if all(map(math.isfinite, numbers)):
             if self.progress.add(*numbers, batch.num_input_tokens):
                 rows = shown(everything(self.batches.rows(step)))
@@ -152,6 +156,17 @@ class Trainer:
             self._log(rate)
         self.display.done(done)
         return adapters
+
+    def _begun(self, step: int) -> tuple[Batch, Started]:
+        """A step's batch, on the device: begun ahead if it was the next one then."""
+        (number, *begun), self._ahead = self._ahead, (None,)
+        return begun if number == step else self._begin(step)
+
+    def _begin(self, step: int) -> tuple[Batch, Started]:
+        batch = self.batches.batch(step)
+        key = put(jax.random.fold_in(self._key, step), "device") if self.engine.draws else None
+        with jax.transfer_guard("disallow"):
+            return batch, self.engine.start(self.weights, batch, key)
 
     def _not_finite(
         self, adapters: Adapters, optimizer: AdamW, batch: Batch, key: jax.Array | None, loss: float, norm: float

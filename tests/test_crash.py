@@ -48,10 +48,10 @@ def die(event, path):
     os.write(1, f"killed: {event} {path}\\n".encode())
     os.kill(os.getpid(), signal.SIGKILL)
 
-def made_up(self, weights, adapters, batch, key):
+def made_up(self, weights, adapters, started):
     import jax, jax.numpy as jnp
     from qlora_jax.placement import put
-    number = put(batch.input_ids.astype("float32").mean(), "device")
+    number = put(started.micro_batches[0].input_ids.astype("float32").mean(), "device")
     layers = [jax.jit(lambda tree, number: jax.tree.map(lambda x: jnp.sin(x + number), tree))(layer, number) for layer in adapters]
     sums = [compiled.square_sum(layer) for layer in layers]
     return sums[0], Gradients(layers, sums)
@@ -74,7 +74,7 @@ def start(number):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 if gradients == "made up":
-    Engine.value_and_grad, merge.check_merge = made_up, lambda *args: ()
+    Engine.go_on, merge.check_merge = made_up, lambda *args: ()
     matplotlib.figure.Figure.savefig = lambda figure, path: pathlib.Path(path).write_bytes(b"a picture")
 describe_once()
 sys.addaudithook(watch)

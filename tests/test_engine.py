@@ -234,7 +234,7 @@ def test_what_a_layer_keeps(deep_folder: Path) -> None:
     config, rows, length, rank = engine.config, 2, 24, LORA.r
     h = put(np.ones((rows, length, config.hidden_size), np.float32), "device")
     *_, kept = compiled.forward_keeping(
-        engine._keeping_def, adapter, frozen, h, None, engine._numbers[0], engine._numbers[0], None
+        engine.keeping_def, adapter, frozen, h, None, engine._numbers[0], engine._numbers[0], None
     )
     elements = [array.size for array in kept if array.ndim and array.shape[-2:] not in ((length, length), (length, 1))]
     elements.remove(

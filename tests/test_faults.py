@@ -31,14 +31,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """The rows of these steps (from 1) come with a token beyond all numbers: their losses are NaN."""
-    real = Engine.value_and_grad
+    real = Engine.start
 
-    def value_and_grad(self: Engine, weights: Weights, adapters: Any, batch: Batch, key: jax.Array, *more: Any) -> Any:
+    def start(self: Engine, weights: Weights, batch: Batch, key: jax.Array) -> Any:
         if not getattr(batch, "poisoned", False):
-            return real(self, weights, adapters, batch, key, *more)
+            return real(self, weights, batch, key)
         with jax.transfer_guard("allow"):
             embedding = jax.tree.map(lambda x: x.at[256].set(jnp.nan), weights.embedding)  # in every row
-        return real(self, Weights(embedding, weights.layers, weights.head), adapters, batch, key, *more)
+        return real(self, Weights(embedding, weights.layers, weights.head), batch, key)
 
     batch = Batches.batch
 
@@ -47,7 +47,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         object.__setattr__(made, "poisoned", step + 1 in steps)
         return made
 
-    monkeypatch.setattr(Engine, "value_and_grad", value_and_grad)
+    monkeypatch.setattr(Engine, "start", start)
     monkeypatch.setattr(Batches, "batch", marked)
 
 
@@ -121,15 +121,15 @@ def test_skipping_ends(
 def test_a_spike_is_noted(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = Engine.value_and_grad
+    real = Engine.go_on
 
-    def value_and_grad(self: Engine, weights: Any, adapters: Any, batch: Batch, *more: Any) -> Any:
-        _, grads = real(self, weights, adapters, batch, *more)
+    def go_on(self: Engine, *arguments: Any) -> Any:
+        _, grads = real(self, *arguments)
         count.append(1)
         return put(np.float32(9 if len(count) == 21 else 2 + len(count) % 3 / 10), "device"), grads
 
     count: list[int] = []
-    monkeypatch.setattr(Engine, "value_and_grad", value_and_grad)
+    monkeypatch.setattr(Engine, "go_on", go_on)
     assert train_main(place, tmp_path, *PLAIN, "training.max_steps=24") == 0
     events = [record for record in records(tmp_path) if "event" in record]
     assert [(e["step"], e["event"], e["event_loss"]) for e in events] == [(21, "loss spike", 9.0)]

@@ -19,7 +19,6 @@ import pytest
 from rich.console import Console
 
 from qlora_jax import output_dir, trainer
-from qlora_jax.data import Batches
 from qlora_jax.errors import EXIT_BAD_INPUT
 from qlora_jax.samples import Samples
 from qlora_jax.trainer import Trainer
@@ -61,15 +60,15 @@ def straight(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @contextlib.contextmanager
 def at_step(step: int, act: Callable[[], object]) -> Iterator[None]:
     """Do something when step `step` (from 0) is about to be made."""
-    real = Batches.batch
+    real = Trainer._begun
 
-    def batch(self: Batches, number: int) -> Any:
+    def begun(self: Trainer, number: int) -> Any:
         if number == step:
             act()
         return real(self, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "batch", batch)
+        patch.setattr(Trainer, "_begun", begun)
         yield
 
 
@@ -353,17 +352,17 @@ def python(text: str, *arguments: str) -> subprocess.Popen[str]:
 HANGS = """
 import sys, time
 import train
-from qlora_jax.data import Batches
+from qlora_jax.trainer import Trainer
 
-real = Batches.batch
+real = Trainer._begun
 
-def batch(self, step):
+def begun(self, step):
     if step == 4:
         print("hanging", flush=True)
         time.sleep(600)
     return real(self, step)
 
-Batches.batch = batch
+Trainer._begun = begun
 sys.exit(train.main(sys.argv[1:]))
 """
 

@@ -32,6 +32,7 @@ from qlora_jax import trainer
 from qlora_jax.config import MemorySettings, QuantizationSettings, load_config
 from qlora_jax.engine import Engine
 from qlora_jax.errors import EXIT_BAD_INPUT
+from qlora_jax.progress import Progress
 from tests import tiny
 from tests.runs import adapter_bytes, records, train_main, write_place
 
@@ -253,6 +254,25 @@ def test_a_model_in_4_bits_is_the_same_run(
     assert train.main(["--config", str(tmp_path / "out" / "config.yaml"), *again]) == 0, "its settings are the folder's"
 
 
+def test_the_next_step_begins_before_this_one_is_waited_for(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batch is made and sent once, with all there is to do for a device that is still busy; nothing is begun after the last."""
+    calls: list[str] = []
+
+    def noted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: (calls.append(name), real(*arguments))[1])
+
+    for owner, name in ((Engine, "start"), (Engine, "go_on"), (Progress, "add")):
+        noted(owner, name)
+    assert (
+        train_main(place, tmp_path, "training.max_steps=3", "training.eval_steps=2", "training.export_merged=false")
+        == 0
+    )
+    assert calls == ["start", "go_on", "start", "add", "go_on", "start", "add", "go_on", "add"]
+
+
 def test_an_evaluation_is_not_training_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of our own: a step takes 10 s, an evaluation 1000 s; evaluations fall between and inside logged windows."""
     now = 0.0
@@ -267,7 +287,7 @@ def test_an_evaluation_is_not_training_time(place: Path, tmp_path: Path, monkeyp
 
     clock = types.SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
     monkeypatch.setattr(trainer, "time", clock)
-    monkeypatch.setattr(Engine, "value_and_grad", takes(10, Engine.value_and_grad))
+    monkeypatch.setattr(Engine, "go_on", takes(10, Engine.go_on))
     monkeypatch.setattr(Engine, "loss", takes(1000, Engine.loss))
     more = ["training.logging_steps=2", "training.eval_steps=1", "training.max_steps=5"]
     assert train_main(place, tmp_path / "out", f"data.eval_path={place / 'eval.jsonl'}", *more) == 0
