@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 SMALL = "7b:8 --batch 4 --seq 2048 --steps 5"
-AGAIN = "--optim paged_adamw_8bit --keep 1"  # `full`: all but the last layer, which the planner keeps where that is free
+AGAIN = "--optim paged_adamw_8bit --keep 1"  # as `full` does it where the last layer's intermediates find room
 LARGE = "70b --batch 1 --seq 4096 --steps 5"
 RECIPE = "70b --batch 1 --seq 512 --accumulate 4 --steps 5 --optim paged_adamw_8bit"
 CARD = "--gpu-memory 24GiB --auto auto --distinct 8"
