@@ -5,8 +5,9 @@ for streamed layers; and the workspace of the one compiled function at work. So 
 can be largest: the turn of the walk (all layer inputs, no gradients), its end (all gradients, no inputs), and the update.
 
 The workspace comes from the compiled functions' own memory analysis where there is a backend to compile for; `workspace` below estimates
-it elsewhere. Its coefficients are fitted to that analysis on an H200 and an H100 (Llama-2 7B, 13B and 70B, 512 to 32,768 tokens),
-which they meet within a fifth. The seconds are a roofline: matrix products at the card's rate, everything else by the bytes it moves.
+it elsewhere. Its coefficients are fitted to that analysis for an H100 (`benchmarks.workspace`: Llama-2 7B and 70B, 512 to 8192 tokens),
+which they meet within a tenth, or 0.1 GiB. The seconds are a roofline: matrix products at the card's rate, everything else by the bytes
+it moves.
 """
 
 import dataclasses
@@ -161,22 +162,22 @@ def workspace(job: Job, layout: Layout) -> Workspace:
     scores = 0
     if job.attention == "xla":
         scores = 4 * job.rows * config.num_attention_heads * job.length**2  # float32 [B, H, T, T]
-    forward = hoisted + itemsize * (tokens * 2 * hidden + chunk * 3 * mlp) + 2 * scores
-    dropped = 0.8 * itemsize * (4 * hidden * tokens + (2 * hidden + mlp) * chunk) if job.lora.lora_dropout else 0
-    shared = dropped + (sum(dense) if layout.share_dense else 0.6 * max(dense))
-    inner = 4.75  # arrays of [N, F]
+    inputs = 2 if chunk < tokens else 1  # arrays of [N, D]
+    forward = hoisted + itemsize * (tokens * inputs * hidden + chunk * 2 * mlp) + 2 * scores
+    dropped = 0.6 * itemsize * (4 * hidden * tokens + (2 * hidden + mlp) * chunk) if job.lora.lora_dropout else 0
+    shared = dropped + (sum(dense) if layout.share_dense else max(dense))
+    inner = 4.75 if chunk < tokens else 2.9  # arrays of [N, F]
     attention = shared + itemsize * tokens * 7.5 * hidden
     if layout.share_dense or chunk == tokens:
         backward = attention + itemsize * chunk * inner * mlp
     else:
         backward = max(attention, hoisted + itemsize * (chunk * inner * mlp + tokens * 3 * hidden))
-    kept = max(dense) + itemsize * tokens * (2 * hidden + 3 * mlp)
     return Workspace(
         int(forward),
         int(backward + 3 * scores),
-        2 * min(LOGIT_BYTES, 4 * tokens * config.vocab_size),
-        int(kept / 2 + 2 * scores),
-        int(kept + 3 * scores),
+        int(1.5 * min(LOGIT_BYTES, 4 * tokens * config.vocab_size)),
+        int(max(dense) + itemsize * tokens * mlp + 2 * scores),
+        int(max(dense) + itemsize * tokens * (2 * hidden + 2 * mlp) + 3 * scores),
     )
 
 
