@@ -261,9 +261,8 @@ def _evaluation(job: Job, layout: Layout) -> list[Item]:
     return [
         _placed("layer inputs", layout.activations, depth, job.hidden_bytes * job.micro_batches, present=0),
         _placed("gradients", layout.adapters, depth, job.adapter_bytes, present=0),
-        Item(
-            "hidden states", 2 * rows.hidden_bytes + job.hidden_bytes * job.micro_batches, 0
-        ),  # the latter as in an update
+        # Those of the next training step too, which has begun.
+        Item("hidden states", 2 * rows.hidden_bytes + job.hidden_bytes * job.micro_batches, 0),
         Item("workspace", max(work.forward, work.head), 0),
     ]
 
