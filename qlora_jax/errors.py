@@ -4,6 +4,7 @@ import errno
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -40,6 +41,14 @@ class InputError(Exception):
         if fix:
             lines.append(f"  do:       {fix}")
         super().__init__(_clipped("\n".join(lines)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles: processes of ours hand errors over."""
+        return _input_error, (type(self), self.where, self.found, self.expected, self.fix)
+
+
+def _input_error(kind: type[InputError], where: str, found: str, expected: str, fix: str) -> InputError:
+    return kind(where, found=found, expected=expected, fix=fix)
 
 
 def _clipped(text: str) -> str:
