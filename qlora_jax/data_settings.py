@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 import pydantic
 
-from qlora_jax.section import Section
+from qlora_jax.section import Section, UserText
 
 Format = Literal["text", "alpaca", "prompt_completion", "chat", "sharegpt", "openassistant"]
 AutoFormat = Literal["auto", Format]
@@ -14,7 +14,7 @@ LossOn = Literal["auto", "assistant", "last_assistant", "completion", "all"]
 class SourceSettings(Section):
     """One source of rows, where several are mixed."""
 
-    path: str
+    path: UserText
     """A file (JSONL, JSON, CSV, TSV, Parquet, text), a folder of files, or the id of a dataset on the Hugging Face hub."""
     name: str | None = None
     """A hub dataset's configuration, where it has several."""
@@ -32,10 +32,10 @@ class SourceSettings(Section):
 class DataSettings(SourceSettings):
     """What to train on, and how it becomes tokens. One source is named here; several are listed in `sources`."""
 
-    path: str | None = None
+    path: UserText | None = None
     weight: None = None
     sources: tuple[SourceSettings, ...] = ()
-    eval_path: str | None = None
+    eval_path: UserText | None = None
     """Held-out rows: another source, in the same format and split unless `eval_split` says otherwise."""
     eval_split: str | None = None
     """A split of `eval_path`, or of `path` where that is not given."""
@@ -47,7 +47,7 @@ class DataSettings(SourceSettings):
     """Read only so many rows of each source."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What a row of a text file is."""
-    chat_template: str = "auto"
+    chat_template: UserText = "auto"
     """`auto`: the model's own, or for one without: alpaca's for alpaca rows, Llama 2's otherwise. Or model, chatml, llama-2, alpaca,
     or a file with a Jinja template."""
     loss_on: LossOn = "auto"

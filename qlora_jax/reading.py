@@ -25,6 +25,8 @@ MAX_JSON_BYTES = 2**24
 """Bytes of a JSON file of settings. Parsed, it may take twenty times its size; the longest seen has some hundred thousand."""
 MAX_TEXT_BYTES = 2**24
 """Bytes of a text file that is read whole."""
+MAX_YAML_VALUES, MAX_YAML_NUMBER = 100_000, 5000
+"""Values in a YAML text, and characters of a number in it."""
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -72,7 +74,7 @@ def reading(where: object, phase: str, *, expected: str = "", fix: str = "") -> 
 
 
 def reason_of(error: BaseException) -> str:
-    """A library's error in words, for a message; the name of its type where its text would not do alone."""
+    """A library's error in words, for a message; with the name of its type where its text is a word or less."""
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
     if isinstance(error, RecursionError):
@@ -80,7 +82,7 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip()
-    if isinstance(error, ValueError) and text:
+    if " " in text and not isinstance(error, KeyError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -175,6 +177,43 @@ def read_json_object(path: str | Path, *, at_most: int = MAX_JSON_BYTES, fix: st
     if not isinstance(value, dict):
         raise InputError(path, found=f"a JSON {type(value).__name__}", expected="a JSON object", fix=fix)
     return value
+
+
+def parse_yaml(text: str, where: object, *, fix: str = "") -> Any:
+    """The value that a YAML text writes.
+
+    Raises:
+        InputError: it is not YAML, has tags that nothing stands behind, or writes more than `MAX_YAML_VALUES` by repeating itself.
+    """
+    import yaml  # slow to import, and only settings are written in it
+
+    with reading(where, "not YAML", fix=fix):
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _size(node, {}) > MAX_YAML_VALUES:
+                raise ValueError(f"more than {MAX_YAML_VALUES:,} values, those that aliases repeat counted each time")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """Values in a YAML node, with those that an alias repeats counted each time; one that contains itself has no end.
+
+    Raises:
+        ValueError: a number is too long: one in base 60 takes time that grows with the square.
+    """
+    if id(node) not in known:
+        if isinstance(node.value, str) and len(node.value) > MAX_YAML_NUMBER and node.tag.endswith((":int", ":float")):
+            raise ValueError(f"a number of {len(node.value):,} characters")
+        known[id(node)] = MAX_YAML_VALUES + 1
+        parts = node.value if isinstance(node.value, list) else []
+        inner = [value for part in parts for value in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_size(value, known) for value in inner)
+    return known[id(node)]
 
 
 def user_path(text: str | Path) -> Path:
