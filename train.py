@@ -30,6 +30,7 @@ from convert.load import load_weights, total_bytes
 from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
+from qlora_jax.arguments import path_argument
 from qlora_jax.budget import Plan
 from qlora_jax.changes import check_changes, check_identity, work_changes
 from qlora_jax.checkpoint import Checkpoint
@@ -69,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of settings; see configs/")
+    parser.add_argument(
+        "--config", required=True, type=path_argument, metavar="FILE", help="a YAML file of settings; see configs/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     options = parser.parse_args(arguments)
     command = ["train.py", *(sys.argv[1:] if arguments is None else arguments)]

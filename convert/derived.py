@@ -1,7 +1,6 @@
 """A model folder made from another one: its config and companions, and shard by shard its tensors, changed."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from convert.shards import (
     write_pieces,
 )
 from convert.sink import checksum
+from qlora_jax.errors import InputError
+from qlora_jax.reading import read_json_object
 
 SPARE_BYTES = 2**20
 """For config, index and the file system's own needs."""
@@ -92,10 +93,9 @@ def write_derived(
 def _recorded(record: Path) -> dict[str, int]:
     """The checksums of the shards that a stopped run wrote; of the last one it may be missing."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(record)
+    except InputError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _kept(

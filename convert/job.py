@@ -22,6 +22,7 @@ import numpy as np
 from convert.folder import ModelFolder, some
 from qlora_jax.errors import FULL, InputError
 from qlora_jax.files import describe_size, publish, try_lock, write_json
+from qlora_jax.reading import kind_of, open_file, read_json
 
 FORMAT = 3
 """Raised whenever the same job makes other bytes or checksums: what an older version left is then not continued."""
@@ -109,9 +110,13 @@ def refuse_existing(out: Path) -> None:
     """Nothing is overwritten.
 
     Raises:
-        DestinationError: `out` exists.
+        DestinationError: `out` exists, as a link that leads nowhere too, or cannot be a folder's name.
     """
-    if out.exists():
+    try:
+        taken = out.is_symlink() or kind_of(out) != "nothing"
+    except InputError as error:
+        raise DestinationError(out, found=error.found, fix="name another folder") from None
+    if taken:
         raise DestinationError(out, found="something there already", fix="name a new folder, or remove this one")
 
 
@@ -144,9 +149,9 @@ def _raise_if_full(error: BaseException, out: Path) -> None:
 def in_use(partial: Path) -> bool:
     """Whether a process is filling this folder's `out` (it is the `.NAME.partial` of a conversion at work)."""
     try:
-        with (partial / "lock").open("rb") as lock:
+        with open_file(partial / "lock") as lock:
             return not try_lock(lock.fileno())
-    except FileNotFoundError:
+    except InputError:  # there is none
         return False
 
 
@@ -172,8 +177,8 @@ def _claim(partial: Path, job: dict[str, Any], log: Log) -> None:
     """Make the folder this job's: keep it if it was, empty it if not."""
     note, folder = partial / NOTE, partial / "folder"
     try:
-        ours = json.loads(note.read_text(encoding="utf-8")) == job
-    except (OSError, ValueError):
+        ours = read_json(note) == job
+    except InputError:
         ours = False
     if not ours:
         others = [path for path in partial.iterdir() if path.name != "lock"]

@@ -37,6 +37,7 @@ from convert.job import Log, describe, files_identity, refuse_existing
 from convert.load import read_config
 from convert.shards import Piece, TensorSpec
 from qlora_jax import machine
+from qlora_jax.arguments import path_argument, text_argument
 from qlora_jax.display import byte_bar, make_console, progress_bar
 from qlora_jax.errors import InputError, exit_status
 from qlora_jax.placement import put
@@ -173,12 +174,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m convert.merge", description=__doc__.split("\n\n")[0], epilog=WHICH_BASE
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="the adapter, in PEFT's format")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="the merged model's folder; must not exist"
+        "--adapter", required=True, type=path_argument, metavar="DIR", help="the adapter, in PEFT's format"
     )
     parser.add_argument(
-        "--model", metavar="ID_OR_DIR", help="the base model (default: the one named in adapter_config.json)"
+        "--out", required=True, type=path_argument, metavar="DIR", help="the merged model's folder; must not exist"
+    )
+    parser.add_argument(
+        "--model",
+        type=text_argument,
+        metavar="ID_OR_DIR",
+        help="the base model (default: the one named in adapter_config.json)",
     )
     parser.add_argument(
         "--base", choices=("original", "dequantized"), default="dequantized", help="default: dequantized; see below"

@@ -19,6 +19,7 @@ from convert.job import Log, describe, refuse_existing
 from convert.load import read_config
 from convert.shards import Piece, TensorSpec
 from qlora_jax import machine, nf4
+from qlora_jax.arguments import path_argument, text_argument
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import byte_bar, make_console
 from qlora_jax.errors import InputError, exit_status
@@ -109,8 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m convert.quantize", description=__doc__.split("\n\n")[0], epilog=EPILOG
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the model: a hub id or a folder")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder; must not exist")
+    parser.add_argument(
+        "--model", required=True, type=text_argument, metavar="ID_OR_DIR", help="the model: a hub id or a folder"
+    )
+    parser.add_argument(
+        "--out", required=True, type=path_argument, metavar="DIR", help="the new folder; must not exist"
+    )
     parser.add_argument("--quant-type", choices=tuple(nf4.CODEBOOKS), default="nf4", help="default: nf4")
     parser.add_argument(
         "--no-double-quant", action="store_true", help="keep the scales in float32: 4.5 bits a weight instead of 4.127"

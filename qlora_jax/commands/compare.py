@@ -14,9 +14,11 @@ from rich.console import Console
 
 from convert import names
 from convert.adapter import as_adapters, load_adapter, plain_settings, save_adapter
+from convert.job import refuse_existing
 from convert.load import load_weights
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
+from qlora_jax.arguments import path_argument, text_argument
 from qlora_jax.compare.both import Ours, Steps, Subject, compare
 from qlora_jax.compare.ours import PARTS, linear_key
 from qlora_jax.compare.process import require_libraries
@@ -29,6 +31,8 @@ from qlora_jax.display import make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine
 from qlora_jax.errors import InputError
 from qlora_jax.llama import default_attention
+from qlora_jax.reading import shown
+from qlora_jax.section import MAX_WHOLE
 
 EXIT_EXCEEDED = 1
 FRESH_B = 0.01
@@ -56,9 +60,15 @@ from that than 1.5 times PyTorch's bfloat16. The exit status is 1 if a bound is 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.epilog = EPILOG
-    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the base model: a hub id or a folder")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter in PEFT's format; else one is made up")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL rows, as for training; else four short texts")
+    parser.add_argument(
+        "--model", required=True, type=text_argument, metavar="ID_OR_DIR", help="the base model: a hub id or a folder"
+    )
+    parser.add_argument(
+        "--adapter", type=path_argument, metavar="DIR", help="an adapter in PEFT's format; else one is made up"
+    )
+    parser.add_argument(
+        "--data", type=path_argument, metavar="FILE", help="JSONL rows, as for training; else four short texts"
+    )
     parser.add_argument("--max-seq-length", type=int, default=128, metavar="N", help="tokens a row; default: 128")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="rows an optimizer step; default: 2")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="optimizer steps; 0 for none; default: 3")
@@ -74,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-double-quant", action="store_true", help="the same: scales stay in float32")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="the report's folder; must not exist; default: runs/compare-N"
+        "--out", type=path_argument, metavar="DIR", help="the report's folder; must not exist; default: runs/compare-N"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
 
@@ -123,6 +133,11 @@ def refuse_bad_numbers(options: argparse.Namespace) -> None:
         f"--{name.replace('_', '-')} {getattr(options, name)} is less than {value}"
         for name, value in least.items()
         if getattr(options, name) < value
+    ]
+    problems += [
+        f"--{name.replace('_', '-')} {shown(getattr(options, name))} is more than {MAX_WHOLE}"
+        for name in least
+        if getattr(options, name) > MAX_WHOLE
     ]
     if not 0 < options.learning_rate < float("inf"):
         problems.append(f"--learning-rate {options.learning_rate} is not a positive number")
@@ -177,8 +192,7 @@ def make_folder(out: Path | None) -> Path:
     if out is None:
         number = next(n for n in range(1, 10**6) if not Path(f"runs/compare-{n}").exists())
         out = Path(f"runs/compare-{number}")
-    if out.exists():
-        raise InputError(out, found="something there already", fix="name a new folder, or remove this one")
+    refuse_existing(out)
     try:
         out.mkdir(parents=True)
     except OSError as error:

@@ -4,6 +4,7 @@ import argparse
 
 from convert.hub import cache_dir
 from convert.model import open_tokenizer
+from qlora_jax.arguments import path_argument, whole_argument
 from qlora_jax.config import load_config
 from qlora_jax.corpus import load_corpus
 from qlora_jax.display import make_console
@@ -12,8 +13,12 @@ from qlora_jax.preview import preview
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file of settings")
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show in full; default: 3")
+    parser.add_argument(
+        "--config", required=True, type=path_argument, metavar="FILE", help="the run's YAML file of settings"
+    )
+    parser.add_argument(
+        "--rows", type=whole_argument(0), default=3, metavar="N", help="rows to show in full; default: 3"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
 
 

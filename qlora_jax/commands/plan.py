@@ -14,6 +14,7 @@ from rich.table import Table
 from convert.hub import cache_dir
 from convert.model import open_shape
 from qlora_jax import machine
+from qlora_jax.arguments import path_argument
 from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.commands.space import local_folder, show_space, space_of, with_guessed_tokens
 from qlora_jax.config import Config, load_config
@@ -39,7 +40,9 @@ SIZES = ("gpu-memory", "host-memory", "disk-space")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.epilog = EPILOG
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of settings; see configs/")
+    parser.add_argument(
+        "--config", required=True, type=path_argument, metavar="FILE", help="a YAML file of settings; see configs/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="plan for a card with so much memory, e.g. 24GiB")
     parser.add_argument(
