@@ -18,6 +18,7 @@ import numpy as np
 from convert.shapes import refusals
 from convert.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
 from qlora_jax.errors import InputError
+from qlora_jax.reading import MAX_JSON_BYTES, is_file, kind_of, open_file, read_json_object, reading, refuse_odd_files
 
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library: a longer header is damage or an attack."""
@@ -49,9 +50,10 @@ class ModelFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            found = "a file" if self.path.is_file() else "no such folder"
+        if (kind := kind_of(self.path)) != "a folder":
+            found = "no such folder" if kind == "nothing" else kind
             raise InputError(self.path, found=found, expected="a folder with config.json and safetensors")
+        refuse_odd_files(self.path)
         problems: list[str] = []
         self.config: dict[str, Any] = _json_object(self.path / "config.json", problems) or {}
         problems += _quantization_problems(self.config)
@@ -97,7 +99,7 @@ class ModelFolder:
         """One tensor's bytes as they are in the file."""
         shard = self._where[name]
         entry = self._headers[shard].entries[name]
-        with (self.path / shard).open("rb") as file:
+        with open_file(self.path / shard) as file, reading(self.path / shard, f"{name} cannot be read"):
             file.seek(self._headers[shard].data_start + entry.begin)
             return file.read(entry.spec.nbytes)
 
@@ -116,13 +118,14 @@ class ModelFolder:
         skipped = begin * dtype.itemsize
         nbytes = min(size * dtype.itemsize, entry.spec.nbytes - skipped)
         piece = aligned(nbytes) if into is None else into[:nbytes]
-        with (self.path / shard).open("rb", buffering=0) as file:
+        with open_file(self.path / shard, buffering=0) as file:
             file.seek(self._headers[shard].data_start + entry.begin + skipped)
             if nbytes > READ:
                 _name_all(piece, file)
             filled = 0
             while filled < nbytes:
-                read = file.readinto(piece[filled : filled + READ].data)
+                with reading(self.path / shard, f"{name} cannot be read"):
+                    read = file.readinto(piece[filled : filled + READ].data)
                 if not read:
                     raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
                 filled += read
@@ -145,10 +148,10 @@ class ModelFolder:
 
     def _weight_map(self, problems: list[str]) -> dict[str, str]:
         """Tensor name -> shard; for a single file, `{"": "model.safetensors"}`. Empty if there is a problem."""
-        if (self.path / SINGLE_NAME).is_file():  # transformers too prefers it to an index
+        if is_file(self.path / SINGLE_NAME):  # transformers too prefers it to an index
             return {"": SINGLE_NAME}
-        if (self.path / INDEX_NAME).is_file():
-            index = _json_object(self.path / INDEX_NAME, problems)
+        if is_file(self.path / INDEX_NAME):
+            index = _json_object(self.path / INDEX_NAME, problems, MAX_HEADER_BYTES)
             return {} if index is None else self._checked_map(index.get("weight_map"), problems)
         files = sorted(p.name for p in self.path.iterdir() if p.is_file())
         tensors = [name for name in files if name.endswith(".safetensors")]
@@ -173,7 +176,7 @@ class ModelFolder:
             if not _is_inside(shard):
                 bad.add(shard)
                 problems.append(f"{INDEX_NAME}: names {shard!r}, which is not a safetensors file inside the folder")
-            elif not (self.path / shard).is_file():
+            elif not is_file(self.path / shard):
                 bad.add(shard)
                 problems.append(f"{INDEX_NAME}: names {shard}, which is missing; download the model again")
         return {name: shard for name, shard in weight_map.items() if str(shard) not in bad}
@@ -232,7 +235,7 @@ def _read_header(path: Path, problems: list[str]) -> _Header:
     """Parse and check one file's header; what is wrong with it is appended to `problems`."""
     complain = functools.partial(_complain, problems, path.name)
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file, reading(path, "cannot be read"):
         length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
         if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
             return complain(f"truncated or not safetensors: a header of {length} bytes in a file of {size}")
@@ -240,9 +243,10 @@ def _read_header(path: Path, problems: list[str]) -> _Header:
             return complain(f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
         text = file.read(length)
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return complain(f"damaged: its header is not JSON ({error})")
+        with reading(path, "damaged: its header is not JSON"):
+            header = json.loads(text)
+    except InputError as error:
+        return complain(error.found)
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         return complain("damaged: its header is not a table of tensors")
     metadata = header.pop("__metadata__", {})
@@ -292,18 +296,15 @@ def _layout_problems(entries: list[_Entry], data_bytes: int) -> list[str]:
     return [f"damaged: {data_bytes - expected} bytes after the last tensor"] if expected != data_bytes else []
 
 
-def _json_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
+def _json_object(path: Path, problems: list[str], at_most: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     """A JSON file's object; None, and a problem, if it is missing or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if kind_of(path) == "nothing":
         problems.append(f"no {path.name}")
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{path.name}: not JSON ({error})")
-    else:
-        if isinstance(value, dict):
-            return value
-        problems.append(f"{path.name}: a JSON {type(value).__name__}, not an object")
+        return None
+    try:
+        return read_json_object(path, at_most=at_most)
+    except InputError as error:
+        problems.append(f"{path.name}: {error.found}")
     return None
 
 

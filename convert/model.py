@@ -1,7 +1,6 @@
 """Opens a base model by hub id or folder: its files, its shape, its tokenizer. Nothing of a model folder is ever run or unpickled."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +9,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from convert.folder import ModelFolder
 from convert.hub import resolve_config, resolve_model
 from convert.load import read_config
+from qlora_jax import bounded
+from qlora_jax.bounded import Limits, ProgramError, explained
+from qlora_jax.data.codec import try_tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
+from qlora_jax.reading import PASSED_ON, is_file, read_json_object, reason_of, refuse_odd_files
+
+UNLOADABLE = "a tokenizer that cannot be loaded"
+MAX_TOKENIZER_BYTES = 2**28
+MEMORY_A_BYTE = 32
+"""Bytes that loading a tokenizer takes for each of its file's, with room to spare."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,7 @@ def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> Ba
     Raises:
         InputError: it cannot be found, is damaged or is not supported.
     """
+    bounded.companion().start()  # so that it is ready when the tokenizer is to be tried
     path = resolve_model(name_or_path, log=log)
     folder = ModelFolder(path)
     from_hub = not Path(name_or_path).exists() and "snapshots" in path.parts
@@ -46,13 +55,7 @@ def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> Ll
         InputError: it cannot be found or is not supported.
     """
     path = resolve_config(name_or_path, log=log)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(path, found=f"not JSON: {error}", fix="fetch the model again") from None
-    if not isinstance(config, dict):
-        raise InputError(path, found="JSON that is not an object", fix="fetch the model again")
-    return LlamaConfig.from_hf(config, path)
+    return LlamaConfig.from_hf(read_json_object(path, fix="fetch the model again"), path)
 
 
 def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -> PreTrainedTokenizerBase:
@@ -65,10 +68,12 @@ def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -
 
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    refuse_odd_files(path)
+    _try_in_child(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         _try(tokenizer)
-    except (KeyboardInterrupt, SystemExit):
+    except PASSED_ON:
         raise
     except (
         BaseException
@@ -81,10 +86,36 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _try_in_child(path: Path) -> None:
+    """A tokenizer is a program: loading it already normalizes its tokens.
+
+    Raises:
+        InputError: it takes too long or too much memory, or crashes.
+    """
+    if (size := _size(path / "tokenizer.json")) is None:
+        return
+    limits = Limits(seconds=20 + size / 2**20, memory=2**30 + MEMORY_A_BYTE * size)
+    try:
+        bounded.companion().ask(try_tokenizer, str(path), limits=limits)
+    except ProgramError as error:
+        raise explained(error, path, UNLOADABLE, "fetch the model again") from None
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a tokenizer's file; None where there is none. Raises InputError if it is too large to be one."""
+    if not is_file(path):
+        return None
+    size = path.stat().st_size
+    if size > MAX_TOKENIZER_BYTES:
+        expected = f"a tokenizer of at most {MAX_TOKENIZER_BYTES:,}"
+        raise InputError(path, found=f"{size:,} bytes", expected=expected, fix="fetch the model again")
+    return size
+
+
 def _cannot_be_loaded(path: Path, error: BaseException) -> InputError:
     """Without transformers' advice to trust the code of a tokenizer that needs its own: there is no such setting here."""
     if "trust_remote_code" not in str(error):
-        return InputError(path, found=f"a tokenizer that cannot be loaded: {error}", fix="fetch the model again")
+        return InputError(path, found=f"{UNLOADABLE}: {reason_of(error)}", fix="fetch the model again")
     return InputError(
         path,
         found="a tokenizer that needs Python code of its own (auto_map): refused, no code of a model's is run",

@@ -81,6 +81,8 @@ class Child:
         self._errors: IO[bytes] | None = None
         self._has: set[int] = set()
         self._lock = threading.Lock()
+        self.is_closed = False
+        """Whether `close` was called: questions are then answered with a ProgramError."""
 
     def start(self) -> None:
         """Start the process, without waiting until it is ready."""
@@ -116,7 +118,8 @@ class Child:
         return answer
 
     def close(self) -> None:
-        """End the process, whatever it is doing, also for a thread that waits for its answer."""
+        """End the process, whatever it is doing, also for a thread that waits for its answer. It is not started again."""
+        self.is_closed = True
         process = self._process
         if process is not None:
             process.kill()
@@ -124,6 +127,8 @@ class Child:
             self._close()
 
     def _start(self) -> None:
+        if self.is_closed:
+            raise ProgramError("its process was closed")
         if self._process is not None:
             return
         path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -188,7 +193,9 @@ class Child:
         last = self._errors.read().decode(errors="replace").strip()
         if status == -signal.SIGXCPU:
             return f"it did not end within {seconds:.0f} s"
-        if "memory allocation" in last or "MemoryError" in last or status == -signal.SIGKILL:
+        if status == -signal.SIGKILL:
+            return "it was killed, as if out of memory"
+        if "memory allocation" in last or "MemoryError" in last:
             return f"it needs more than {memory / 2**20:,.0f} MiB of memory"
         named = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return f"it crashed ({named})" + (f": {last.splitlines()[-1]}" if last else "")

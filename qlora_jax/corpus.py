@@ -30,8 +30,8 @@ from qlora_jax.data import (
     eval_batches,
     make_recipe,
     open_source,
-    tokenize,
     tokenize_all,
+    tokenize_few,
 )
 from qlora_jax.data.formats import SEEN_FOR_DETECTION
 from qlora_jax.data.rows import RowError
@@ -154,7 +154,7 @@ def tokenize_rows(
     (settings,) = data.all_sources
     layout, is_chat = _settle(name, rows, settings)
     template = choose_template(data.chat_template, tokenizer, [layout.format], print) if is_chat else None
-    return tokenize(rows, make_recipe(tokenizer, layout, data, template))
+    return tokenize_few(rows, make_recipe(tokenizer, layout, data, template))
 
 
 def _settle(

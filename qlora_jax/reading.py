@@ -110,6 +110,21 @@ def is_file(path: str | Path) -> bool:
     return kind_of(path) == "a file"
 
 
+def refuse_odd_files(folder: Path) -> None:
+    """Refuse a folder with something in it that is neither file nor folder: a library that opened it might wait for ever.
+
+    Raises:
+        InputError: it has a named pipe, a device, a socket or a link that leads to itself.
+    """
+    with reading(folder, "a folder that cannot be read"):
+        names = sorted(os.listdir(folder))  # noqa: PTH208 - Path.iterdir gives paths, which are looked at one by one below
+    kinds = {name: kind_of(folder / name) for name in names}
+    if odd := [f"{name} is {kind}" for name, kind in kinds.items() if kind not in ("a file", "a folder", "nothing")]:
+        raise InputError(
+            folder, found=", ".join(odd[:5]), expected="files and folders", fix="take it out of the folder"
+        )
+
+
 def open_file(path: str | Path, *, buffering: int = -1, expected: str = "a file", fix: str = "") -> BinaryIO:
     """Open a regular file for reading its bytes; whatever else there is, is said and not opened.
 
@@ -175,7 +190,7 @@ def read_json_object(path: str | Path, *, at_most: int = MAX_JSON_BYTES, fix: st
     """The object in a JSON file. Raises InputError as `read_json`, or because it is another value."""
     value = read_json(path, at_most=at_most, fix=fix)
     if not isinstance(value, dict):
-        raise InputError(path, found=f"a JSON {type(value).__name__}", expected="a JSON object", fix=fix)
+        raise InputError(path, found=f"a JSON {type(value).__name__}, not an object", fix=fix)
     return value
 
 

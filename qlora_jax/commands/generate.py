@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,33 +11,41 @@ from convert.load import load_weights, total_bytes
 from convert.model import open_model
 from convert.prequantized import settle
 from qlora_jax import machine
+from qlora_jax.arguments import number_argument, path_argument, text_argument, whole_argument
 from qlora_jax.config import QuantizationSettings
+from qlora_jax.data.codec import decode, prompt_ids
 from qlora_jax.data.templates import TEMPLATE_FILE
 from qlora_jax.display import byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.generate import Sampling, generate
 from qlora_jax.llama import default_attention, default_compute_dtype
+from qlora_jax.reading import kind_of, read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the base model: a hub id or a folder")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter in PEFT's format")
+    parser.add_argument(
+        "--model", required=True, type=text_argument, metavar="ID_OR_DIR", help="the base model: a hub id or a folder"
+    )
+    parser.add_argument("--adapter", type=path_argument, metavar="DIR", help="an adapter in PEFT's format")
     parser.add_argument(
         "--prompt",
         required=True,
+        type=text_argument,
         metavar="TEXT",
         help="the user's message; plain text for a model without a chat template",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--max-new-tokens", type=whole_argument(1), default=128, metavar="N", help="default: 128")
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=number_argument(0),
         default=0.0,
         metavar="T",
         help="0 (the default) takes the likeliest token each time",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for temperatures above 0; default: 0")
+    parser.add_argument(
+        "--seed", type=whole_argument(0), default=0, metavar="N", help="for temperatures above 0; default: 0"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -48,9 +55,9 @@ def run(options: argparse.Namespace) -> None:
     model = open_model(options.model, log=console.print)
     adapter = load_adapter(options.adapter, model.config) if options.adapter else None
     if (
-        options.adapter and (options.adapter / TEMPLATE_FILE).is_file()
-    ):  # the one it was trained with, where the model has none
-        model.tokenizer.chat_template = (options.adapter / TEMPLATE_FILE).read_text(encoding="utf-8")
+        options.adapter and kind_of(options.adapter / TEMPLATE_FILE) != "nothing"
+    ):  # what it was trained with, where the model has none
+        model.tokenizer.chat_template = read_text(options.adapter / TEMPLATE_FILE, expected="a chat template")
     asked = adapter.quantization if adapter else QuantizationSettings()
     fix = "give the model that the adapter was trained on"
     quantization = settle(model.folder, asked, where=options.adapter, fix=fix)
@@ -76,12 +83,7 @@ def answer(
     sampling: Sampling,
 ) -> str:
     """The model's answer to a user's message, through its chat template if it has one."""
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        input_ids = tokenizer(prompt)["input_ids"]
+    input_ids = prompt_ids(tokenizer, prompt)
     tokens = generate(engine, weights, adapters, input_ids, {tokenizer.eos_token_id}, sampling)
-    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    (text,) = decode(tokenizer, [tokens], skip_special_tokens=True)
+    return text.strip()

@@ -17,7 +17,7 @@ from qlora_jax.data.store import Kept, Report, TokenStore
 from qlora_jax.data.template_check import check_template
 from qlora_jax.data.templates import ChatTemplate, choose_template, save_template
 from qlora_jax.data.tokenization import Example, Recipe, make_recipe, tokenize
-from qlora_jax.data.workers import tokenize_all
+from qlora_jax.data.workers import tokenize_all, tokenize_few
 
 __all__ = [
     "IGNORED_LABEL",
@@ -51,4 +51,5 @@ __all__ = [
     "save_template",
     "tokenize",
     "tokenize_all",
+    "tokenize_few",
 ]

@@ -5,12 +5,15 @@ from collections.abc import Callable
 
 import tokenizers
 
+from qlora_jax import bounded
+from qlora_jax.bounded import ProgramError, explained
 from qlora_jax.data.formats import Layout
 from qlora_jax.data.jinja import syntax_problem
 from qlora_jax.data.rows import RawRow, RowError
 from qlora_jax.data.templates import ChatTemplate
 from qlora_jax.data.tokenization import Recipe, tokenize
 from qlora_jax.errors import InputError
+from qlora_jax.reading import reading
 
 PROBE = {"messages": [{"role": "user", "content": "Hello there."}, {"role": "assistant", "content": "Well met."}]}
 
@@ -22,7 +25,20 @@ def check_template(recipe: Recipe, template: ChatTemplate, log: Callable[[str], 
         InputError: it is not a template, or a conversation starts with BOS twice.
     """
     where = f"chat template ({template.name})"
-    if problem := syntax_problem(template.text):
+    fix = "mend it, or choose another with data.chat_template"
+    try:
+        lines = bounded.companion().ask(_looked_at, recipe, template.text, where)
+    except ProgramError as error:
+        raise explained(error, where, "it cannot write a small conversation", fix) from None
+    for line in lines:
+        log(line)
+
+
+def _looked_at(recipe: Recipe, text: str, where: str) -> list[str]:
+    """What may be meant, a line each. Raises InputError for what cannot."""
+    said: list[str] = []
+    log = said.append
+    if problem := syntax_problem(text):
         raise InputError(where, found=problem, fix="mend it, or choose another with data.chat_template")
     if recipe.by_transformers:
         log(
@@ -32,7 +48,7 @@ def check_template(recipe: Recipe, template: ChatTemplate, log: Callable[[str], 
     try:
         (example,) = tokenize([RawRow("a probe", PROBE)], recipe)
     except RowError:
-        return  # a template for other conversations than this: the rows will tell
+        return said  # a template for other conversations than this: the rows will tell
     plain = tokenizers.Tokenizer.from_str(recipe.tokenizer)
     ids = example.input_ids.tolist()
     bos = recipe.special_tokens.get("bos_token")
@@ -46,7 +62,9 @@ def check_template(recipe: Recipe, template: ChatTemplate, log: Callable[[str], 
         )
     last = int(example.loss_mask.nonzero()[0][-1])
     if plain.id_to_token(ids[last]) not in recipe.end_tokens:
-        text = plain.decode(ids[last : last + 1], skip_special_tokens=False)
+        with reading(where, "the end of a turn cannot be decoded"):
+            text = plain.decode(ids[last : last + 1], skip_special_tokens=False)
         log(
             f"{where}: the assistant's turn ends with {text!r} and no end token, so the model does not learn to stop there"
         )
+    return said

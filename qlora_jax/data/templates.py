@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_jax.data_settings import Format
 from qlora_jax.errors import InputError
+from qlora_jax.reading import read_text, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # slow to import; a process that tokenizes need not
@@ -68,7 +69,7 @@ def choose_template(
     if setting not in ("auto", OWN):
         return ChatTemplate(_read(Path(setting)), setting, is_own=False)
     if tokenizer.chat_template:
-        return ChatTemplate(_own(tokenizer), OWN, is_own=True)
+        return ChatTemplate(own_template(tokenizer), OWN, is_own=True)
     if setting == OWN:
         fix = f"choose another: auto, {', '.join(NAMED)}, or a file"
         raise InputError("data.chat_template", found="model, but the model has no chat template", fix=fix)
@@ -83,9 +84,14 @@ def save_template(template: ChatTemplate | None, folder: Path) -> None:
         (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")
 
 
-def _own(tokenizer: "PreTrainedTokenizerBase") -> str:
+def own_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text of a model's own chat template.
+
+    Raises:
+        InputError: there are several and no default, or it is no text.
+    """
     try:
-        return tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template()
     except ValueError as error:  # several by name, without a default
         raise InputError(
             tokenizer.name_or_path or type(tokenizer).__name__,
@@ -93,11 +99,15 @@ def _own(tokenizer: "PreTrainedTokenizerBase") -> str:
             expected="one chat template, or a default among several",
             fix=f"name one with data.chat_template: {', '.join(NAMED)}, or a file",
         ) from None
+    if not isinstance(template, str):
+        found = f"a chat template that is no text: {shown(template)}"
+        raise InputError(tokenizer.name_or_path, found=found, fix="mend chat_template in its tokenizer_config.json")
+    return template
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except InputError as error:
         expected = f"auto, {', '.join(NAMED)}, or a file with a Jinja template"
-        raise InputError("data.chat_template", found=f"{str(path)!r}: {error}", expected=expected) from None
+        raise InputError("data.chat_template", found=f"{str(path)!r}: {error.found}", expected=expected) from None

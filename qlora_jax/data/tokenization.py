@@ -1,5 +1,6 @@
 """Rows to token ids, and which of them count in the loss."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import tokenizers
 
+from qlora_jax import bounded
+from qlora_jax.bounded import ProgramError, explained
 from qlora_jax.data.chat import Rendered, Renderer
 from qlora_jax.data.encoding import Encoded, Encoder
 from qlora_jax.data.formats import Chat, Layout, Sample, Text
@@ -101,8 +104,16 @@ def make_recipe(
         settings.loss_on,
         settings.max_seq_length,
         settings.too_long,
-        by_transformers=template is not None and not agrees_with_transformers(template.text, special_tokens),
+        by_transformers=template is not None and not _agrees(template, special_tokens),
     )
+
+
+def _agrees(template: ChatTemplate, special_tokens: dict[str, str]) -> bool:
+    try:
+        return bounded.companion().ask(agrees_with_transformers, template.text, special_tokens)
+    except ProgramError as error:
+        where, fix = f"chat template ({template.name})", "mend it, or choose another with data.chat_template"
+        raise explained(error, where, "it cannot write a small conversation", fix) from None
 
 
 def _plain_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> tokenizers.Tokenizer:
@@ -172,15 +183,14 @@ class RowTokenizer:
         numbers: list[int] = []
         for number, raw in enumerate(rows):
             try:
-                sample = self.recipe.layout.read(raw.parse())
-                rendered = self._render(sample, raw.where)
+                sample, rendered = self.render(raw)
             except RowError as error:
                 problems[number] = error
             else:
                 texts += rendered
                 samples += [sample] * len(rendered)
                 numbers += [number] * len(rendered)
-        encoded = self._encode(texts)
+        encoded = self._encoded(texts, [rows[number].where for number in numbers])
         is_chat = np.array([isinstance(sample, Chat) for sample in samples], bool)
         if not is_chat.all():
             encoded = self._add_boundaries(encoded, ~is_chat)
@@ -205,6 +215,24 @@ class RowTokenizer:
                 [problems[number] for number in sorted(problems)],
             )
         )
+
+    def _encoded(self, texts: Sequence[Rendered], wheres: Sequence[str]) -> Encoded:
+        """The texts' tokens. Raises InputError for the first that the tokenizer cannot read."""
+        try:
+            return self._encode(texts)
+        except InputError:
+            for text, where in zip(texts, wheres, strict=True):
+                self._encode([text], where)
+            raise
+
+    def render(self, raw: RawRow) -> tuple[Sample, list[Rendered]]:
+        """A row parsed, and the texts that it becomes.
+
+        Raises:
+            RowError: it cannot be used.
+        """
+        sample = self.recipe.layout.read(raw.parse())
+        return sample, self._render(sample, raw.where)
 
     def _render(self, sample: Sample, where: str) -> list[Rendered]:
         loss_on = self.recipe.loss_on
@@ -284,12 +312,26 @@ def example_hash(example: Example) -> int:
 
 
 def tokenize(rows: Sequence[RawRow], recipe: Recipe) -> list[Example]:
-    """A few rows at once, in this process.
+    """A few rows at once, in this process, where nothing bounds what template and tokenizer do: see `workers.tokenize_few`.
 
     Raises:
         RowError: the first that cannot be used.
     """
-    tokens = RowTokenizer(recipe)(rows)
+    return examples(RowTokenizer(recipe)(rows))
+
+
+def rendered(row: RawRow, recipe: Recipe) -> None:
+    """Write a row as the template does, and no more; whether that comes to an end is the question."""
+    with contextlib.suppress(RowError):
+        RowTokenizer(recipe).render(row)
+
+
+def examples(tokens: Tokens) -> list[Example]:
+    """Tokenized rows one by one.
+
+    Raises:
+        RowError: the first that could not be used.
+    """
     if tokens.problems:
         raise tokens.problems[0]
     cuts = np.cumsum(tokens.lengths)[:-1]
