@@ -12,7 +12,7 @@ import safetensors
 
 from convert import names
 from convert.adapter_config import CONFIG_FILE, AdapterConfig, Target, read_adapter_config
-from convert.adapter_tensors import read_tensor, saveable, tensor_problems
+from convert.adapter_tensors import DAMAGED, DAMAGED_FIX, read_tensor, saveable, tensor_problems
 from convert.delta import Pair
 from convert.folder import some
 from convert.shards import PT_METADATA, TensorSpec, write_json, write_shard
@@ -21,6 +21,7 @@ from qlora_jax.engine import Adapters
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.placement import Tree, put
+from qlora_jax.reading import kind_of, open_file, reading
 
 WEIGHTS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 QUANTIZATION_KEY = "quantization"
@@ -155,19 +156,17 @@ def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
     folder = Path(folder)
     settings = read_adapter_config(folder)
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
+    if kind_of(path) == "nothing":
         pickled = " but adapter_model.bin, which is never unpickled" if (folder / PICKLE_FILE).exists() else ""
         raise InputError(
             folder, found=f"no {WEIGHTS_FILE}{pickled}", expected=f"a PEFT adapter: {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
     targets = settings.targets(config)
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            note = (file.metadata() or {}).get(QUANTIZATION_KEY, "{}")
-            held = set(file.keys())
-        problems = tensor_problems(path, settings, targets, config)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(path, found=f"a damaged safetensors file: {error}", fix="save the adapter again") from None
+    open_file(path, expected="an adapter's tensors").close()  # the library opens anything
+    with reading(path, DAMAGED, fix=DAMAGED_FIX), safetensors.safe_open(path, framework="numpy") as file:
+        note = (file.metadata() or {}).get(QUANTIZATION_KEY, "{}")
+        held = set(file.keys())
+    problems = tensor_problems(path, settings, targets, config)
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise InputError(

@@ -12,7 +12,6 @@ A name in PEFT's rules is a module's path in the base model, such as `model.laye
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from convert import names
 from qlora_jax.config import LINEAR_NAMES
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
+from qlora_jax.reading import kind_of, read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 MAX_REPEATS = 4
@@ -140,14 +140,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         InputError: it is missing or damaged, or asks for something that cannot be applied (everything named at once).
     """
     path = folder / CONFIG_FILE
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(folder, found=f"no {CONFIG_FILE}", expected="an adapter's folder, in PEFT's format") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(path, found=f"not JSON: {error}", fix="save the adapter again") from None
-    if not isinstance(settings, dict):
-        raise InputError(path, found=f"a {type(settings).__name__}", expected="an object of adapter settings")
+    if kind_of(path) == "nothing":
+        raise InputError(folder, found=f"no {CONFIG_FILE}", expected="an adapter's folder, in PEFT's format")
+    settings = read_json_object(path, fix="save the adapter again")
     problems = _unsupported(settings) + _malformed(settings)
     if problems:
         raise InputError(

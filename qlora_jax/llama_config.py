@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from qlora_jax.config import LINEAR_NAMES
 from qlora_jax.errors import InputError
+from qlora_jax.reading import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +33,15 @@ class LlamaConfig:
         """
         problems = [f"{key} is missing" for key in _REQUIRED if key not in config]
         problems += [
-            f"{key} is {config[key]!r}, supported: {only!r}"
+            f"{key} is {shown(config[key])}, supported: {only!r}"
             for key, only in _ONLY.items()
             if config.get(key, only) != only
         ]
-        problems += [f"{key} is {config[key]!r}, not supported" for key in _REFUSED if config.get(key)]
+        problems += [f"{key} is {shown(config[key])}, not supported" for key in _REFUSED if config.get(key)]
         for key in ("rope_scaling", "rope_parameters"):  # the name in transformers 4, and in 5
             scaling = config.get(key) or {}
             if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-                problems.append(f"{key} is {scaling!r}, supported: rope_type 'default'")
+                problems.append(f"{key} is {shown(scaling)}, supported: rope_type 'default'")
         problems = problems or _bad_numbers(config)
         if problems:
             raise InputError(
@@ -81,7 +82,7 @@ def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
 
     whole = [key for key in (*_REQUIRED, "num_key_value_heads", "head_dim") if config.get(key) or key in _REQUIRED]
     problems = [
-        f"{key} is {config[key]!r}, expected a whole number from 1 to {_MAX_LAYERS if 'layers' in key else _MAX_SIZE}"
+        f"{key} is {shown(config[key])}, expected a whole number from 1 to {_MAX_LAYERS if 'layers' in key else _MAX_SIZE}"
         for key in whole
         if not is_number(config[key], int, _MAX_LAYERS if "layers" in key else _MAX_SIZE)
     ]
@@ -89,12 +90,12 @@ def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
     numbers = {"rms_norm_eps": config.get("rms_norm_eps", 1e-6), "rope_theta": config.get("rope_theta") or 1.0}
     numbers |= {f"{key}.rope_theta": rope["rope_theta"] for key, rope in ropes.items() if rope.get("rope_theta")}
     problems += [
-        f"{key} is {value!r}, expected a positive number"
+        f"{key} is {shown(value)}, expected a positive number"
         for key, value in numbers.items()
         if not is_number(value, (int, float), _MAX_NUMBER)
     ]
     if not isinstance(config.get("tie_word_embeddings", False), bool):
-        problems.append(f"tie_word_embeddings is {config['tie_word_embeddings']!r}, expected true or false")
+        problems.append(f"tie_word_embeddings is {shown(config['tie_word_embeddings'])}, expected true or false")
     if not problems:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         if not config.get("head_dim") and hidden % heads:

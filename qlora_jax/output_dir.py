@@ -11,7 +11,6 @@ run.json                  what happened: versions, device, settings, command; st
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import secrets
@@ -23,16 +22,21 @@ from typing import IO, Any, Self
 
 import jax
 
+from qlora_jax.about import LINES, check_complete, check_lines
 from qlora_jax.checkpoint import Checkpoint, Checkpoints
 from qlora_jax.config import Config, TrainingSettings
 from qlora_jax.errors import InputError, InterruptedRunError
 from qlora_jax.files import try_lock, write_json
+from qlora_jax.reading import kind_of, read_json_object
 
 PACKAGES = ("qlora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 GROWING = ("metrics.jsonl", "samples.jsonl")
 """Files that grow line by line; checkpoints hold them as they were."""
 LOCK = ".lock"
 LENGTH = ("max_steps", "num_train_epochs")
+ANOTHER = "name another training.output_dir"
+MAX_RECORD_BYTES = 2**28
+"""Bytes of a `run.json`: each start of a run adds some thousands."""
 
 
 class OutputDir:
@@ -53,7 +57,12 @@ class OutputDir:
             InputError: a finished run is here, or one to be continued but for `resume: never`, and overwriting was not asked for;
                 or another process is at work.
         """
-        if (self.path / LOCK).exists():
+        if (kind := kind_of(self.path)) not in ("a folder", "nothing") or (
+            kind == "nothing" and self.path.is_symlink()
+        ):
+            found = kind if kind != "nothing" else "a link to what is not there"
+            raise InputError(self.path, found=found, expected="a folder, or nothing", fix=ANOTHER)
+        if kind_of(self.path / LOCK) != "nothing":
             self._take_lock()
         self.record = _read(self.path / "run.json")
         settings, results = self._settings, self._has_results()
@@ -82,7 +91,12 @@ class OutputDir:
         if self._fresh:
             return None
         self._take_lock()
-        return Checkpoints(self.checkpoints_path, self._settings.save_total_limit).newest(log)
+        found = Checkpoints(self.checkpoints_path, self._settings.save_total_limit).newest(log)
+        if found is not None:
+            check_complete(found.about, found.path)
+            for name in LINES:
+                check_lines(name, found.file(name), found.path / name)
+        return found
 
     def claim(self, resumed: Checkpoint | None) -> Checkpoints:
         """Make the folder ours. A run that is not continued begins with nothing there but metrics, kept under another name.
@@ -201,6 +215,9 @@ class OutputDir:
         if self._lock is not None:
             return
         try:
+            kind = kind_of(self.path / LOCK)
+            if kind not in ("a file", "nothing"):  # a named pipe would be waited for
+                raise InputError(self.path / LOCK, found=kind, expected="the lock of a run", fix=ANOTHER)
             lock = (self.path / LOCK).open("ab")
             taken = try_lock(lock.fileno())
         except OSError as error:
@@ -218,12 +235,18 @@ class OutputDir:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A `run.json`; nothing where there is none, or where it is not ours."""
+    """A `run.json`; nothing where there is none, or where it is not ours: a value is of another type than we write."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = read_json_object(path, at_most=MAX_RECORD_BYTES)
+    except InputError:
         return {}
-    return record if isinstance(record, dict) else {}
+    starts = record.get("starts", [])
+    ours = isinstance(starts, list) and all(isinstance(start, dict) for start in starts)
+    ours = ours and all(isinstance(record.get(name, ""), str) for name in ("id", "state"))
+    parts = [start.get(part, {}) for start in starts for part in ("versions", "device", "config")] if ours else [None]
+    ours = all(isinstance(part, dict) for part in parts)
+    settings = [start.get("config", {}).get("training", {}) for start in starts] if ours else [None]
+    return record if ours and all(isinstance(part, dict) for part in settings) else {}
 
 
 def _now() -> str:

@@ -17,8 +17,8 @@ ORDER = (
     "errors", "files", "reading", "bounded", "machine", "section", "arguments", "data_settings", "config", "changes", "nf4",
     "blockwise", "kernels", "dropout", "products", "linear", "feed_forward", "norm", "llama_config", "llama", "pinned",
     "data", "loss", "placement", "rates", "compiled", "engine", "analysis", "optimizer", "estimate", "budget", "plan",
-    "space", "checkpoint", "metrics", "trackers", "display", "corpus", "preview", "samples", "output_dir", "signals",
-    "progress", "faults", "trainer", "generate", "compare", "commands", "__main__",
+    "space", "progress", "about", "checkpoint", "metrics", "trackers", "display", "corpus", "preview", "samples", "output_dir", "signals",
+    "faults", "trainer", "generate", "compare", "commands", "__main__",
 )  # fmt: skip
 """The modules of qlora_jax, lowest first: each imports only from those before it."""
 LEVEL = {name: level for level, name in enumerate(ORDER)}

@@ -4,16 +4,18 @@ Bytes are split into lines before they are decoded: only \\n ends a line (JSON s
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from qlora_jax.data.rows import RawRow, RowError, as_object, decode
 from qlora_jax.errors import InputError
+from qlora_jax.reading import open_file, reading
 
 SampleBy = Literal["line", "paragraph", "document"]
 BOM = b"\xef\xbb\xbf"
@@ -51,10 +53,7 @@ def read_file(path: Path, sample_by: SampleBy = "line") -> Iterator[RawRow]:
         ".parquet": _parquet,
         ".txt": lambda path: _text(path, sample_by),
     }
-    try:
-        yield from readers[_suffix(path)](path)
-    except (OSError, EOFError) as error:  # gzip raises both for a damaged file
-        raise InputError(path, found=f"cannot be read: {error}", fix="check the file and its permissions") from None
+    yield from readers[_suffix(path)](path)
 
 
 def _suffix(path: Path) -> str:
@@ -62,9 +61,21 @@ def _suffix(path: Path) -> str:
     return "" if path.suffix == ".gz" and name.suffix == ".parquet" else name.suffix.lower()
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, unpacked if it is gzipped. What zlib or the disk raise in the block is an InputError."""
+    fix = "check the file and its permissions"
+    with open_file(path, expected="a file of rows", fix=fix) as file, reading(path, "cannot be read", fix=fix):
+        if path.suffix == ".gz":
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked
+        else:
+            yield file
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line with its end), without a byte order mark at the start."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             yield number, line.removeprefix(BOM) if number == 1 else line
 
@@ -188,7 +199,7 @@ class _Buffer:
 def _chunks(path: Path) -> Iterator[str]:
     """The file's text in pieces."""
     decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with _opened(path) as file:
         while True:
             data = file.read(READ_AT_ONCE)
             try:
@@ -254,18 +265,14 @@ def _check_header(header: list[str], where: str) -> None:
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
-    import pyarrow  # slow to import, and not needed for most
-    import pyarrow.parquet
+    import pyarrow.parquet  # slow to import, and not needed for most
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(PARQUET_ROWS_AT_ONCE):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield RawRow(f"{path}, row {number}", fields)
-    except pyarrow.ArrowException as error:
-        raise InputError(path, found=f"not a Parquet file, or a damaged one: {error}", fix="fetch it again") from None
+    with open_file(path) as opened, reading(path, "not a Parquet file, or a damaged one", fix="fetch it again"):
+        file, number = pyarrow.parquet.ParquetFile(opened), 0
+        for batch in file.iter_batches(PARQUET_ROWS_AT_ONCE):
+            for fields in batch.to_pylist():
+                number += 1
+                yield RawRow(f"{path}, row {number}", fields)
 
 
 def _text(path: Path, sample_by: SampleBy) -> Iterator[RawRow]:

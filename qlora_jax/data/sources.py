@@ -11,6 +11,7 @@ from qlora_jax.data.files import SUFFIXES, is_data_file, read_file
 from qlora_jax.data.rows import RawRow
 from qlora_jax.data_settings import DataSettings, SourceSettings
 from qlora_jax.errors import InputError
+from qlora_jax.reading import kind_of, reading, refuse_odd_files
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OFFLINE_ADVICE = "check the name and the connection, or give a file's path: JSONL, JSON, CSV, Parquet or text"
@@ -37,7 +38,8 @@ def open_source(settings: SourceSettings, data: DataSettings) -> Source:
         InputError: there is no such file, folder or dataset, or it holds no file of rows.
     """
     path = Path(settings.path)
-    if path.is_dir():
+    kind = kind_of(path)
+    if kind == "a folder":
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return _saved_dataset(path, settings)
         files = sorted(file for file in path.rglob("*") if is_data_file(file) and not _hidden(file, path))
@@ -47,11 +49,13 @@ def open_source(settings: SourceSettings, data: DataSettings) -> Source:
                 path, found=found, expected=f"files ending in {', '.join(SUFFIXES)}", fix="check data.path"
             )
         return _files(path, files, settings, data)
-    if path.is_file():
+    if kind == "a file":
         if not is_data_file(path):
             expected = f"a name ending in {', '.join(SUFFIXES)} (all but .parquet may be gzipped: .gz)"
             raise InputError(path, found="a file of an unknown kind", expected=expected, fix="rename or convert it")
         return _files(path, [path], settings, data)
+    if kind != "nothing":
+        raise InputError(path, found=kind, expected="a file of rows, or a folder of them", fix="check data.path")
     if HUB_ID.fullmatch(settings.path) and path.suffix not in SUFFIXES:
         return _hub(settings, data.streaming)
     expected = "a file of rows, a folder of them, or a dataset's id on the hub (owner/name)"
@@ -79,13 +83,14 @@ def _saved_dataset(path: Path, settings: SourceSettings) -> Source:
     """A folder that `datasets` wrote with `save_to_disk`."""
     import datasets
 
-    try:
+    refuse_odd_files(path)
+    with reading(path, "a dataset that cannot be loaded", fix="write it again"):
         loaded: Any = datasets.load_from_disk(str(path))
-        return _arrow(str(path), loaded[settings.split] if isinstance(loaded, datasets.DatasetDict) else loaded)
-    except KeyError:
-        raise InputError(path, found=f"no split {settings.split!r}", expected=f"one of {', '.join(loaded)}") from None
-    except Exception as error:  # whatever pyarrow makes of a damaged file
-        raise InputError(path, found=f"a dataset that cannot be loaded: {error}", fix="write it again") from None
+    if not isinstance(loaded, datasets.DatasetDict):
+        return _arrow(str(path), loaded)
+    if settings.split not in loaded:
+        raise InputError(path, found=f"no split {settings.split!r}", expected=f"one of {', '.join(loaded)}")
+    return _arrow(str(path), loaded[settings.split])
 
 
 def _hub(settings: SourceSettings, streaming: bool) -> Source:
@@ -120,5 +125,6 @@ def _arrow(name: str, loaded: Any) -> Source:
 
 
 def _numbered(name: str, rows: Iterator[dict[str, Any]]) -> Iterator[RawRow]:
-    for number, fields in enumerate(rows, start=1):
-        yield RawRow(f"{name}, row {number}", fields)
+    with reading(name, "a dataset that cannot be read", fix="check the connection, or write or fetch it again"):
+        for number, fields in enumerate(rows, start=1):
+            yield RawRow(f"{name}, row {number}", fields)

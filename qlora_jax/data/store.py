@@ -19,6 +19,7 @@ from qlora_jax.data.sources import Source
 from qlora_jax.data.tokenization import Example, Recipe, Tokens
 from qlora_jax.data_settings import DataSettings
 from qlora_jax.errors import FULL, InputError, disk_full
+from qlora_jax.reading import open_file, read_json_object, reading
 
 PROBLEMS_AT_ONCE = 10
 """So many bad rows are named before reading stops."""
@@ -50,17 +51,39 @@ class TokenStore(Sequence[Example]):
     """
 
     def __init__(self, folder: Path) -> None:
+        """Open what `_write` left.
+
+        Raises:
+            InputError: a file is not there, damaged, or does not fit the others.
+        """
         self.folder = folder
         self.lengths, self.supervised, self.hashes, self._where_ends = (
-            np.load(folder / f"{name}.npy") for name in ("lengths", "supervised", "hashes", "where_ends")
-        )
+            _array(folder / f"{name}.npy", dtype)
+            for name, dtype in (
+                ("lengths", np.int64), ("supervised", np.int64), ("hashes", np.uint64), ("where_ends", np.int64),
+            )
+        )  # fmt: skip
         self._ends = np.cumsum(self.lengths)
         self._input_ids, self._loss_mask, self._wheres = (
-            np.memmap(folder / f"{name}.bin", dtype, mode="r") if len(self) else np.array([], dtype)
-            for name, dtype in (("input_ids", np.int32), ("loss_mask", np.bool_), ("wheres", np.uint8))
-        )
-        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        self.report = Report(**values | {"skipped": Counter(values["skipped"])})
+            _mapped(folder / f"{name}.bin", dtype) for name, dtype in (
+                ("input_ids", np.int32), ("loss_mask", np.bool_), ("wheres", np.uint8),
+            )
+        )  # fmt: skip
+        self.report = _report(folder / "report.json")
+        self._check()
+
+    def _check(self) -> None:
+        rows, ends = len(self.lengths), self._where_ends
+        sound = (
+            rows == len(self.supervised) == len(self.hashes) == len(ends) > 0
+            and bool((self.lengths > 0).all() and (self.lengths < 2**31).all())
+            and bool((self.supervised >= 0).all() and (self.supervised <= self.lengths).all())
+            and self._ends[-1] == len(self._input_ids) == len(self._loss_mask)
+            and bool((np.diff(ends, prepend=0) >= 0).all()) and ends[-1] == len(self._wheres)
+            and self.report.num_read >= 0
+        )  # fmt: skip
+        if not sound:
+            raise InputError(self.folder, found="tokenized rows whose files do not fit one another")
 
     def __len__(self) -> int:
         """Rows that can be used."""
@@ -80,6 +103,36 @@ class TokenStore(Sequence[Example]):
         start = self._where_ends[index - 1] if index % len(self) else 0
         where = self._wheres[start : self._where_ends[index]].tobytes().decode()
         return Example(np.asarray(self._input_ids[here]), np.asarray(self._loss_mask[here]), where)
+
+
+def _array(path: Path, dtype: type) -> np.ndarray:
+    """A whole array [N], of this dtype."""
+    with open_file(path) as file, reading(path, "a damaged array"):
+        array: np.ndarray = np.load(file, allow_pickle=False)
+    if array.dtype != dtype or array.ndim != 1:
+        raise InputError(path, found=f"an array {array.dtype}{list(array.shape)}", expected=f"{np.dtype(dtype)}[N]")
+    return array
+
+
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    """A file as an array [N], mapped."""
+    open_file(path).close()
+    with reading(path, "cannot be mapped"):
+        return np.memmap(path, dtype, mode="r")
+
+
+def _report(path: Path) -> Report:
+    values = read_json_object(path)
+    with reading(path, "a damaged report"):
+        counts = {name: values.pop(name) for name in ("skipped", "first_skipped")}
+        report = Report(**values | {"skipped": Counter(counts["skipped"]), "first_skipped": counts["first_skipped"]})
+        numbers = [*values.values(), *counts["skipped"].values()]
+        if (
+            not all(type(number) is int for number in numbers)
+            or counts["skipped"].keys() != counts["first_skipped"].keys()
+        ):
+            raise ValueError("its counts are no numbers")
+    return report
 
 
 class Gate:
@@ -156,9 +209,9 @@ class Kept:
     def find(self, source: Source, recipe: Recipe, settings: DataSettings) -> TokenStore | None:
         """What an earlier run kept."""
         entry = self._entry(source, recipe, settings)
-        if entry is None or not (entry / "report.json").is_file():
+        if entry is None:
             return None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: it is made again
+        with contextlib.suppress(InputError):  # none, or damaged: it is made again
             return TokenStore(entry)
         return None
 
