@@ -8,7 +8,7 @@ MAX_WHOLE = 2**32 - 1
 """Of a whole number. YAML's have no end: a larger one is a slip of the hand, and fits no array's shape, no seed and no float."""
 
 
-class Section(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class Section(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """A group of settings: immutable, and without room for a misspelt one."""
 
     @pydantic.field_validator("*")
