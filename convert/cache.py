@@ -158,9 +158,9 @@ def _opened(
 
 
 @exit_status
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.cache") -> None:
     """The command; see `--help`."""
-    parser = argparse.ArgumentParser(prog="python -m convert.cache", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--remove", nargs="+", default=[], metavar="NAME", help="entries to delete, as they are listed")
     parser.add_argument("--all", action="store_true", help="delete every entry")

@@ -168,11 +168,9 @@ def _bfloat16(values: np.ndarray | jax.Array) -> np.ndarray:
 
 
 @exit_status
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.merge") -> None:
     """The command; see `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.merge", description=__doc__.split("\n\n")[0], epilog=WHICH_BASE
-    )
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0], epilog=WHICH_BASE)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--adapter", required=True, type=path_argument, metavar="DIR", help="the adapter, in PEFT's format"

@@ -104,11 +104,9 @@ def _pieces(
 
 
 @exit_status
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.quantize") -> None:
     """The command; see `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.quantize", description=__doc__.split("\n\n")[0], epilog=EPILOG
-    )
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0], epilog=EPILOG)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--model", required=True, type=text_argument, metavar="ID_OR_DIR", help="the model: a hub id or a folder"

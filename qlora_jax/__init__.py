@@ -1,3 +1,44 @@
-"""QLoRA fine-tuning of Llama-family models in pure JAX and Flax."""
+"""QLoRA fine-tuning of Llama-family models in pure JAX and Flax.
+
+What is named in `__all__` is the public API. It is imported when it is first asked for, so that `import qlora_jax` starts neither JAX
+nor anything else.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "qlora_jax.data",
+    "Config": "qlora_jax.config",
+    "Corpus": "qlora_jax.corpus",
+    "Engine": "qlora_jax.engine",
+    "InputError": "qlora_jax.errors",
+    "Plan": "qlora_jax.budget",
+    "Sampling": "qlora_jax.generate",
+    "Trainer": "qlora_jax.trainer",
+    "Weights": "qlora_jax.engine",
+    "load_adapter": "convert.adapter",
+    "load_config": "qlora_jax.config",
+    "load_corpus": "qlora_jax.corpus",
+    "load_weights": "convert.load",
+    "make_engine": "qlora_jax.plan",
+    "open_model": "convert.model",
+    "plan_run": "qlora_jax.commands.plan",
+    "save_adapter": "convert.adapter",
+}
+"""The module each public name is defined in."""
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name, its module being imported now (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

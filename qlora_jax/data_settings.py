@@ -35,6 +35,7 @@ class DataSettings(SourceSettings):
     path: UserText | None = None
     weight: None = None
     sources: tuple[SourceSettings, ...] = ()
+    """Several sources in place of `path`, each with settings of its own: [{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]."""
     eval_path: UserText | None = None
     """Held-out rows: another source, in the same format and split unless `eval_split` says otherwise."""
     eval_split: str | None = None

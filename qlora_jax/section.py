@@ -25,7 +25,7 @@ def _is_home(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("~")
 
 
-class Section(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class Section(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True):
     """A group of settings: immutable, and without room for a misspelt one."""
 
     @pydantic.field_validator("*")
