@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.folder import ModelFolder
+from convert.head import has_own_head
 from convert.job import RECORD, Log, filling, require_space
 from convert.shards import (
     PT_METADATA,
@@ -120,6 +121,8 @@ def _config(folder: ModelFolder, quantization_config: dict[str, Any] | None) -> 
     config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:  # the older name too, where it is there
         config[key] = "bfloat16"
+    if has_own_head(folder):
+        config["tie_word_embeddings"] = False
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     return config

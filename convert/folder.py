@@ -268,7 +268,12 @@ def _entry(name: str, value: Any) -> _Entry | str:
         case _:
             return f"damaged: {name} has no dtype, shape and data_offsets"
     if dtype not in NUMPY_DTYPES:
-        return f"{name} has dtype {dtype}, which cannot be read; known: {', '.join(NUMPY_DTYPES)}"
+        kind = (
+            "8-bit floats: give the model in bfloat16"
+            if dtype.startswith("F8")
+            else f"known: {', '.join(NUMPY_DTYPES)}"
+        )
+        return f"{name} has dtype {dtype}, which cannot be read; {kind}"
     if not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape) or len(shape) > MAX_DIMENSIONS or begin < 0:
         return f"damaged: {name} has shape {shape} at byte {begin}"
     nbytes = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize

@@ -32,6 +32,7 @@ from convert.check import Differences, check_merge
 from convert.delta import Base, Pair, base_passes, merged_weight
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
+from convert.head import is_tied
 from convert.hub import cache_dir, resolve_model
 from convert.job import Log, describe, files_identity, refuse_existing
 from convert.load import read_config
@@ -112,9 +113,12 @@ def _changes(name: str, adapter: Adapter, base: Base) -> bool:
 
 
 def _merged_specs(folder: ModelFolder, shard: str, adapter: Adapter, base: Base) -> list[TensorSpec]:
+    """A head that is a copy of the embedding is left out where the adapter replaces the embedding: it would be another head."""
+    replaced = names.EMBEDDING in adapter.saved and names.LM_HEAD not in adapter.saved
     return [
         TensorSpec(spec.name, "BF16", spec.shape) if _changes(spec.name, adapter, base) else spec
         for spec in prequantized.plain_specs(folder, shard)
+        if not (replaced and spec.name == names.LM_HEAD and is_tied(folder))
     ]
 
 
