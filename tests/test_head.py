@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from convert import names
-from convert.adapter import load_adapter
+from convert.adapter import WEIGHTS_FILE, load_adapter
 from convert.folder import ModelFolder
 from convert.head import is_tied
 from convert.load import load_weights, read_config, total_bytes
@@ -140,6 +140,9 @@ def test_a_copy_of_the_embedding_stays_one(tmp_path: Path, replaced: bool) -> No
     model = with_head(tmp_path / "model", "copy")
     more: dict[str, Any] = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True} if replaced else {}
     adapter = peft_adapter(tmp_path / "adapter", model, target_modules=["q_proj"], **more)
+    stored = safetensors.numpy.load_file(adapter / WEIGHTS_FILE)
+    kept = {name: tensor for name, tensor in stored.items() if names.LM_HEAD not in name}  # as some versions save it
+    safetensors.numpy.save_file(kept, adapter / WEIGHTS_FILE, {"format": "pt"})
     run_merge(model, adapter, tmp_path / "merged", "original")
     merged = ModelFolder(tmp_path / "merged")
     assert (names.LM_HEAD in merged) is not replaced
