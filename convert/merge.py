@@ -37,6 +37,7 @@ from convert.hub import cache_dir, resolve_model
 from convert.job import Log, describe, files_identity, refuse_existing
 from convert.load import read_config
 from convert.shards import Piece, TensorSpec
+from convert.stops import merged_companions
 from qlora_jax import machine
 from qlora_jax.display import byte_bar, make_console, progress_bar
 from qlora_jax.errors import InputError, exit_status
@@ -88,7 +89,10 @@ def merge(
     files = files_identity((adapter.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)), adapter.path)
     settings = {"base": base, "adapter": {"path": str(adapter.path.resolve()), "files": files}}
     job = describe("merge", folder, **settings)
-    write_derived(folder, out, change, job, past_cache=True, advance=advance, log=log, verify=verify)
+    companions = merged_companions(folder, adapter.path, read_config(folder).vocab_size, log)
+    write_derived(
+        folder, out, change, job, companions=companions, past_cache=True, advance=advance, log=log, verify=verify
+    )
 
 
 def check_base(folder: ModelFolder, base: Base) -> None:

@@ -4,12 +4,15 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from convert.folder import ModelFolder
-from convert.hub import resolve_config, resolve_model
+from convert.hub import CONFIG_NAME, resolve_config, resolve_model
 from convert.load import read_config
+from convert.remarks import limits_of, remarks
+from qlora_jax.data import ModelLimits
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
 
@@ -23,10 +26,11 @@ class BaseModel:
     folder: ModelFolder
     config: LlamaConfig
     tokenizer: PreTrainedTokenizerBase
+    limits: ModelLimits
 
 
 def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> BaseModel:
-    """Find, check and describe a base model.
+    """Find, check and describe a base model; what is odd about it but can be used is told to `log`.
 
     Raises:
         InputError: it cannot be found, is damaged or is not supported.
@@ -34,9 +38,11 @@ def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> Ba
     path = resolve_model(name_or_path, log=log)
     folder = ModelFolder(path)
     from_hub = not Path(name_or_path).exists() and "snapshots" in path.parts
-    return BaseModel(
-        name_or_path if from_hub else str(path.resolve()), folder, read_config(folder), _load_tokenizer(path)
-    )
+    config, tokenizer = read_config(folder), load_tokenizer(path)
+    for line in remarks(folder, config, tokenizer):
+        log(line)
+    name = name_or_path if from_hub else str(path.resolve())
+    return BaseModel(name, folder, config, tokenizer, limits_of(folder.config, tokenizer))
 
 
 def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> LlamaConfig:
@@ -46,13 +52,17 @@ def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> Ll
         InputError: it cannot be found or is not supported.
     """
     path = resolve_config(name_or_path, log=log)
+    return LlamaConfig.from_hf(_read_config_json(path), path)
+
+
+def _read_config_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(path, found=f"not JSON: {error}", fix="fetch the model again") from None
     if not isinstance(config, dict):
         raise InputError(path, found="JSON that is not an object", fix="fetch the model again")
-    return LlamaConfig.from_hf(config, path)
+    return config
 
 
 def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -> PreTrainedTokenizerBase:
@@ -61,10 +71,30 @@ def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -
     Raises:
         InputError: it cannot be found or loaded.
     """
-    return _load_tokenizer(resolve_model(name_or_path, weights=False, log=log))
+    return open_tokens(name_or_path, log=log)[0]
 
 
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def open_tokens(
+    name_or_path: str, *, log: Callable[[str], object] = print
+) -> tuple[PreTrainedTokenizerBase, ModelLimits]:
+    """A model's tokenizer, and the limits that its `config.json` and the tokenizer state.
+
+    Raises:
+        InputError: either cannot be found or loaded.
+    """
+    path = resolve_model(name_or_path, weights=False, log=log)
+    tokenizer = load_tokenizer(path)
+    if not (path / CONFIG_NAME).is_file():
+        return tokenizer, limits_of({}, tokenizer)
+    return tokenizer, limits_of(_read_config_json(path / CONFIG_NAME), tokenizer)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; no code of its own is run.
+
+    Raises:
+        InputError: it cannot be loaded, does not work or has no EOS.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         _try(tokenizer)

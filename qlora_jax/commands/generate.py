@@ -4,16 +4,14 @@ import argparse
 import functools
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from convert.adapter import as_adapters, load_adapter
 from convert.hub import cache_dir
 from convert.load import load_weights, total_bytes
 from convert.model import open_model
 from convert.prequantized import settle
+from convert.stops import Conversation, open_conversation
 from qlora_jax import machine
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.data.templates import TEMPLATE_FILE
 from qlora_jax.display import byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.generate import Sampling, generate
@@ -47,10 +45,13 @@ def run(options: argparse.Namespace) -> None:
     machine.keep_compiled(cache_dir() / "compiled")
     model = open_model(options.model, log=console.print)
     adapter = load_adapter(options.adapter, model.config) if options.adapter else None
-    if (
-        options.adapter and (options.adapter / TEMPLATE_FILE).is_file()
-    ):  # the one it was trained with, where the model has none
-        model.tokenizer.chat_template = (options.adapter / TEMPLATE_FILE).read_text(encoding="utf-8")
+    conversation = open_conversation(model.folder, model.tokenizer, model.config.vocab_size, adapter=options.adapter)
+    prompt_ids = conversation.prompt_ids(options.prompt, model.config.vocab_size)
+    for name, limit in model.limits.lengths:
+        if len(prompt_ids) + options.max_new_tokens > limit:
+            console.print(
+                f"prompt and answer may take {len(prompt_ids) + options.max_new_tokens:,} tokens, the model {limit:,} ({name})"
+            )
     asked = adapter.quantization if adapter else QuantizationSettings()
     fix = "give the model that the adapter was trained on"
     quantization = settle(model.folder, asked, where=options.adapter, fix=fix)
@@ -64,24 +65,19 @@ def run(options: argparse.Namespace) -> None:
         advance = functools.partial(progress.advance, task)
         weights = load_weights(model.folder, model.config, quantization, "device", advance)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
-    print(answer(engine, weights, adapters, model.tokenizer, options.prompt, sampling))
+    print(answer(engine, weights, adapters, conversation, options.prompt, sampling))
 
 
 def answer(
     engine: Engine,
     weights: Weights,
     adapters: Adapters,
-    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
     prompt: str,
     sampling: Sampling,
 ) -> str:
     """The model's answer to a user's message, through its chat template if it has one."""
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        input_ids = tokenizer(prompt)["input_ids"]
-    tokens = generate(engine, weights, adapters, input_ids, {tokenizer.eos_token_id}, sampling)
-    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    input_ids = conversation.prompt_ids(prompt, engine.config.vocab_size)
+    tokens = generate(engine, weights, adapters, input_ids, conversation.stop_ids, sampling)
+    text: str = conversation.tokenizer.decode(tokens, skip_special_tokens=True)
+    return text.strip()

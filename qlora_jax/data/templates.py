@@ -41,6 +41,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 OWN = "model"
+TOOL_USE = "tool_use"
+"""The name under which transformers looks for a template where tools are offered."""
 TEMPLATE_FILE = "chat_template.jinja"
 NAMED = {"llama-2": LLAMA_2, "alpaca": ALPACA, "chatml": CHATML}
 
@@ -53,6 +55,8 @@ class ChatTemplate:
     name: str
     is_own: bool
     """Whether it is the model's own, so that a model folder already has it."""
+    tool_use: str | None = None
+    """The template of conversations that offer tools, where the model has one for them; as transformers chooses."""
 
 
 def choose_template(
@@ -66,9 +70,9 @@ def choose_template(
     if setting in NAMED:
         return ChatTemplate(NAMED[setting], setting, is_own=False)
     if setting not in ("auto", OWN):
-        return ChatTemplate(_read(Path(setting)), setting, is_own=False)
+        return ChatTemplate(read_template(Path(setting)), setting, is_own=False)
     if tokenizer.chat_template:
-        return ChatTemplate(_own(tokenizer), OWN, is_own=True)
+        return own_template(tokenizer)
     if setting == OWN:
         fix = f"choose another: auto, {', '.join(NAMED)}, or a file"
         raise InputError("data.chat_template", found="model, but the model has no chat template", fix=fix)
@@ -83,9 +87,15 @@ def save_template(template: ChatTemplate | None, folder: Path) -> None:
         (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")
 
 
-def _own(tokenizer: "PreTrainedTokenizerBase") -> str:
+def own_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
+    """A tokenizer's own chat template, or of several the default one, and that for tools.
+
+    Raises:
+        InputError: it has several and no default.
+    """
+    several = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     try:
-        return tokenizer.get_chat_template()
+        return ChatTemplate(tokenizer.get_chat_template(), OWN, is_own=True, tool_use=several.get(TOOL_USE))
     except ValueError as error:  # several by name, without a default
         raise InputError(
             tokenizer.name_or_path or type(tokenizer).__name__,
@@ -95,7 +105,12 @@ def _own(tokenizer: "PreTrainedTokenizerBase") -> str:
         ) from None
 
 
-def _read(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """A chat template in a file of its own.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
