@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from convert.folder import ModelFolder
 from convert.hub import CONFIG_NAME, resolve_config, resolve_model
 from convert.load import read_config
-from convert.remarks import limits_of, remarks
+from convert.remarks import limits_of, remarks, tokens_without_row
 from qlora_jax.data import ModelLimits
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
@@ -84,9 +84,11 @@ def open_tokens(
     """
     path = resolve_model(name_or_path, weights=False, log=log)
     tokenizer = load_tokenizer(path)
-    if not (path / CONFIG_NAME).is_file():
-        return tokenizer, limits_of({}, tokenizer)
-    return tokenizer, limits_of(_read_config_json(path / CONFIG_NAME), tokenizer)
+    config = _read_config_json(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else {}
+    limits = limits_of(config, tokenizer)
+    for line in tokens_without_row(path, limits.vocab_size, tokenizer):
+        log(line)
+    return tokenizer, limits
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

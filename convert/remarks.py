@@ -1,6 +1,7 @@
 """What a model's folder says that a run should know of, though nothing is wrong with it: in lines for the log, and as limits."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,15 @@ def remarks(folder: ModelFolder, config: LlamaConfig, tokenizer: PreTrainedToken
             "transformers does"
         )
     yield from _unused_frequencies(folder, config)
-    yield from _tokens_without_row(folder, config.vocab_size, tokenizer)
+    yield from tokens_without_row(folder.path, config.vocab_size, tokenizer)
     if unused := left_behind(folder.path):
         yield f"{folder.path}: {some(unused)}: neither used nor carried into merged or quantized folders"
 
 
-def _tokens_without_row(folder: ModelFolder, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def tokens_without_row(where: Path, vocab_size: int | None, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """A line about a tokenizer's tokens that the embedding has no row for, if there are any."""
+    if vocab_size is None:
+        return
     numbers = tokenizer.get_vocab()
     without = sorted((number, token) for token, number in numbers.items() if number >= vocab_size)
     if without:
@@ -54,7 +58,7 @@ def _tokens_without_row(folder: ModelFolder, vocab_size: int, tokenizer: PreTrai
         names_of = [name for name, number in special.items() if number is not None and number >= vocab_size]
         among = f", {' and '.join(names_of)} among them" if names_of else ""
         yield (
-            f"{folder.path}: {len(without)} of the tokenizer's {len(numbers)} tokens have no row in the embedding, which has {vocab_size}: "
+            f"{where}: {len(without)} of the tokenizer's {len(numbers)} tokens have no row in the embedding, which has {vocab_size}: "
             f"{shown}{among}; rows and prompts with one of them cannot be used"
         )
 
