@@ -24,12 +24,14 @@ from rich.console import Console
 
 from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
 from convert.cache import cached_folder, is_kept
+from convert.companions import GENERATION_CONFIG
 from convert.hub import cache_dir
 from convert.identity import model_identity
 from convert.load import load_weights, total_bytes
 from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
+from convert.stops import Conversation, generation_config, open_conversation, with_stops
 from qlora_jax.arguments import path_argument
 from qlora_jax.budget import Plan
 from qlora_jax.changes import check_changes, check_identity, work_changes
@@ -43,6 +45,7 @@ from qlora_jax.data import Batches, save_template
 from qlora_jax.display import Phases, byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
+from qlora_jax.files import write_json
 from qlora_jax.generate import Sampling
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.output_dir import OutputDir
@@ -96,7 +99,8 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
             config, start = settle_adapter(config, model)
             config = settle_quantization(config, model, console)
         with phases.time("data"):
-            corpus = load_corpus(config, model.tokenizer, cache_dir() / "tokenized", console)
+            corpus = load_corpus(config, model.tokenizer, cache_dir() / "tokenized", console, model.limits)
+            conversation = conversation_of(config, model, corpus)
             config, training, held_out = corpus.config, corpus.batches(), corpus.eval_batches()
         preview(corpus, console, config.data.preview_rows)
         check_evaluation(config.training, held_out)
@@ -110,8 +114,7 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         show_space(space, console)
         space.check()
         about = about_run(config, model, training, plan)
-        if resumed:
-            continued(resumed, about, console)
+        continued(resumed, about, console)
         checkpoints = folder.claim(resumed)
         for line in folder.begin(config, command, resumed, {**plan.as_dict(len(training)), "disk": space.as_dict()}):
             console.print(line)
@@ -120,18 +123,18 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
         adapters = [put(in_dtype(layer, config.lora.dtype), plan.layout.adapters) for layer in adapters]
         describe(config, engine, weights, adapters, training, console)
-        samples = make_samples(config, engine, weights, model, folder.path / "samples.jsonl", console, resumed)
+        samples = make_samples(config, engine, weights, conversation, folder.path / "samples.jsonl", console, resumed)
         trainer = Trainer(
             config.training, engine, weights, training, held_out,
             optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=about,
             trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
-            hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config, corpus)), phases=phases,
+            hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config, model, conversation)), phases=phases,
         )  # fmt: skip
         with memory_explained(plan, folder.path):
             adapters = trainer.train(adapters, resumed)
         best_step = trainer.progress.best_step if config.training.load_best_model_at_end else None
         del engine, weights, trainer
-        export(config, corpus, model, adapters, folder, console, phases, best_step)
+        export(config, conversation, model, adapters, folder, console, phases, best_step)
         samples.show(best_step)
         folder.end("finished")
 
@@ -158,27 +161,43 @@ def plan_as_before(
     return plan_run(config, shape, length, on_disk=on_disk)
 
 
-def continued(resumed: Checkpoint, about: Mapping[str, Any], console: Console) -> None:
-    """Check that the run can go on, and say what is not as it was.
+def continued(resumed: Checkpoint | None, about: Mapping[str, Any], console: Console) -> None:
+    """Check that a run that is continued can go on, and say what is not as it was.
 
     Raises:
         InputError: it is another run: other settings, another base model, other data.
     """
+    if resumed is None:
+        return
     check_identity(resumed.path, resumed.about["identity"], about["identity"])
     changed = check_changes(resumed.path, resumed.about["config"], about["config"])
     for line in changed + work_changes(resumed.about.get("work", {}), about["work"]):
         console.print(f"changed: {line}")
 
 
-def save(folder: Path, adapters: Adapters, config: Config, corpus: Corpus) -> None:
-    """An adapter in PEFT's format, and the chat template it learned, where the model has none."""
+def save(folder: Path, adapters: Adapters, config: Config, model: BaseModel, conversation: Conversation) -> None:
+    """An adapter in PEFT's format, where turns end in it, and the chat template it learned, where the model has none."""
     save_adapter(folder, adapters, config.lora, config.quantization, config.model.name_or_path)
-    save_template(corpus.template, folder)
+    save_template(conversation.template, folder)
+    generation = with_stops(generation_config(model.folder.path, model.folder.config), conversation.stop_ids)
+    write_json(folder / GENERATION_CONFIG, generation)
+
+
+def conversation_of(config: Config, model: BaseModel, corpus: Corpus) -> Conversation:
+    """How the sample prompts are put, and where the trained model's turns end.
+
+    Raises:
+        InputError: the model's generation config is damaged, or a sample prompt has a token that the model has no row for.
+    """
+    conversation = open_conversation(model.folder, model.tokenizer, model.config.vocab_size, template=corpus.template)
+    for prompt in config.training.sample_prompts:
+        conversation.prompt_ids(prompt, model.config.vocab_size)
+    return conversation
 
 
 def export(
     config: Config,
-    corpus: Corpus,
+    conversation: Conversation,
     model: BaseModel,
     adapters: Adapters,
     folder: OutputDir,
@@ -193,13 +212,12 @@ def export(
         if best_step is not None and best.exists():
             adapters = as_adapters(load_adapter(best, model.config), model.config)[1]
             console.print(f"the adapter is that of step {best_step}, which had the lowest held-out loss")
-        save(out / "adapter", adapters, config, corpus)
+        save(out / "adapter", adapters, config, model, conversation)
         # Another run's merged model would not be this adapter's. It is only there if overwriting was asked for.
         shutil.rmtree(out / "merged", ignore_errors=True)
         console.print(f"adapter: {out / 'adapter'}   loss curve: {out / 'loss.png'}")
         if config.training.export_merged:
             export_merged(config, model, out, console)
-            save_template(corpus.template, out / "merged")
 
 
 def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
@@ -294,7 +312,7 @@ def make_samples(
     config: Config,
     engine: Engine,
     weights: Weights,
-    model: BaseModel,
+    conversation: Conversation,
     path: Path,
     console: Console,
     resumed: Checkpoint | None,
@@ -304,7 +322,7 @@ def make_samples(
     before = resumed.file(path.name) if resumed else b""
 
     def answer_one(adapters: Adapters, prompt: str) -> str:
-        return answer(engine, weights, adapters, model.tokenizer, prompt, sampling)
+        return answer(engine, weights, adapters, conversation, prompt, sampling)
 
     return Samples(path, config.training.sample_prompts, answer_one, console, before)
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.companions import Files, as_files, total_size
 from convert.folder import ModelFolder
+from convert.head import has_own_head
 from convert.job import RECORD, Log, filling, require_space
 from convert.shards import (
     PT_METADATA,
@@ -43,6 +45,7 @@ def write_derived(
     job: dict[str, Any],
     *,
     quantization_config: dict[str, Any] | None = None,
+    companions: Files | None = None,
     past_cache: bool = False,
     advance: Callable[[int], object] = lambda nbytes: None,
     log: Log = lambda line: None,
@@ -54,6 +57,7 @@ def write_derived(
         change: from a shard's name to its new tensors. A shard without any is left out.
         job: `convert.job.describe`: whatever the new bytes depend on.
         quantization_config: of the new `config.json`; None for a model that is not quantized.
+        companions: what goes along with the weights; by default the folder's own.
         past_cache: write the weights as what is not soon read: see `convert.sink`.
         advance: called with the work of each shard that is there already.
         log: told what can be continued, a line each.
@@ -70,8 +74,8 @@ def write_derived(
         if kept:
             log(f"continuing: {len(kept)} of {len(shards)} shards are written already")
         missing = sum(file_size(made.specs, metadata[shard]) for shard, made in shards.items() if shard not in kept)
-        companions = folder.companions()
-        require_space(aside, missing + sum(path.stat().st_size for path in companions) + SPARE_BYTES, out)
+        companions = as_files(folder.path) if companions is None else companions
+        require_space(aside, missing + total_size(companions) + SPARE_BYTES, out)
         for shard, made in shards.items():
             if shard in kept:
                 advance(made.work)
@@ -81,8 +85,9 @@ def write_derived(
                     aside / shard, made.specs, made.pieces, metadata[shard], past_cache=past_cache
                 )
                 write_json(record, kept)
-        for companion in companions:
-            shutil.copyfile(companion, aside / companion.name)
+        for name, file in companions.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).write_bytes(file) if isinstance(file, bytes) else shutil.copyfile(file, aside / name)
         write_json(aside / "config.json", _config(folder, quantization_config))
         if len(folder.shards) > 1:
             total = sum(spec.nbytes for made in shards.values() for spec in made.specs)
@@ -117,9 +122,12 @@ def _kept(
 
 
 def _config(folder: ModelFolder, quantization_config: dict[str, Any] | None) -> dict[str, Any]:
-    config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
+    """The folder's, without the names of Python code, which is not carried along: see `convert.companions`."""
+    config = {key: value for key, value in folder.config.items() if key not in ("quantization_config", "auto_map")}
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:  # the older name too, where it is there
         config[key] = "bfloat16"
+    if has_own_head(folder):
+        config["tie_word_embeddings"] = False
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     return config

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from convert.companions import MAX_COMPANION_BYTES, PICKLE_SUFFIXES, companion_files
 from convert.shapes import refusals
 from convert.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
 from qlora_jax.errors import InputError
@@ -22,9 +23,6 @@ from qlora_jax.reading import MAX_JSON_BYTES, is_file, kind_of, open_file, read_
 
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library: a longer header is damage or an attack."""
-MAX_COMPANION_BYTES = 100_000_000
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-OTHER_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 SHOWN_NAMES = 5
 MAX_REFUSALS = 20
 XLA_ALIGNMENT = 64
@@ -137,8 +135,8 @@ class ModelFolder:
             yield self.elements(name, begin, size)
 
     def companions(self) -> list[Path]:
-        """The files that go along with the weights (tokenizer, chat template, generation config, licence), sorted."""
-        return [p for p in sorted(self.path.iterdir()) if p.is_file() and _is_companion(p)]
+        """The files that go along with the weights (tokenizer, chat templates, generation config, licence), some of them below, sorted."""
+        return companion_files(self.path, MAX_COMPANION_BYTES)
 
     def _refusals(self) -> list[str]:
         if not self.config:
@@ -272,7 +270,12 @@ def _entry(name: str, value: Any) -> _Entry | str:
         case _:
             return f"damaged: {name} has no dtype, shape and data_offsets"
     if dtype not in NUMPY_DTYPES:
-        return f"{name} has dtype {dtype}, which cannot be read; known: {', '.join(NUMPY_DTYPES)}"
+        kind = (
+            "8-bit floats: give the model in bfloat16"
+            if dtype.startswith("F8")
+            else f"known: {', '.join(NUMPY_DTYPES)}"
+        )
+        return f"{name} has dtype {dtype}, which cannot be read; {kind}"
     if not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape) or len(shape) > MAX_DIMENSIONS or begin < 0:
         return f"damaged: {name} has shape {shape} at byte {begin}"
     nbytes = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
@@ -330,16 +333,6 @@ def _is_inside(shard: str) -> bool:
     path = PurePosixPath(shard.replace("\\", "/"))
     drive = ":" in shard
     return not (drive or path.is_absolute() or ".." in path.parts) and path.suffix == ".safetensors"
-
-
-def _is_companion(path: Path) -> bool:
-    name = path.name
-    return not (
-        name.startswith((".", "README"))
-        or name == "config.json"
-        or name.endswith((*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES, ".index.json"))
-        or path.stat().st_size > MAX_COMPANION_BYTES
-    )
 
 
 def some(names: list[str]) -> str:

@@ -13,7 +13,8 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
-from convert.folder import MAX_HEADER_BYTES, PICKLE_SUFFIXES
+from convert.companions import PICKLE_SUFFIXES
+from convert.folder import MAX_HEADER_BYTES
 from convert.shards import INDEX_NAME, SINGLE_NAME
 from convert.smollm2 import MODEL_ID, fetch_smollm2
 from qlora_jax.errors import InputError
@@ -36,7 +37,15 @@ WANTED_FILES = [
     "USE_POLICY*",
 ]
 TOKENIZER_FILES = [pattern for pattern in WANTED_FILES if pattern != "*.safetensors"]
-UNWANTED_FILES = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
+BELOW = ".jinja"
+"""What is wanted of folders: additional chat templates."""
+UNWANTED_FILES = [
+    *(f"*/*[!{BELOW[place]}]{BELOW[place + 1 :]}" for place in range(len(BELOW))),  # all that does not end so
+    "consolidated*",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+]
 """Folders (`original/`, `onnx/`) and `consolidated.safetensors` hold the same weights again; pickles are not read."""
 
 HUB_ERRORS = (errors.HTTPError, OSError)  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from qlora_jax.errors import FULL, InputError
 from qlora_jax.files import describe_size, publish, try_lock, write_json
 from qlora_jax.reading import kind_of, open_file, read_json
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the same job makes other bytes or checksums: what an older version left is then not continued."""
 
 NOTE = "job.json"

@@ -1,16 +1,18 @@
 """Reads a Hugging Face model folder into the engine's trees: each linear quantized on the way, or as it is if it is in 4 bits already."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
-from convert import bitsandbytes, names, prequantized
+from convert import bitsandbytes, head, names, prequantized
 from convert.ahead import in_order
 from convert.folder import ModelFolder, some
 from convert.pieces import on_device, quantized, read_bfloat16
 from convert.shapes import mismatch, tensor_shapes
+from convert.shards import FLOATS
 from qlora_jax import pinned
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine import Weights
@@ -26,18 +28,23 @@ LAYER_PARTS = 1 + len(LINEAR_NAMES)
 
 
 def read_config(folder: ModelFolder) -> LlamaConfig:
-    """The folder's model shape; every tensor it calls for is there with that shape, and no other is.
+    """The folder's model shape; every tensor it calls for is there with that shape and in floats, and no other is.
+
+    A head that is stored although `config.json` says that it is the embedding makes the two different: see `convert.head`.
 
     Raises:
-        InputError: the config is not supported, or tensors are missing, unknown or of another shape (all named at once).
+        InputError: the config is not supported, or tensors are missing, unknown, of another shape or no floats (all
+            named at once).
     """
     config = LlamaConfig.from_hf(folder.config, folder.path / "config.json")
+    if head.has_own_head(folder):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     wanted = tensor_shapes(config)
     linears = {name: shape for name, shape in wanted.items() if names.parse_linear(name) is not None}
     companions = {name: weight for name in folder.names if (weight := bitsandbytes.companion_of(name)) is not None}
     found = {name for name in folder.names if not names.is_ignored(name)} - companions.keys()
     if config.tie_word_embeddings:
-        found.discard(names.LM_HEAD)  # a copy of the embedding that some tied checkpoints store all the same
+        found.discard(names.LM_HEAD)  # a copy of the embedding, which some tied checkpoints store all the same
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - found)]
     problems += [f"unknown: {name}" for name in sorted(found - wanted.keys())]
     in_4_bits = set(linears) if folder.is_4bit else set(companions.values())
@@ -48,8 +55,11 @@ def read_config(folder: ModelFolder) -> LlamaConfig:
             f"{len(in_4_bits)} weights in 4 bits ({some(sorted(in_4_bits))}), but config.json has no quantization_config"
         )
     for name in sorted((wanted.keys() & found) - in_4_bits):
-        if folder.spec(name).shape != wanted[name]:
-            problems.append(mismatch(folder.spec(name), wanted[name]))
+        spec = folder.spec(name)
+        if spec.shape != wanted[name]:
+            problems.append(mismatch(spec, wanted[name]))
+        if spec.dtype not in FLOATS:
+            problems.append(f"{name}: dtype {spec.dtype}; weights are {', '.join(sorted(FLOATS))}")
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise InputError(

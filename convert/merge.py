@@ -32,10 +32,12 @@ from convert.check import Differences, check_merge
 from convert.delta import Base, Pair, base_passes, merged_weight
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
+from convert.head import is_tied
 from convert.hub import cache_dir, resolve_model
 from convert.job import Log, describe, files_identity, refuse_existing
 from convert.load import read_config
 from convert.shards import Piece, TensorSpec
+from convert.stops import merged_companions
 from qlora_jax import machine
 from qlora_jax.arguments import path_argument, text_argument
 from qlora_jax.display import byte_bar, make_console, progress_bar
@@ -88,7 +90,10 @@ def merge(
     files = files_identity((adapter.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)), adapter.path)
     settings = {"base": base, "adapter": {"path": str(adapter.path.resolve()), "files": files}}
     job = describe("merge", folder, **settings)
-    write_derived(folder, out, change, job, past_cache=True, advance=advance, log=log, verify=verify)
+    companions = merged_companions(folder, adapter.path, read_config(folder).vocab_size, log)
+    write_derived(
+        folder, out, change, job, companions=companions, past_cache=True, advance=advance, log=log, verify=verify
+    )
 
 
 def check_base(folder: ModelFolder, base: Base) -> None:
@@ -113,9 +118,12 @@ def _changes(name: str, adapter: Adapter, base: Base) -> bool:
 
 
 def _merged_specs(folder: ModelFolder, shard: str, adapter: Adapter, base: Base) -> list[TensorSpec]:
+    """A head that is a copy of the embedding is left out where the adapter replaces the embedding: it would be another head."""
+    replaced = names.EMBEDDING in adapter.saved and names.LM_HEAD not in adapter.saved
     return [
         TensorSpec(spec.name, "BF16", spec.shape) if _changes(spec.name, adapter, base) else spec
         for spec in prequantized.plain_specs(folder, shard)
+        if not (replaced and spec.name == names.LM_HEAD and is_tied(folder))
     ]
 
 

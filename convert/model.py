@@ -7,10 +7,12 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from convert.folder import ModelFolder
-from convert.hub import resolve_config, resolve_model
+from convert.hub import CONFIG_NAME, resolve_config, resolve_model
 from convert.load import read_config
+from convert.remarks import limits_of, remarks, tokens_without_row
 from qlora_jax import bounded
 from qlora_jax.bounded import Limits, ProgramError, explained
+from qlora_jax.data import ModelLimits
 from qlora_jax.data.codec import try_tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.llama import LlamaConfig
@@ -31,10 +33,11 @@ class BaseModel:
     folder: ModelFolder
     config: LlamaConfig
     tokenizer: PreTrainedTokenizerBase
+    limits: ModelLimits
 
 
 def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> BaseModel:
-    """Find, check and describe a base model.
+    """Find, check and describe a base model; what is odd about it but can be used is told to `log`.
 
     Raises:
         InputError: it cannot be found, is damaged or is not supported.
@@ -43,9 +46,11 @@ def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> Ba
     path = resolve_model(name_or_path, log=log)
     folder = ModelFolder(path)
     from_hub = not Path(name_or_path).exists() and "snapshots" in path.parts
-    return BaseModel(
-        name_or_path if from_hub else str(path.resolve()), folder, read_config(folder), _load_tokenizer(path)
-    )
+    config, tokenizer = read_config(folder), load_tokenizer(path)
+    for line in remarks(folder, config, tokenizer):
+        log(line)
+    name = name_or_path if from_hub else str(path.resolve())
+    return BaseModel(name, folder, config, tokenizer, limits_of(folder.config, tokenizer))
 
 
 def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> LlamaConfig:
@@ -64,10 +69,32 @@ def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -
     Raises:
         InputError: it cannot be found or loaded.
     """
-    return _load_tokenizer(resolve_model(name_or_path, weights=False, log=log))
+    return open_tokens(name_or_path, log=log)[0]
 
 
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def open_tokens(
+    name_or_path: str, *, log: Callable[[str], object] = print
+) -> tuple[PreTrainedTokenizerBase, ModelLimits]:
+    """A model's tokenizer, and the limits that its `config.json` and the tokenizer state.
+
+    Raises:
+        InputError: either cannot be found or loaded.
+    """
+    path = resolve_model(name_or_path, weights=False, log=log)
+    tokenizer = load_tokenizer(path)
+    config = read_json_object(path / CONFIG_NAME) if is_file(path / CONFIG_NAME) else {}
+    limits = limits_of(config, tokenizer)
+    for line in tokens_without_row(path, limits.vocab_size, tokenizer):
+        log(line)
+    return tokenizer, limits
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; no code of its own is run.
+
+    Raises:
+        InputError: it cannot be loaded, does not work or has no EOS.
+    """
     refuse_odd_files(path)
     _try_in_child(path)
     try:

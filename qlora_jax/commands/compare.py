@@ -26,7 +26,7 @@ from qlora_jax.compare.report import as_json, show, write
 from qlora_jax.compare.stages import Comparison
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.corpus import read_examples, tokenize_rows
-from qlora_jax.data import Batch, Batches, RawRow
+from qlora_jax.data import Batch, Batches, RawRow, padding_id
 from qlora_jax.display import make_console, progress_bar
 from qlora_jax.engine import Adapters, Engine
 from qlora_jax.errors import InputError
@@ -162,9 +162,9 @@ def make_batches(options: argparse.Namespace, model: BaseModel) -> list[Batch]:
     """
     if options.data is None:
         rows = [RawRow(f"passage {number}", {"text": text}) for number, text in enumerate(PASSAGES, 1)]
-        examples = tokenize_rows(rows, model.tokenizer, options.max_seq_length)
+        examples = tokenize_rows(rows, model.tokenizer, options.max_seq_length, vocab_size=model.config.vocab_size)
     else:
-        examples = read_examples(options.data, model.tokenizer, options.max_seq_length)
+        examples = read_examples(options.data, model.tokenizer, options.max_seq_length, model.config.vocab_size)
     batches = Batches(
         examples,
         micro_batch_size=options.rows,
@@ -178,9 +178,8 @@ def make_batches(options: argparse.Namespace, model: BaseModel) -> list[Batch]:
 
 
 def pad_token_id(model: BaseModel) -> int:
-    """The tokenizer's, or its EOS."""
-    tokenizer = model.tokenizer
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """The id of the token that fills lines up."""
+    return padding_id(model.tokenizer, model.config.vocab_size)
 
 
 def make_folder(out: Path | None) -> Path:

@@ -3,7 +3,7 @@
 import argparse
 
 from convert.hub import cache_dir
-from convert.model import open_tokenizer
+from convert.model import open_tokens
 from qlora_jax.arguments import path_argument, whole_argument
 from qlora_jax.config import load_config
 from qlora_jax.corpus import load_corpus
@@ -26,5 +26,5 @@ def run(options: argparse.Namespace) -> None:
     """Print the preview to standard output."""
     console = make_console()
     config = load_config(options.config, options.overrides)
-    tokenizer = open_tokenizer(config.model.name_or_path, log=console.print)
-    preview(load_corpus(config, tokenizer, cache_dir() / "tokenized", console), console, max(options.rows, 1))
+    tokenizer, limits = open_tokens(config.model.name_or_path, log=console.print)
+    preview(load_corpus(config, tokenizer, cache_dir() / "tokenized", console, limits), console, max(options.rows, 1))

@@ -3,23 +3,20 @@
 import argparse
 import functools
 
-from transformers import PreTrainedTokenizerBase
-
 from convert.adapter import as_adapters, load_adapter
 from convert.hub import cache_dir
 from convert.load import load_weights, total_bytes
 from convert.model import open_model
 from convert.prequantized import settle
+from convert.stops import Conversation, open_conversation
 from qlora_jax import machine
 from qlora_jax.arguments import number_argument, path_argument, text_argument, whole_argument
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.data.codec import decode, prompt_ids
-from qlora_jax.data.templates import TEMPLATE_FILE
+from qlora_jax.data.codec import decode
 from qlora_jax.display import byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.generate import Sampling, generate
 from qlora_jax.llama import default_attention, default_compute_dtype
-from qlora_jax.reading import kind_of, read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,10 +51,13 @@ def run(options: argparse.Namespace) -> None:
     machine.keep_compiled(cache_dir() / "compiled")
     model = open_model(options.model, log=console.print)
     adapter = load_adapter(options.adapter, model.config) if options.adapter else None
-    if (
-        options.adapter and kind_of(options.adapter / TEMPLATE_FILE) != "nothing"
-    ):  # what it was trained with, where the model has none
-        model.tokenizer.chat_template = read_text(options.adapter / TEMPLATE_FILE, expected="a chat template")
+    conversation = open_conversation(model.folder, model.tokenizer, model.config.vocab_size, adapter=options.adapter)
+    prompt_ids = conversation.prompt_ids(options.prompt, model.config.vocab_size)
+    for name, limit in model.limits.lengths:
+        if len(prompt_ids) + options.max_new_tokens > limit:
+            console.print(
+                f"prompt and answer may take {len(prompt_ids) + options.max_new_tokens:,} tokens, the model {limit:,} ({name})"
+            )
     asked = adapter.quantization if adapter else QuantizationSettings()
     fix = "give the model that the adapter was trained on"
     quantization = settle(model.folder, asked, where=options.adapter, fix=fix)
@@ -71,19 +71,19 @@ def run(options: argparse.Namespace) -> None:
         advance = functools.partial(progress.advance, task)
         weights = load_weights(model.folder, model.config, quantization, "device", advance)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
-    print(answer(engine, weights, adapters, model.tokenizer, options.prompt, sampling))
+    print(answer(engine, weights, adapters, conversation, options.prompt, sampling))
 
 
 def answer(
     engine: Engine,
     weights: Weights,
     adapters: Adapters,
-    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
     prompt: str,
     sampling: Sampling,
 ) -> str:
     """The model's answer to a user's message, through its chat template if it has one."""
-    input_ids = prompt_ids(tokenizer, prompt)
-    tokens = generate(engine, weights, adapters, input_ids, {tokenizer.eos_token_id}, sampling)
-    (text,) = decode(tokenizer, [tokens], skip_special_tokens=True)
+    input_ids = conversation.prompt_ids(prompt, engine.config.vocab_size)
+    tokens = generate(engine, weights, adapters, input_ids, conversation.stop_ids, sampling)
+    (text,) = decode(conversation.tokenizer, [tokens], skip_special_tokens=True)
     return text.strip()

@@ -3,6 +3,7 @@
 sources    where rows come from: files, folders, the hub
 formats    what a row may look like, and the three things every row becomes
 templates  which chat template writes a chat;  chat  what the assistant wrote in it
+limits     the tokens and lengths that a model can take
 tokenization, workers   rows → token ids and masks, on all cores;  store  kept on the disk
 packing, order, batches   which rows make a step, as a function of its number
 """
@@ -10,17 +11,19 @@ packing, order, batches   which rows make a step, as a function of its number
 from qlora_jax.data.batches import IGNORED_LABEL, Batch, Batches, Mix, eval_batches, length_bucket
 from qlora_jax.data.chat import Rendered, Renderer
 from qlora_jax.data.formats import Chat, Completion, Layout, Text, detect_format
+from qlora_jax.data.limits import NO_LIMITS, ModelLimits, check_rows, padding_id
 from qlora_jax.data.rows import RawRow, Row, RowError
 from qlora_jax.data.selection import Selection
 from qlora_jax.data.sources import Source, open_source
 from qlora_jax.data.store import Kept, Report, TokenStore
-from qlora_jax.data.template_check import check_template
+from qlora_jax.data.template_check import check_template, end_ids
 from qlora_jax.data.templates import ChatTemplate, choose_template, save_template
 from qlora_jax.data.tokenization import Example, Recipe, make_recipe, tokenize
 from qlora_jax.data.workers import tokenize_all, tokenize_few
 
 __all__ = [
     "IGNORED_LABEL",
+    "NO_LIMITS",
     "Batch",
     "Batches",
     "Chat",
@@ -30,6 +33,7 @@ __all__ = [
     "Kept",
     "Layout",
     "Mix",
+    "ModelLimits",
     "RawRow",
     "Recipe",
     "Rendered",
@@ -41,13 +45,16 @@ __all__ = [
     "Source",
     "Text",
     "TokenStore",
+    "check_rows",
     "check_template",
     "choose_template",
     "detect_format",
+    "end_ids",
     "eval_batches",
     "length_bucket",
     "make_recipe",
     "open_source",
+    "padding_id",
     "save_template",
     "tokenize",
     "tokenize_all",

@@ -15,7 +15,6 @@ import tokenizers
 from qlora_jax import bounded
 from qlora_jax.bounded import Program, ProgramError, explained
 from qlora_jax.data.jinja import JinjaTemplate, RenderError
-from qlora_jax.data.templates import own_template
 from qlora_jax.errors import InputError
 from qlora_jax.reading import read_json, reading
 
@@ -83,23 +82,23 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """The ids of a user's message, through the chat template if there is one, up to where the assistant begins.
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | None) -> list[int]:
+    """The ids of a user's message, through a chat template if there is one, up to where the assistant begins.
 
     Raises:
         InputError: the template or the tokenizer cannot do it, or takes too long or too much memory; or there is not one id.
     """
     name = _name(tokenizer)
-    if tokenizer.chat_template:
+    if template is not None:
         special_tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-        asked = own_template(tokenizer), special_tokens, prompt, f"chat template of {name}"
+        asked = template, special_tokens, prompt, f"chat template of {name}"
         try:
             text = bounded.companion().ask(_written, *asked)
         except ProgramError as error:
             raise explained(error, asked[-1], "it cannot write a prompt", TEMPLATE_FIX) from None
     else:
         text = prompt
-    ids = _ask(tokenizer, "encode", text, not tokenizer.chat_template)
+    ids = _ask(tokenizer, "encode", text, template is None)
     if not ids:
         fix = "give a longer --prompt, or mend the chat template"
         raise InputError(name, found="no token to begin with: the prompt comes to nothing", fix=fix)

@@ -61,6 +61,10 @@ class Encoder:
             return encoded
         return self._by_offsets(texts, where)
 
+    def token(self, number: int) -> str | None:
+        """Return what a token is called."""
+        return self._tokenizer.id_to_token(number)
+
     def _by_bytes(self, texts: Sequence[Rendered], where: str = "a text") -> Encoded | None:
         """None where the tokens do not add up to the texts."""
         cut = [self._cut(text.text) for text in texts]

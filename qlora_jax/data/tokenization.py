@@ -19,6 +19,7 @@ from qlora_jax.data.chat import Rendered, Renderer
 from qlora_jax.data.encoding import Encoded, Encoder
 from qlora_jax.data.formats import Chat, Layout, Sample, Text
 from qlora_jax.data.jinja import agrees_with_transformers
+from qlora_jax.data.limits import EXPECTED, RESIZE, check_rows, describe_missing
 from qlora_jax.data.messages import check_characters
 from qlora_jax.data.rows import RawRow, RowError
 from qlora_jax.data.templates import ChatTemplate
@@ -28,7 +29,7 @@ from qlora_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # slow to import; a process that tokenizes need not
 
-REVISION = 2
+REVISION = 3
 """Raised whenever the same rows may become other tokens or other masks, so that none that were kept are used again."""
 
 
@@ -62,6 +63,10 @@ class Recipe:
     too_long: Literal["truncate", "skip", "stop"]
     by_transformers: bool = False
     """Whether transformers renders every chat, because it renders the template differently."""
+    tool_template: str | None = None
+    """What writes conversations that offer tools, where it is another template."""
+    vocab_size: int | None = None
+    """Rows of the model's embedding; None where nobody knows."""
 
     def identity(self) -> str:
         """Equal for recipes that do the same."""
@@ -70,15 +75,21 @@ class Recipe:
 
 
 def make_recipe(
-    tokenizer: "PreTrainedTokenizerBase", layout: Layout, settings: DataSettings, template: ChatTemplate | None
+    tokenizer: "PreTrainedTokenizerBase",
+    layout: Layout,
+    settings: DataSettings,
+    template: ChatTemplate | None,
+    vocab_size: int | None = None,
 ) -> Recipe:
     """How rows of one layout become tokens.
 
     Args:
         template: for formats that become chats; None where there is none to render.
+        vocab_size: rows of the model's embedding.
 
     Raises:
-        InputError: the tokenizer is not a fast one or lacks EOS, or `data.loss_on` says nothing about such rows.
+        InputError: the tokenizer is not a fast one or lacks EOS, or `data.loss_on` says nothing about such rows; or the embedding has no
+            row for what goes around each text.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if not tokenizer.is_fast:
@@ -92,19 +103,25 @@ def make_recipe(
     if layout.format == "text" and settings.loss_on not in ("auto", "all"):
         expected = "auto or all: a text has neither turns nor a completion"
         raise InputError("data.loss_on", found=f"{settings.loss_on} for rows of format text", expected=expected)
+    start_ids = _start_ids(tokenizer)
+    if template is None or layout.format == "text":  # else the rows will tell
+        around = (*start_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]))
+        check_rows(around, vocab_size, tokenizer, f"{name}: what goes around each row of format `{layout.format}`")
     special_tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     return Recipe(
         layout,
         _plain_tokenizer(tokenizer).to_str(),
         special_tokens,
         tuple(token.content for token in tokenizer.added_tokens_decoder.values()),
-        _start_ids(tokenizer),
+        start_ids,
         -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
         template.text if template else "",
         settings.loss_on,
         settings.max_seq_length,
         settings.too_long,
         by_transformers=template is not None and not _agrees(template, special_tokens),
+        tool_template=template.tool_use if template else None,
+        vocab_size=vocab_size,
     )
 
 
@@ -170,8 +187,10 @@ class RowTokenizer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._encode = Encoder(recipe.tokenizer)
-        self._renderer = Renderer(
-            recipe.template, recipe.special_tokens, recipe.end_tokens, by_transformers=recipe.by_transformers
+        texts = (recipe.template, recipe.template if recipe.tool_template is None else recipe.tool_template)
+        self._renderer, self._tool_renderer = (
+            Renderer(text, recipe.special_tokens, recipe.end_tokens, by_transformers=recipe.by_transformers)
+            for text in texts
         )
         self._start_ids = np.array(recipe.start_ids, np.int32)
 
@@ -201,6 +220,10 @@ class RowTokenizer:
         for text in np.flatnonzero(~usable).tolist():
             here = slice(encoded.starts[text], encoded.starts[text] + encoded.lengths[text])
             problems[numbers[text]] = self._problem(encoded.mask[here], rows[numbers[text]].where)
+        for text, token in self._without_row(cut).items():
+            usable[text], where = False, rows[numbers[text]].where
+            found = describe_missing(token, self._encode.token(token), self.recipe.vocab_size)
+            problems[numbers[text]] = RowError(where, "token without a row", found=found, expected=EXPECTED, fix=RESIZE)
         kept = np.repeat(usable, cut.lengths)
         return _hashed(
             Tokens(
@@ -237,7 +260,8 @@ class RowTokenizer:
     def _render(self, sample: Sample, where: str) -> list[Rendered]:
         loss_on = self.recipe.loss_on
         if isinstance(sample, Chat):
-            rendered = self._renderer.render(sample, loss_on, where)
+            renderer = self._renderer if sample.tools is None else self._tool_renderer
+            rendered = renderer.render(sample, loss_on, where)
             for text in rendered:
                 check_characters(where, "what the chat template makes of it", text.text)
             return rendered
@@ -267,6 +291,15 @@ class RowTokenizer:
         begins = new_starts[at][:, None] + np.arange(len(begin))
         new_ids[begins], mask[begins] = begin, False
         return Encoded(new_ids, mask, longer)
+
+    def _without_row(self, encoded: Encoded) -> dict[int, int]:
+        """The number of each text with a token that the embedding has no row for → the first of them."""
+        vocab_size = self.recipe.vocab_size
+        if vocab_size is None:
+            return {}
+        places = np.flatnonzero(encoded.input_ids >= vocab_size)[::-1]  # the first in a text is the last to be noted
+        texts = np.searchsorted(np.cumsum(encoded.lengths), places, side="right")
+        return dict(zip(texts.tolist(), encoded.input_ids[places].tolist(), strict=True))
 
     def _problem(self, mask: np.ndarray, where: str) -> RowError:
         """Why a row cannot be used, from its mask before it is cut."""
