@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ import jax
 from rich.console import Console
 
 from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
-from convert.cache import cached_folder, is_kept
+from convert.cache import cached_folder, discard, is_kept
 from convert.companions import GENERATION_CONFIG
 from convert.hub import cache_dir
 from convert.identity import model_identity
@@ -32,6 +33,7 @@ from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
 from convert.stops import Conversation, generation_config, open_conversation, with_stops
+from convert.verified import DamagedError
 from qlora_jax.arguments import path_argument
 from qlora_jax.budget import Plan
 from qlora_jax.changes import check_changes, check_identity, work_changes
@@ -267,21 +269,24 @@ def settle_quantization(config: Config, model: BaseModel, console: Console) -> C
 
 
 def load(config: Config, model: BaseModel, plan: Plan, space: Space, console: Console, phases: Phases) -> Weights:
-    """The base model in 4 bits, each layer where the plan wants it."""
-    with phases.time("quantizing"):
-        reserved = space.beside(cache_dir() / "quantized")
-        in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console, leave_free=reserved)
-    with phases.time("loading"), byte_bar(console) as progress:
-        task = progress.add_task(
-            "loading", total=total_bytes(model.config, config.quantization, config.memory.base_weights)
-        )
-        weights = load_weights(
-            in_4_bits,
-            model.config,
-            config.quantization,
-            plan.layout.places(model.config.num_hidden_layers),
-            lambda nbytes: progress.advance(task, nbytes),
-        )
+    """The base model in 4 bits, each layer where the plan wants it. What was kept of it and is damaged is made again, once."""
+    reserved = space.beside(cache_dir() / "quantized")
+    places = plan.layout.places(model.config.num_hidden_layers)
+    for last in (False, True):
+        with phases.time("quantizing"):
+            in_4_bits = cached_folder(
+                model.folder, model.name_or_path, config.quantization, console, leave_free=reserved
+            )
+        try:
+            with phases.time("loading"), byte_bar(console) as progress:
+                total = total_bytes(model.config, config.quantization, config.memory.base_weights)
+                advance = functools.partial(progress.advance, progress.add_task("loading", total=total))
+                weights = load_weights(in_4_bits, model.config, config.quantization, places, advance)
+            break
+        except DamagedError as error:
+            if last:
+                raise
+            discard(in_4_bits.path, error.found, console)
     weights.layers.pace.slots = plan.layout.slots
     return weights
 

@@ -21,6 +21,7 @@ from convert.shards import (
     write_pieces,
 )
 from convert.sink import checksum
+from convert.verified import Sums, summing
 from qlora_jax.errors import InputError
 from qlora_jax.reading import read_json_object
 
@@ -46,6 +47,7 @@ def write_derived(
     *,
     quantization_config: dict[str, Any] | None = None,
     companions: Files | None = None,
+    record_sums: Callable[[Sums], object] | None = None,
     past_cache: bool = False,
     advance: Callable[[int], object] = lambda nbytes: None,
     log: Log = lambda line: None,
@@ -58,6 +60,7 @@ def write_derived(
         job: `convert.job.describe`: whatever the new bytes depend on.
         quantization_config: of the new `config.json`; None for a model that is not quantized.
         companions: what goes along with the weights; by default the folder's own.
+        record_sums: called with the checksums of all tensors before the folder becomes `out`: see `convert.verified`.
         past_cache: write the weights as what is not soon read: see `convert.sink`.
         advance: called with the work of each shard that is there already.
         log: told what can be continued, a line each.
@@ -70,7 +73,8 @@ def write_derived(
         shards = {shard: made for shard in folder.shards if (made := change(shard)).specs}
         metadata = {shard: {**folder.metadata(shard), **PT_METADATA} for shard in shards}
         record = aside.with_name(RECORD)
-        kept = _kept(aside, shards, metadata, _recorded(record), log)
+        recorded = _recorded(record, with_tensors=record_sums is not None)
+        kept = _kept(aside, shards, metadata, recorded, log)
         if kept:
             log(f"continuing: {len(kept)} of {len(shards)} shards are written already")
         missing = sum(file_size(made.specs, metadata[shard]) for shard, made in shards.items() if shard not in kept)
@@ -81,9 +85,10 @@ def write_derived(
                 advance(made.work)
             else:
                 (aside / shard).parent.mkdir(parents=True, exist_ok=True)
-                kept[shard] = write_pieces(
-                    aside / shard, made.specs, made.pieces, metadata[shard], past_cache=past_cache
-                )
+                sums: Sums = {}
+                made_pieces = summing(made.specs, made.pieces, sums) if record_sums else made.pieces
+                written = write_pieces(aside / shard, made.specs, made_pieces, metadata[shard], past_cache=past_cache)
+                kept[shard] = {"checksum": written, "tensors": sums}
                 write_json(record, kept)
         for name, file in companions.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,29 +97,37 @@ def write_derived(
         if len(folder.shards) > 1:
             total = sum(spec.nbytes for made in shards.values() for spec in made.specs)
             write_index(aside, {spec.name: shard for shard, made in shards.items() for spec in made.specs}, total)
+        if record_sums is not None:
+            record_sums({name: entry for shard in shards for name, entry in kept[shard]["tensors"].items()})
         verify(aside)
 
 
-def _recorded(record: Path) -> dict[str, int]:
-    """The checksums of the shards that a stopped run wrote; of the last one it may be missing."""
+def _recorded(record: Path, *, with_tensors: bool) -> dict[str, Any]:
+    """What is known of the shards that a stopped run wrote: of each its file's checksum and its tensors'; of the last it may be missing.
+
+    Args:
+        with_tensors: without those whose tensors' checksums nobody wanted then.
+    """
     try:
-        return read_json_object(record)
+        found = read_json_object(record)
     except InputError:
         return {}
+    known = {shard: entry for shard, entry in found.items() if isinstance(entry, dict) and "checksum" in entry}
+    return {shard: entry for shard, entry in known.items() if entry.get("tensors") or not with_tensors}
 
 
 def _kept(
-    aside: Path, shards: dict[str, Shard], metadata: dict[str, dict[str, str]], checksums: dict[str, int], log: Log
-) -> dict[str, int]:
+    aside: Path, shards: dict[str, Shard], metadata: dict[str, dict[str, str]], recorded: dict[str, Any], log: Log
+) -> dict[str, Any]:
     """The shards that a stopped run wrote, with header, size and checksum as they must be; whatever else it left is removed."""
     whole = [
         shard
         for shard, made in shards.items()
-        if shard in checksums and is_whole(aside / shard, made.specs, metadata[shard])
+        if shard in recorded and is_whole(aside / shard, made.specs, metadata[shard])
     ]
     if whole:
         log(f"reading what an earlier run wrote: {len(whole)} shards")
-    kept = {shard: checksums[shard] for shard in whole if checksum(aside / shard) == checksums[shard]}
+    kept = {shard: recorded[shard] for shard in whole if checksum(aside / shard) == recorded[shard]["checksum"]}
     for path in aside.rglob("*"):
         if not path.is_dir() and path.relative_to(aside).as_posix() not in kept:
             path.unlink()

@@ -18,6 +18,7 @@ from convert.hub import cache_dir, resolve_model
 from convert.job import Log, describe, refuse_existing
 from convert.load import read_config
 from convert.shards import Piece, TensorSpec
+from convert.verified import Sums
 from qlora_jax import machine, nf4
 from qlora_jax.arguments import path_argument, text_argument
 from qlora_jax.config import QuantizationSettings
@@ -37,12 +38,14 @@ def quantize(
     quantization: QuantizationSettings,
     advance: Callable[[int], object] = lambda nbytes: None,
     log: Log = lambda line: None,
+    record_sums: Callable[[Sums], object] | None = None,
 ) -> None:
     """Write an unquantized model in 4 bits; `out` appears whole or not at all, and a stopped run is continued.
 
     Args:
         advance: called with the bytes of each tensor read, or of each shard that a stopped run wrote.
         log: told, in a line each, what is continued.
+        record_sums: called with the new tensors' checksums before the folder appears.
 
     Raises:
         InputError: `folder` is quantized already, or a weight is not finite.
@@ -58,7 +61,9 @@ def quantize(
 
     block = bitsandbytes.quantization_config(quantization)
     job = job_of(folder, quantization)
-    write_derived(folder, out, change, job, quantization_config=block, advance=advance, log=log)
+    write_derived(
+        folder, out, change, job, quantization_config=block, record_sums=record_sums, advance=advance, log=log
+    )
 
 
 def job_of(folder: ModelFolder, quantization: QuantizationSettings) -> dict[str, Any]:

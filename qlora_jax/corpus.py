@@ -143,7 +143,7 @@ def load_corpus(
     recipes = [make_recipe(tokenizer, layout, data, template, limits.vocab_size) for layout in layouts]
     if template:
         check_template(recipes[chats.index(True)], template, console.print)
-    kept = Kept(cache)
+    kept = Kept(cache, console.print)
     stores = [_tokenized(source, recipe, data, kept, console) for source, recipe in zip(opened, recipes, strict=True)]
     rows, held_out = Selection(stores[: len(sources)]), None
     if held_out_source:

@@ -14,11 +14,12 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("qlora_jax", "convert")
 ORDER = (
-    "errors", "files", "reading", "bounded", "machine", "section", "arguments", "data_settings", "config", "changes", "nf4",
-    "blockwise", "kernels", "dropout", "products", "linear", "feed_forward", "norm", "llama_config", "llama", "pinned",
-    "data", "loss", "placement", "rates", "compiled", "engine", "analysis", "optimizer", "estimate", "budget", "plan",
-    "space", "progress", "about", "checkpoint", "metrics", "trackers", "display", "corpus", "preview", "samples", "output_dir", "signals",
-    "faults", "trainer", "generate", "compare", "commands", "__main__",
+    "errors", "files", "reading", "bounded", "machine", "section", "arguments", "data_settings", "config",
+    "changes", "nf4", "blockwise", "kernels", "dropout", "products", "linear", "feed_forward", "norm",
+    "llama_config", "llama", "pinned", "placement", "rates", "progress", "about", "checkpoint", "metrics",
+    "trackers", "display", "output_dir", "signals", "__main__", "checksum", "data", "loss", "compiled", "engine",
+    "analysis", "optimizer", "estimate", "budget", "plan", "space", "corpus", "preview", "samples", "faults",
+    "trainer", "generate", "compare", "commands",
 )  # fmt: skip
 """The modules of qlora_jax, lowest first: each imports only from those before it."""
 LEVEL = {name: level for level, name in enumerate(ORDER)}

@@ -14,6 +14,7 @@ from typing import overload
 
 import numpy as np
 
+from qlora_jax.checksum import file_checksum
 from qlora_jax.data.rows import RowError
 from qlora_jax.data.sources import Source
 from qlora_jax.data.tokenization import Example, Recipe, Tokens
@@ -24,6 +25,9 @@ from qlora_jax.reading import open_file, read_json_object, reading
 PROBLEMS_AT_ONCE = 10
 """So many bad rows are named before reading stops."""
 KEY_DIGITS = 16
+ARRAYS = ("lengths", "supervised", "hashes", "where_ends")
+"""An entry's arrays, [rows] each."""
+REPORT, CHECKSUMS = "report.json", "checksums.json"
 
 
 @dataclass
@@ -201,18 +205,29 @@ def _setting(problem: RowError) -> str:
 
 
 class Kept:
-    """Where tokenized rows are kept: `FOLDER/NAME-KEY`, known by the source's rows, the recipe and what is done with bad rows."""
+    """Where tokenized rows are kept: `FOLDER/NAME-KEY`, known by the source's rows, the recipe and what is done with bad rows.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Each entry says in `checksums.json` what it was made of and what its files' checksums are.
+
+    Args:
+        log: told, in a line, of an entry that is damaged or another's and therefore made anew.
+    """
+
+    def __init__(self, folder: Path, log: Callable[[str], object] = lambda line: None) -> None:
+        self.folder, self._log = folder, log
 
     def find(self, source: Source, recipe: Recipe, settings: DataSettings) -> TokenStore | None:
-        """What an earlier run kept."""
+        """What an earlier run kept, if it is what was written; any other is removed. All of it is read for that, once."""
         entry = self._entry(source, recipe, settings)
-        if entry is None:
+        if entry is None or not entry.exists():
             return None
-        with contextlib.suppress(InputError):  # none, or damaged: it is made again
+        try:
+            _verify(entry, _identity(source, recipe, settings))
             return TokenStore(entry)
+        except Exception as error:  # numpy and json raise nearly anything for a damaged file
+            self._log(f"{entry}: damaged or of other rows, made again ({error})")
+        with contextlib.suppress(OSError):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         return None
 
     def write(
@@ -235,6 +250,7 @@ class Kept:
         place = self._writable(entry)
         try:
             _write(place, Gate(source.name, settings), chunks, progress)
+            _write_checksums(place, _identity(source, recipe, settings))
         except BaseException as error:
             shutil.rmtree(place, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in FULL:
@@ -253,10 +269,8 @@ class Kept:
     def _entry(self, source: Source, recipe: Recipe, settings: DataSettings) -> Path | None:
         if source.identity is None:
             return None
-        policies = [settings.bad_rows, settings.duplicates, settings.max_rows]
-        text = json.dumps([source.name, source.identity, recipe.identity(), policies])
         name = "".join(c if c.isalnum() else "-" for c in Path(source.name).name).strip("-")
-        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]}"
+        return self.folder / f"{name}-{_identity(source, recipe, settings)[:KEY_DIGITS]}"
 
     def _writable(self, entry: Path | None) -> Path:
         if entry is not None:
@@ -266,6 +280,31 @@ class Kept:
         place = Path(tempfile.mkdtemp(prefix="qlora_jax-tokens-"))
         atexit.register(shutil.rmtree, place, ignore_errors=True)
         return place
+
+
+def _identity(source: Source, recipe: Recipe, settings: DataSettings) -> str:
+    """Hexadecimal digits that tell rows, recipe and policies from any others."""
+    policies = [settings.bad_rows, settings.duplicates, settings.max_rows]
+    text = json.dumps([source.name, source.identity, recipe.identity(), policies])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_checksums(place: Path, identity: str) -> None:
+    files = {path.name: [path.stat().st_size, file_checksum(path)] for path in sorted(place.iterdir())}
+    (place / CHECKSUMS).write_text(json.dumps({"made_of": identity, "files": files}), encoding="utf-8")
+
+
+def _verify(entry: Path, identity: str) -> None:
+    """Raises ValueError, OSError, or what json raises: the entry is not what was written there, or was made of something else."""
+    record = json.loads((entry / CHECKSUMS).read_text(encoding="utf-8"))
+    if record["made_of"] != identity:
+        raise ValueError("made of other rows or in another way")
+    found = {path.name: path.stat().st_size for path in entry.iterdir() if path.name != CHECKSUMS}
+    if found != {name: size for name, (size, _) in record["files"].items()}:
+        raise ValueError("other files, or files of another size, than were written")
+    changed = [name for name, (_, summed) in record["files"].items() if file_checksum(entry / name) != summed]
+    if changed:
+        raise ValueError(f"other bytes in {', '.join(changed)} than were written")
 
 
 def _write(place: Path, gate: Gate, chunks: Iterable[Tokens], progress: Callable[[int], object]) -> None:
@@ -293,7 +332,7 @@ def _write(place: Path, gate: Gate, chunks: Iterable[Tokens], progress: Callable
     np.save(place / "supervised.npy", np.concatenate(supervised))
     np.save(place / "hashes.npy", np.concatenate(hashes))
     np.save(place / "where_ends.npy", np.cumsum(np.concatenate(where_lengths)))
-    (place / "report.json").write_text(json.dumps(vars(gate.report)), encoding="utf-8")
+    (place / REPORT).write_text(json.dumps(vars(gate.report)), encoding="utf-8")
 
 
 def _check_not_empty(gate: Gate, num_rows: int) -> None:
