@@ -26,12 +26,15 @@ from rich.console import Console
 from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
 from convert.cache import cached_folder, discard, is_kept
 from convert.companions import GENERATION_CONFIG
+from convert.delta import resolve_base
+from convert.held_out import show_held_out_loss
 from convert.hub import cache_dir
 from convert.identity import model_identity
 from convert.load import load_weights, total_bytes
 from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
+from convert.requantize import check_requantize
 from convert.stops import Conversation, generation_config, open_conversation, with_stops
 from convert.verified import DamagedError
 from qlora_jax.arguments import path_argument
@@ -99,7 +102,7 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         with phases.time("model"):
             model = open_model(config.model.name_or_path, log=console.print)
             config, start = settle_adapter(config, model)
-            config = settle_quantization(config, model, console)
+            config = settle_base(settle_quantization(config, model, console), model, console)
         with phases.time("data"):
             corpus = load_corpus(config, model.tokenizer, cache_dir() / "tokenized", console, model.limits)
             conversation = conversation_of(config, model, corpus)
@@ -220,6 +223,10 @@ def export(
         console.print(f"adapter: {out / 'adapter'}   loss curve: {out / 'loss.png'}")
         if config.training.export_merged:
             export_merged(config, model, out, console)
+    if config.training.export_merged and (held_out := corpus.eval_batches()):
+        with phases.time("evaluation"):
+            loss = show_held_out_loss(out / "merged", held_out, config.training.compute_dtype, console)
+        folder.record["starts"][-1]["merged"] = {"base": config.training.merge_base, "eval_loss": loss}
 
 
 def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
@@ -262,10 +269,25 @@ def settle_quantization(config: Config, model: BaseModel, console: Console) -> C
     where = f"settings quantization.*, model {model.name_or_path}"
     quantization = settle(model.folder, config.quantization, where=where, fix=fix)
     if config.training.export_merged:
-        check_base(model.folder, config.training.merge_base)  # now, not when the training is done
+        # Now, not when the training is done.
+        check_base(model.folder, resolve_base(config.training.merge_base, model.folder))
     double = ", double quantization" if quantization.double_quant else ""
     console.print(f"{model.folder.path} is in 4 bits already ({quantization.quant_type}{double}): used as it is")
     return config.model_copy(update={"quantization": quantization})
+
+
+def settle_base(config: Config, model: BaseModel, console: Console) -> Config:
+    """Return the settings with the base of `merged/` resolved, after a check that quantizing the model undoes nothing.
+
+    Raises:
+        InputError: the model was merged into a dequantized base, and `model.requantize` is not set.
+    """
+    accepted = config.model.requantize
+    check_requantize(
+        model.folder, config.quantization, accepted=accepted, accept="model.requantize=true", log=console.print
+    )
+    base = resolve_base(config.training.merge_base, model.folder)
+    return config.model_copy(update={"training": config.training.model_copy(update={"merge_base": base})})
 
 
 def load(config: Config, model: BaseModel, plan: Plan, space: Space, console: Console, phases: Phases) -> Weights:

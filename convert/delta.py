@@ -19,6 +19,7 @@ from convert.folder import ModelFolder
 from qlora_jax.config import QuantizationSettings
 
 Base = Literal["original", "dequantized"]
+AskedBase = Literal["auto", "original", "dequantized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,17 @@ class Pair:
         """The part that changes these rows of the weight."""
         magnitude = None if self.magnitude is None else self.magnitude[rows]
         return Pair(self.lora_a, self.lora_b[rows], self.scaling, magnitude)
+
+
+def resolve_base(asked: AskedBase, folder: ModelFolder | None) -> Base:
+    """Return the base that `auto` stands for: the original weights, or the dequantized ones of a folder that is in 4 bits.
+
+    Args:
+        folder: the base model's; None where it is not here, and is taken for an unquantized one.
+    """
+    if asked != "auto":
+        return asked
+    return "dequantized" if folder is not None and folder.is_4bit else "original"
 
 
 def adapted(weight: np.ndarray | jax.Array, pair: Pair) -> np.ndarray:

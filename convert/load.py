@@ -23,6 +23,7 @@ from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, Where, kee
 from qlora_jax.plan import layer_bytes
 
 Advance = Callable[[int], object]
+BFLOAT16_BYTES = 2
 LAYER_PARTS = 1 + len(LINEAR_NAMES)
 """The norms, and each linear."""
 
@@ -86,15 +87,15 @@ def load_weights(
 
     Args:
         quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`). None leaves
-            the linears of one that is not as they are, in bfloat16: for comparisons.
+            the linears of one that is not as they are, in bfloat16.
         where: one place for all layers, or each layer's own.
         advance: called with the bytes of each layer that is in its place, in order, and of embedding and head; all in all `total_bytes`.
 
     Raises:
-        InputError: a weight or a scale holds a value that is not finite; or layers are to stay on disk, and are not in 4 bits there.
+        InputError: a weight or a scale holds a value that is not finite; or layers are to be quantized, and to stay on disk.
     """
     places = [where] * config.num_hidden_layers if isinstance(where, str) else list(where)
-    if "disk" in places and not folder.is_4bit:
+    if "disk" in places and not folder.is_4bit and quantization is not None:
         found = "a model that is not in 4 bits, whose layers are to be read from disk as they are needed"
         fix = (
             "quantize it with `python -m convert.quantize`, or make room for the cache, or set memory.base_weights=host"
@@ -123,11 +124,19 @@ def load_weights(
     )
 
 
-def total_bytes(config: LlamaConfig, quantization: QuantizationSettings, where: LayerPlace) -> int:
+def total_bytes(config: LlamaConfig, quantization: QuantizationSettings | None, where: LayerPlace) -> int:
     """What `load_weights` brings to its place."""
     vocabulary = config.vocab_size * (1 if config.tie_word_embeddings else 2) + 1
-    layers = 0 if where == "disk" else config.num_hidden_layers * layer_bytes(config, quantization)
+    layers = 0 if where == "disk" else config.num_hidden_layers * frozen_bytes(config, quantization)
     return 2 * config.hidden_size * vocabulary + layers
+
+
+def frozen_bytes(config: LlamaConfig, quantization: QuantizationSettings | None) -> int:
+    """Bytes of one decoder layer's frozen weights; with None its linears are in bfloat16."""
+    if quantization is not None:
+        return layer_bytes(config, quantization)
+    linears = sum(rows * columns for rows, columns in config.linear_shapes().values())
+    return BFLOAT16_BYTES * (linears + len(names.NORM_NAMES) * config.hidden_size)
 
 
 def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettings | None) -> Tree:
@@ -162,7 +171,7 @@ def _joined(parts: Iterable[Tree]) -> Tree:
 def read_linear(
     folder: ModelFolder, name: str, quantization: QuantizationSettings | None, place: Where | None = None
 ) -> Weight:
-    """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device). With None: only cast.
+    """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device). With None: only cast (numpy's).
 
     Where it is to be on the host, numpy's arrays are in registered memory already, if there can be such.
     """
@@ -170,7 +179,7 @@ def read_linear(
         read = functools.partial(bitsandbytes.read, folder, name)
         return pinned.filled(read) if place == "host" else read()
     if quantization is None:
-        return put(read_bfloat16(folder, name), "device")
+        return read_bfloat16(folder, name)
     return put(quantized(folder, name, quantization), "device")
 
 

@@ -29,13 +29,14 @@ from convert.adapter import WEIGHTS_FILE, Adapter, load_adapter
 from convert.adapter_config import CONFIG_FILE, read_adapter_config
 from convert.ahead import in_order
 from convert.check import Differences, check_merge
-from convert.delta import Base, Pair, base_passes, merged_weight
+from convert.delta import Base, Pair, base_passes, merged_weight, resolve_base
 from convert.derived import Shard, write_derived
 from convert.folder import ModelFolder
 from convert.head import is_tied
 from convert.hub import cache_dir, resolve_model
 from convert.job import Log, describe, files_identity, refuse_existing
 from convert.load import read_config
+from convert.requantize import check_requantize, read_note, write_note
 from convert.shards import Piece, TensorSpec
 from convert.stops import merged_companions
 from qlora_jax import machine
@@ -45,11 +46,12 @@ from qlora_jax.errors import InputError, exit_status
 from qlora_jax.placement import put
 
 WHICH_BASE = """\
-Which base. QLoRA trains the adapter on weights that went to 4 bits and back. `--base dequantized` (the default) adds the adapter to
-exactly those weights: the merged model computes what was trained, up to bfloat16 rounding, and its size is that of any bf16 model.
-`--base original` adds it to the weights as they were before quantization, which is what peft, unsloth and LLaMA-Factory do: the base
-is the better one, but the adapter was not fitted to it. Compare the two on your task if you can. An adapter that was trained on
-unquantized weights (LoRA, not QLoRA) belongs to `--base original`."""
+Which base. `--base original` adds the adapter to the weights as they were before quantization, as the published recipe, peft, unsloth and
+LLaMA-Factory do: the base is the better one, and the merged model can be quantized again. It is the default (`auto`) wherever those
+weights are at hand. `--base dequantized` adds it to what QLoRA trained it on, weights that went to 4 bits and back: the merged model
+computes what was trained, up to bfloat16 rounding. But its weights lie so near to the 4-bit levels that quantizing it again undoes most
+of the training; the folder says so (in config.json), and what would quantize it refuses. `auto` takes it for a model that is in 4 bits
+and has no other weights. An adapter that was trained on unquantized weights (LoRA, not QLoRA) belongs to `--base original`."""
 
 
 def merge(
@@ -62,6 +64,8 @@ def merge(
     verify: Callable[[Path], object] = lambda written: None,
 ) -> None:
     """Write base + adapter as a Hugging Face folder; `out` appears whole or not at all, and a stopped run is continued.
+
+    With the dequantized base its `config.json` says what another quantization would leave of the adapter: see `convert.requantize`.
 
     Args:
         advance: called with the bytes of each tensor written, or of each shard that a stopped run wrote.
@@ -91,8 +95,14 @@ def merge(
     settings = {"base": base, "adapter": {"path": str(adapter.path.resolve()), "files": files}}
     job = describe("merge", folder, **settings)
     companions = merged_companions(folder, adapter.path, read_config(folder).vocab_size, log)
+
+    def finish(written: Path) -> None:
+        if base == "dequantized":
+            write_note(folder, adapter, written)
+        verify(written)
+
     write_derived(
-        folder, out, change, job, companions=companions, past_cache=True, advance=advance, log=log, verify=verify
+        folder, out, change, job, companions=companions, past_cache=True, advance=advance, log=log, verify=finish
     )
 
 
@@ -106,7 +116,7 @@ def check_base(folder: ModelFolder, base: Base) -> None:
         raise InputError(
             folder.path,
             found="a model in 4 bits: its original weights are not here",
-            fix="give the unquantized model, or merge into the dequantized base (--base dequantized, training.merge_base)",
+            fix="give the unquantized model, or merge into the dequantized base (--base or training.merge_base: auto or dequantized)",
         )
 
 
@@ -193,7 +203,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
         help="the base model (default: the one named in adapter_config.json)",
     )
     parser.add_argument(
-        "--base", choices=("original", "dequantized"), default="dequantized", help="default: dequantized; see below"
+        "--base", choices=("auto", "original", "dequantized"), default="auto", help="default: auto; see below"
+    )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="with --base dequantized: take a model that another adapter was merged into, though 4 bits undo that adapter",
     )
     parser.add_argument(
         "--check",
@@ -212,14 +227,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
         )
     folder = ModelFolder(resolve_model(name, log=console.print))
     adapter = load_adapter(options.adapter, read_config(folder))
-    if options.base == "dequantized" and not adapter.quantization.model_fields_set:
+    base = resolve_base(options.base, folder)
+    if base == "dequantized" and not adapter.quantization.model_fields_set:
         console.print(
             "the adapter does not say in what it was trained: taken for NF4 with double quantization; if its base was not quantized, "
             "use --base original"
         )
     if adapter.base_model not in (None, name):
         console.print(f"the adapter says that it was trained on {adapter.base_model}")
-    merge_with_progress(folder, adapter, options.out, options.base, console, check=options.check)
+    if base == "dequantized":
+        check_requantize(
+            folder, adapter.quantization, accepted=options.requantize, accept="--requantize", log=console.print
+        )
+    merge_with_progress(folder, adapter, options.out, base, console, check=options.check)
 
 
 def merge_with_progress(
@@ -249,6 +269,8 @@ def merge_with_progress(
     beyond = [name for layer, name in adapter.pairs if layer is None]
     linears = f"{len(adapter.pairs) - len(beyond)} adapted linears{''.join(f', {name}' for name in beyond)}"
     console.print(f"merged {linears}{whole} into the {base} base: {out}")
+    if base == "dequantized" and (note := read_note(ModelFolder(out))) is not None:
+        console.print(f"quantized again: {note}")
     for differences in found:
         console.print(f"checked: {differences}")
 

@@ -17,6 +17,7 @@ from convert.folder import ModelFolder
 from convert.hub import cache_dir, resolve_model
 from convert.job import Log, describe, refuse_existing
 from convert.load import read_config
+from convert.requantize import check_requantize
 from convert.shards import Piece, TensorSpec
 from convert.verified import Sums
 from qlora_jax import machine, nf4
@@ -29,7 +30,7 @@ EPILOG = """\
 The folder can be given to train.py (model.name_or_path), `python -m qlora_jax generate` and `python -m convert.merge`, which use it
 as it is, and to transformers with bitsandbytes. A run on it is, bit for bit, the run on the unquantized model with the same
 quantization, without the time to quantize. The original weights are not in it: merging with `--base original` needs the unquantized
-model."""
+model, and merging into this one gives a model that cannot be quantized again without losing the adapter. Such a model is refused."""
 
 
 def quantize(
@@ -123,6 +124,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
     parser.add_argument(
         "--no-double-quant", action="store_true", help="keep the scales in float32: 4.5 bits a weight instead of 4.127"
     )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="take a model that an adapter was merged into after quantization, though this undoes most of the adapter's update",
+    )
     options = parser.parse_args(arguments)
     console = make_console(stderr=True)
     quantization = QuantizationSettings(quant_type=options.quant_type, double_quant=not options.no_double_quant)
@@ -131,6 +137,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
     folder = ModelFolder(resolve_model(options.model, log=console.print))
     refuse_quantized(folder)
     read_config(folder)  # refuses what is not a supported Llama, before hours are spent on it
+    check_requantize(folder, quantization, accepted=options.requantize, accept="--requantize", log=console.print)
     total = sum(spec.nbytes for shard in folder.shards for spec in folder.specs(shard))
     with byte_bar(console) as progress:
         task = progress.add_task("quantizing", total=total)

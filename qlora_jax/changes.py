@@ -8,7 +8,7 @@ from qlora_jax.errors import InputError
 
 FREE = {
     "memory": None,
-    "model": {"name_or_path"},
+    "model": {"name_or_path", "requantize"},
     "lora": {"init_from"},
     "data": {"path", "name", "split", "streaming", "num_proc", "preview_rows"},
     "training": {

@@ -33,6 +33,9 @@ class ModelSettings(Section):
     """A Hugging Face hub id, or a folder with `config.json`, safetensors and a tokenizer; unquantized, or in bitsandbytes' 4 bits."""
     dtype: Literal["bfloat16"] = "bfloat16"
     """The dtype a weight is cast to before it is quantized, and rounded to when it is dequantized."""
+    requantize: bool = False
+    """Allow a model that an adapter was merged into after quantization to be quantized again, which undoes most of that adapter's update;
+    refused otherwise, see `convert.requantize`."""
 
 
 class QuantizationSettings(Section):
@@ -128,8 +131,9 @@ class TrainingSettings(Section):
     run_name: str | None = None
     """The run's name in Weights & Biases; by default that of `output_dir`."""
     export_merged: bool = False
-    merge_base: Literal["original", "dequantized"] = "dequantized"
-    """What `export_merged` adds the adapter to; see `python -m convert.merge --help`."""
+    merge_base: Literal["auto", "original", "dequantized"] = "auto"
+    """Weights that `export_merged` adds the adapter to: `auto` is the original ones, or the dequantized ones where the model is in 4 bits
+    and has no others; see `python -m convert.merge --help`."""
     gradient_checkpointing: Literal["auto", "full", "none"] = "auto"
     """`full` runs each layer again in the backward walk (but the last, if its intermediates find room where others work), `none` keeps them
     instead; `auto`: the plan decides how many layers do."""

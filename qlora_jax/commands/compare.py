@@ -18,6 +18,7 @@ from convert.job import refuse_existing
 from convert.load import load_weights
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
+from convert.requantize import check_requantize
 from qlora_jax.arguments import path_argument, text_argument
 from qlora_jax.compare.both import Ours, Steps, Subject, compare
 from qlora_jax.compare.ours import PARTS, linear_key
@@ -84,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-double-quant", action="store_true", help="the same: scales stay in float32")
     parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="take a model that 4 bits would rob of an adapter that was merged into it",
+    )
+    parser.add_argument(
         "--out", type=path_argument, metavar="DIR", help="the report's folder; must not exist; default: runs/compare-N"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
@@ -99,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
     adapter = load_adapter(options.adapter, model.config) if options.adapter else None
     lora = plain_settings(adapter, model.config) if adapter else LoraSettings(r=options.r, lora_dropout=0.0)
     quantization = settle_quantization(options, model)
+    check_requantize(model.folder, quantization, accepted=options.requantize, accept="--requantize", log=console.print)
     batches = make_batches(options, model)
     out = make_folder(options.out)
     refuse_small_disk(out, model)

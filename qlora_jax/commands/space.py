@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convert.cache import entry_of, unfinished_bytes
+from convert.delta import resolve_base
 from convert.folder import ModelFolder
 from convert.hub import cache_dir, resolve_config
 from convert.sizes import companion_bytes, merged_bytes, quantized_bytes, tensors_for, tensors_of
@@ -33,7 +34,8 @@ def space_of(config: Config, job: Job, steps: int | None, folder: ModelFolder | 
     """
     tensors = tensors_for(job.config) if folder is None else tensors_of(folder)
     companions = 0 if folder is None else companion_bytes(folder)
-    merged = companions + merged_bytes(tensors, config.lora.targets, config.training.merge_base)
+    merge_base = resolve_base(config.training.merge_base, folder)
+    merged = companions + merged_bytes(tensors, config.lora.targets, merge_base)
     others = ()
     if folder is None or not folder.is_4bit:
         size = companions + quantized_bytes(tensors, config.quantization)
