@@ -46,7 +46,7 @@ from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
 from qlora_jax.commands.space import show_space, space_of
 from qlora_jax.config import Config, load_config
 from qlora_jax.corpus import Corpus, load_corpus
-from qlora_jax.data import Batches, save_template
+from qlora_jax.data import Batch, Batches, save_template
 from qlora_jax.display import Phases, byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
@@ -139,7 +139,7 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
             adapters = trainer.train(adapters, resumed)
         best_step = trainer.progress.best_step if config.training.load_best_model_at_end else None
         del engine, weights, trainer
-        export(config, conversation, model, adapters, folder, console, phases, best_step)
+        export(config, conversation, model, held_out, adapters, folder, console, phases, best_step)
         samples.show(best_step)
         folder.end("finished")
 
@@ -204,6 +204,7 @@ def export(
     config: Config,
     conversation: Conversation,
     model: BaseModel,
+    held_out: Sequence[Batch],
     adapters: Adapters,
     folder: OutputDir,
     console: Console,
@@ -223,7 +224,7 @@ def export(
         console.print(f"adapter: {out / 'adapter'}   loss curve: {out / 'loss.png'}")
         if config.training.export_merged:
             export_merged(config, model, out, console)
-    if config.training.export_merged and (held_out := corpus.eval_batches()):
+    if config.training.export_merged and held_out:
         with phases.time("evaluation"):
             loss = show_held_out_loss(out / "merged", held_out, config.training.compute_dtype, console)
         folder.record["starts"][-1]["merged"] = {"base": config.training.merge_base, "eval_loss": loss}
