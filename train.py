@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import time
@@ -22,7 +21,7 @@ if __name__ == "__main__":
 import jax
 from rich.console import Console
 
-from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
+from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, write_adapter
 from convert.cache import cached_folder, is_kept
 from convert.hub import cache_dir
 from convert.identity import model_identity
@@ -32,7 +31,7 @@ from convert.model import BaseModel, open_model
 from convert.prequantized import settle
 from qlora_jax.budget import Plan
 from qlora_jax.changes import check_changes, check_identity, work_changes
-from qlora_jax.checkpoint import Checkpoint
+from qlora_jax.checkpoint import Checkpoint, Checkpoints
 from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
 from qlora_jax.commands.space import show_space, space_of
@@ -42,6 +41,7 @@ from qlora_jax.data import Batches, save_template
 from qlora_jax.display import Phases, byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
+from qlora_jax.files import remove_folder, replacing_folder
 from qlora_jax.generate import Sampling
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.output_dir import OutputDir
@@ -51,7 +51,7 @@ from qlora_jax.preview import preview
 from qlora_jax.samples import Samples
 from qlora_jax.space import Space
 from qlora_jax.trackers import check_trackers, open_trackers
-from qlora_jax.trainer import Hooks, Trainer, check_evaluation
+from qlora_jax.trainer import Hooks, Trainer, best_is_gone, check_evaluation
 
 EPILOG = """\
 Any setting of the file can be given on the command line, e.g. training.max_steps=20 lora.r=16.
@@ -108,7 +108,7 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         space.check()
         about = about_run(config, model, training, plan)
         if resumed:
-            continued(resumed, about, console)
+            continued(resumed, folder, about, console)
         checkpoints = folder.claim(resumed)
         for line in folder.begin(config, command, resumed, {**plan.as_dict(len(training)), "disk": space.as_dict()}):
             console.print(line)
@@ -122,15 +122,15 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
             config.training, engine, weights, training, held_out,
             optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=about,
             trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
-            hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config, corpus)), phases=phases,
+            hooks=make_hooks(samples, folder.path / "best", config, corpus), phases=phases,
         )  # fmt: skip
         with memory_explained(plan, folder.path):
             adapters = trainer.train(adapters, resumed)
-        best_step = trainer.progress.best_step if config.training.load_best_model_at_end else None
+        best_step, last_step = trainer.progress.best_step, trainer.progress.step
         del engine, weights, trainer
-        export(config, corpus, model, adapters, folder, console, phases, best_step)
+        best_step = export(config, corpus, model, adapters, folder, console, phases, best_step)
         samples.show(best_step)
-        folder.end("finished")
+        finish(config, folder, checkpoints, last_step)
 
 
 def about_run(config: Config, model: BaseModel, training: Batches, plan: Plan) -> dict[str, Any]:
@@ -155,22 +155,25 @@ def plan_as_before(
     return plan_run(config, shape, length, on_disk=on_disk)
 
 
-def continued(resumed: Checkpoint, about: Mapping[str, Any], console: Console) -> None:
+def continued(resumed: Checkpoint, folder: OutputDir, about: Mapping[str, Any], console: Console) -> None:
     """Check that the run can go on, and say what is not as it was.
 
     Raises:
-        InputError: it is another run: other settings, another base model, other data.
+        InputError: it is another run: other settings, another base model, other data; or what it needs is gone.
     """
     check_identity(resumed.path, resumed.about["identity"], about["identity"])
     changed = check_changes(resumed.path, resumed.about["config"], about["config"])
     for line in changed + work_changes(resumed.about.get("work", {}), about["work"]):
         console.print(f"changed: {line}")
+    if line := folder.check_best(resumed):
+        console.print(line)
 
 
 def save(folder: Path, adapters: Adapters, config: Config, corpus: Corpus) -> None:
-    """An adapter in PEFT's format, and the chat template it learned, where the model has none."""
-    save_adapter(folder, adapters, config.lora, config.quantization, config.model.name_or_path)
-    save_template(corpus.template, folder)
+    """An adapter in PEFT's format, and the chat template it learned, where the model has none: a folder that is whole or not there."""
+    with replacing_folder(folder) as aside:
+        write_adapter(aside, adapters, config.lora, config.quantization, config.model.name_or_path)
+        save_template(corpus.template, aside)
 
 
 def export(
@@ -182,21 +185,43 @@ def export(
     console: Console,
     phases: Phases,
     best_step: int | None,
-) -> None:
-    """`adapter/`, the last or that of `best_step`, and `merged/` if it is asked for. What is there of an earlier run is replaced."""
+) -> int | None:
+    """`adapter/`, and `merged/` if it is asked for. What is there of an earlier run is replaced.
+
+    Returns:
+        the step whose adapter it is: `best_step` with `load_best_model_at_end`, or None for the last.
+
+    Raises:
+        InputError: the best adapter is asked for and gone.
+    """
     out, best = folder.path, folder.path / "best"
     folder.check_ours()
+    if not config.training.load_best_model_at_end:
+        best_step = None
+    elif best_step is None:
+        console.print("the adapter is that of the last step: no evaluation came to a finite loss")
     with phases.time("export"):
-        if best_step is not None and best.exists():
+        if best_step is not None:
+            if not best.is_dir():
+                raise best_is_gone(best, best_step)
             adapters = as_adapters(load_adapter(best, model.config), model.config)[1]
             console.print(f"the adapter is that of step {best_step}, which had the lowest held-out loss")
         save(out / "adapter", adapters, config, corpus)
+        folder.has_adapter()
         # Another run's merged model would not be this adapter's. It is only there if overwriting was asked for.
-        shutil.rmtree(out / "merged", ignore_errors=True)
+        remove_folder(out / "merged")
         console.print(f"adapter: {out / 'adapter'}   loss curve: {out / 'loss.png'}")
         if config.training.export_merged:
             export_merged(config, model, out, console)
             save_template(corpus.template, out / "merged")
+    return best_step
+
+
+def finish(config: Config, folder: OutputDir, checkpoints: Checkpoints, last_step: int) -> None:
+    """Write that the run is finished; where checkpoints are off, remove the one that was saved for the merge."""
+    folder.end("finished")
+    if not (config.training.save_steps or config.training.save_interval_minutes):
+        checkpoints.remove(last_step)
 
 
 def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
@@ -304,6 +329,11 @@ def make_samples(
         return answer(engine, weights, adapters, model.tokenizer, prompt, sampling)
 
     return Samples(path, config.training.sample_prompts, answer_one, console, before)
+
+
+def make_hooks(samples: Samples, best: Path, config: Config, corpus: Corpus) -> Hooks:
+    """What the trainer calls with an evaluation; `best` is the folder that the best adapter so far is kept in."""
+    return Hooks(samples.take, lambda adapters: save(best, adapters, config, corpus), best)
 
 
 def export_merged(config: Config, model: BaseModel, output_dir: Path, console: Console) -> None:
