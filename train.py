@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import functools
 import os
-import shutil
 import signal
 import sys
 import time
@@ -23,7 +22,7 @@ if __name__ == "__main__":
 import jax
 from rich.console import Console
 
-from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
+from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, write_adapter
 from convert.cache import cached_folder, discard, is_kept
 from convert.companions import GENERATION_CONFIG
 from convert.delta import resolve_base
@@ -40,7 +39,7 @@ from convert.verified import DamagedError
 from qlora_jax.arguments import path_argument
 from qlora_jax.budget import Plan
 from qlora_jax.changes import check_changes, check_identity, work_changes
-from qlora_jax.checkpoint import Checkpoint
+from qlora_jax.checkpoint import Checkpoint, Checkpoints
 from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
 from qlora_jax.commands.space import show_space, space_of
@@ -50,7 +49,7 @@ from qlora_jax.data import Batch, Batches, save_template
 from qlora_jax.display import Phases, byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
-from qlora_jax.files import write_json
+from qlora_jax.files import remove_folder, replacing_folder, write_json
 from qlora_jax.generate import Sampling
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.output_dir import OutputDir
@@ -60,7 +59,7 @@ from qlora_jax.preview import preview
 from qlora_jax.samples import Samples
 from qlora_jax.space import Space
 from qlora_jax.trackers import check_trackers, open_trackers
-from qlora_jax.trainer import Hooks, Trainer, check_evaluation
+from qlora_jax.trainer import Hooks, Trainer, best_is_gone, check_evaluation
 
 EPILOG = """\
 Any setting of the file can be given on the command line, e.g. training.max_steps=20 lora.r=16.
@@ -119,7 +118,7 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         show_space(space, console)
         space.check()
         about = about_run(config, model, training, plan)
-        continued(resumed, about, console)
+        continued(resumed, folder, about, console)
         checkpoints = folder.claim(resumed)
         for line in folder.begin(config, command, resumed, {**plan.as_dict(len(training)), "disk": space.as_dict()}):
             console.print(line)
@@ -133,15 +132,15 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
             config.training, engine, weights, training, held_out,
             optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=about,
             trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
-            hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config, model, conversation)), phases=phases,
+            hooks=make_hooks(samples, folder.path / "best", config, model, conversation), phases=phases,
         )  # fmt: skip
         with memory_explained(plan, folder.path):
             adapters = trainer.train(adapters, resumed)
-        best_step = trainer.progress.best_step if config.training.load_best_model_at_end else None
+        best_step, last_step = trainer.progress.best_step, trainer.progress.step
         del engine, weights, trainer
-        export(config, conversation, model, held_out, adapters, folder, console, phases, best_step)
+        best_step = export(config, conversation, model, held_out, adapters, folder, console, phases, best_step)
         samples.show(best_step)
-        folder.end("finished")
+        finish(config, folder, checkpoints, last_step)
 
 
 def about_run(config: Config, model: BaseModel, training: Batches, plan: Plan) -> dict[str, Any]:
@@ -166,11 +165,11 @@ def plan_as_before(
     return plan_run(config, shape, length, on_disk=on_disk)
 
 
-def continued(resumed: Checkpoint | None, about: Mapping[str, Any], console: Console) -> None:
+def continued(resumed: Checkpoint | None, folder: OutputDir, about: Mapping[str, Any], console: Console) -> None:
     """Check that a run that is continued can go on, and say what is not as it was.
 
     Raises:
-        InputError: it is another run: other settings, another base model, other data.
+        InputError: it is another run: other settings, another base model, other data; or what it needs is gone.
     """
     if resumed is None:
         return
@@ -178,14 +177,20 @@ def continued(resumed: Checkpoint | None, about: Mapping[str, Any], console: Con
     changed = check_changes(resumed.path, resumed.about["config"], about["config"])
     for line in changed + work_changes(resumed.about.get("work", {}), about["work"]):
         console.print(f"changed: {line}")
+    if line := folder.check_best(resumed):
+        console.print(line)
 
 
 def save(folder: Path, adapters: Adapters, config: Config, model: BaseModel, conversation: Conversation) -> None:
-    """An adapter in PEFT's format, where turns end in it, and the chat template it learned, where the model has none."""
-    save_adapter(folder, adapters, config.lora, config.quantization, config.model.name_or_path)
-    save_template(conversation.template, folder)
+    """An adapter in PEFT's format, where turns end in it, and the chat template it learned, where the model has none.
+
+    The folder is whole or not there.
+    """
     generation = with_stops(generation_config(model.folder.path, model.folder.config), conversation.stop_ids)
-    write_json(folder / GENERATION_CONFIG, generation)
+    with replacing_folder(folder) as aside:
+        write_adapter(aside, adapters, config.lora, config.quantization, config.model.name_or_path)
+        save_template(conversation.template, aside)
+        write_json(aside / GENERATION_CONFIG, generation)
 
 
 def conversation_of(config: Config, model: BaseModel, corpus: Corpus) -> Conversation:
@@ -210,17 +215,31 @@ def export(
     console: Console,
     phases: Phases,
     best_step: int | None,
-) -> None:
-    """`adapter/`, the last or that of `best_step`, and `merged/` if it is asked for. What is there of an earlier run is replaced."""
+) -> int | None:
+    """`adapter/`, and `merged/` if it is asked for. What is there of an earlier run is replaced.
+
+    Returns:
+        the step whose adapter it is: `best_step` with `load_best_model_at_end`, or None for the last.
+
+    Raises:
+        InputError: the best adapter is asked for and gone.
+    """
     out, best = folder.path, folder.path / "best"
     folder.check_ours()
+    if not config.training.load_best_model_at_end:
+        best_step = None
+    elif best_step is None:
+        console.print("the adapter is that of the last step: no evaluation came to a finite loss")
     with phases.time("export"):
-        if best_step is not None and best.exists():
+        if best_step is not None:
+            if not best.is_dir():
+                raise best_is_gone(best, best_step)
             adapters = as_adapters(load_adapter(best, model.config), model.config)[1]
             console.print(f"the adapter is that of step {best_step}, which had the lowest held-out loss")
         save(out / "adapter", adapters, config, model, conversation)
+        folder.has_adapter()
         # Another run's merged model would not be this adapter's. It is only there if overwriting was asked for.
-        shutil.rmtree(out / "merged", ignore_errors=True)
+        remove_folder(out / "merged")
         console.print(f"adapter: {out / 'adapter'}   loss curve: {out / 'loss.png'}")
         if config.training.export_merged:
             export_merged(config, model, out, console)
@@ -228,6 +247,14 @@ def export(
         with phases.time("evaluation"):
             loss = show_held_out_loss(out / "merged", held_out, config.training.compute_dtype, console)
         folder.record["starts"][-1]["merged"] = {"base": config.training.merge_base, "eval_loss": loss}
+    return best_step
+
+
+def finish(config: Config, folder: OutputDir, checkpoints: Checkpoints, last_step: int) -> None:
+    """Write that the run is finished; where checkpoints are off, remove the one that was saved for the merge."""
+    folder.end("finished")
+    if not (config.training.save_steps or config.training.save_interval_minutes):
+        checkpoints.remove(last_step)
 
 
 def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
@@ -353,6 +380,11 @@ def make_samples(
         return answer(engine, weights, adapters, conversation, prompt, sampling)
 
     return Samples(path, config.training.sample_prompts, answer_one, console, before)
+
+
+def make_hooks(samples: Samples, best: Path, config: Config, model: BaseModel, conversation: Conversation) -> Hooks:
+    """What the trainer calls with an evaluation; `best` is the folder that the best adapter so far is kept in."""
+    return Hooks(samples.take, lambda adapters: save(best, adapters, config, model, conversation), best)
 
 
 def export_merged(config: Config, model: BaseModel, output_dir: Path, console: Console) -> None:

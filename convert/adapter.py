@@ -1,7 +1,6 @@
 """Adapters in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`, out and in."""
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from convert.shards import PT_METADATA, TensorSpec, write_json, write_shard
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.engine import Adapters
 from qlora_jax.errors import InputError
+from qlora_jax.files import replacing_folder
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.placement import Tree, put
 from qlora_jax.reading import kind_of, open_file, reading
@@ -107,9 +107,18 @@ def save_adapter(
     base_model_name_or_path: str,
 ) -> None:
     """Write an adapter that PEFT loads. The folder appears whole or not at all; one that is there is replaced."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    with replacing_folder(folder) as aside:
+        write_adapter(aside, adapters, lora, quantization, base_model_name_or_path)
+
+
+def write_adapter(
+    folder: Path,
+    adapters: Adapters,
+    lora: LoraSettings,
+    quantization: QuantizationSettings,
+    base_model_name_or_path: str,
+) -> None:
+    """Write an adapter's files into a folder that is there."""
     tensors: dict[str, np.ndarray] = {}
     for layer, tree in enumerate(adapters):
         for name in lora.targets:
@@ -117,11 +126,12 @@ def save_adapter(
                 tensors[names.adapter(layer, name, part)] = np.asarray(tree[name]["adapter"][part], np.float32)
     specs = [TensorSpec(name, "F32", tensor.shape) for name, tensor in tensors.items()]
     write_shard(
-        aside / WEIGHTS_FILE, specs, tensors.values(), {**PT_METADATA, QUANTIZATION_KEY: quantization.model_dump_json()}
+        folder / WEIGHTS_FILE,
+        specs,
+        tensors.values(),
+        {**PT_METADATA, QUANTIZATION_KEY: quantization.model_dump_json()},
     )
-    write_json(aside / CONFIG_FILE, _peft_config(lora, base_model_name_or_path))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    write_json(folder / CONFIG_FILE, _peft_config(lora, base_model_name_or_path))
 
 
 def _peft_config(lora: LoraSettings, base_model_name_or_path: str) -> dict[str, Any]:

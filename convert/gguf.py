@@ -9,7 +9,6 @@ Matched to transformers' own GGUF reader, with one departure, on purpose: that r
 model was trained on. See `convert/gguf_tokenizer.py`.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from convert.gguf_tokenizer import write_tokenizer
 from convert.shards import SINGLE_NAME, TensorSpec, write_json, write_shard
 from qlora_jax.errors import InputError
+from qlora_jax.files import Scratch, replace_folder
 from qlora_jax.reading import is_unicode, open_file, reading, shown
 
 NAMES = {
@@ -79,8 +79,8 @@ def write_model_folder(gguf_path: str | Path, out_dir: str | Path) -> None:
     config = _config(gguf_path, fields, tied="output.weight" not in {t.name for t in reader.tensors})
     tensors = _tensors(gguf_path, reader, config)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as scratch:
-        folder = Path(scratch) / out_dir.name
+    with Scratch(out_dir.parent, f".{out_dir.name}.writing-") as scratch:
+        folder = scratch / out_dir.name
         folder.mkdir()
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", _generation_config(config))
@@ -88,10 +88,10 @@ def write_model_folder(gguf_path: str | Path, out_dir: str | Path) -> None:
         specs = [TensorSpec(name, "BF16", shape) for name, (_, shape) in tensors.items()]
         write_shard(folder / SINGLE_NAME, specs, _bfloat16_tensors(gguf_path, tensors, config))
         try:
-            folder.rename(out_dir)
-        except OSError:
+            replace_folder(folder, out_dir, overwrite=False)
+        except FileExistsError:
             if not (out_dir / SINGLE_NAME).is_file():  # else another process was first, and its folder is as good
-                raise
+                raise InputError(out_dir, found="already there", fix="remove it, or name another folder") from None
 
 
 def _open(path: Path) -> gguf.GGUFReader:

@@ -21,7 +21,7 @@ import numpy as np
 
 from convert.folder import ModelFolder, some
 from qlora_jax.errors import FULL, InputError
-from qlora_jax.files import describe_size, publish, try_lock, write_json
+from qlora_jax.files import describe_size, replace_folder, try_lock, write_json
 from qlora_jax.reading import kind_of, open_file, read_json
 
 FORMAT = 4
@@ -94,7 +94,10 @@ def filling(out: Path, job: dict[str, Any], log: Log) -> Iterator[Path]:
         try:
             _claim(partial, job, log)
             yield folder
-            publish(folder, out)
+            replace_folder(folder, out, overwrite=False)
+        except FileExistsError:
+            refuse_existing(out)
+            raise
         except BaseException as error:
             at_fault = isinstance(error, InputError) and not isinstance(error, DestinationError)
             if at_fault or not any(folder.rglob("*.safetensors")):

@@ -7,13 +7,13 @@ Q8_0, dequantized to bfloat16: close to the hub's, not equal to them.
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from convert.gguf import write_model_folder
 from qlora_jax.errors import InputError
+from qlora_jax.files import Scratch
 from qlora_jax.reading import reading
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,8 +36,8 @@ def fetch_smollm2(cache_dir: Path, log: Callable[[str], object]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     # In the cache and not in /tmp, which may be a small memory disk.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{FOLDER_NAME}-") as scratch:
-        gguf_path = download_gguf(Path(scratch), log)
+    with Scratch(folder.parent, f".{FOLDER_NAME}.writing-") as scratch:
+        gguf_path = download_gguf(scratch, log)
         log(f"converting {gguf_path.name} to {folder}")
         _convert(gguf_path, folder)
     return folder

@@ -3,11 +3,13 @@
     step-120/arrays/          adapters and moments, written by orbax: one array for all layers' `q_proj.lora_a`, and so on
     step-120/about.json       format, step, settings, identity of base and data, and the run's own small values
     step-120/metrics.jsonl    the metrics so far, and other files that grow line by line
+    step-120/best/            the adapter that was the best so far; links to the files of the run's best/ where the disk can
     step-120/checksums.json   size and SHA-256 of every file above
 
 A folder is filled under a hidden name, synced and renamed, so `step-120` is whole from the moment it exists, whatever moment the power
 goes; what happens to it afterwards (a truncated file, a flipped byte) its checksums show. `Checkpoints.save` only starts the copies to
-the host; a thread waits for them and writes while training goes on.
+the host; a thread waits for them and writes while training goes on. It writes into the folder that was the run's when `save` was called,
+whatever has its name by then, and publishes nothing once that has been taken away.
 
 The arrays hold values, not places: a run may be resumed with moments, adapters or layers elsewhere than they were.
 """
@@ -16,10 +18,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ import jax
 import numpy as np
 
 from qlora_jax.about import check_about
-from qlora_jax.errors import FULL, InputError
-from qlora_jax.files import describe_size, publish, write_json
+from qlora_jax.array_files import is_full, orbax
+from qlora_jax.errors import InputError
+from qlora_jax.files import Anchor, describe_size, link_folder, remove_folder, replace_folder, write_json
 from qlora_jax.placement import Tree, put
 from qlora_jax.reading import kind_of, read_bytes, read_json, read_json_object, reading, shown
 
@@ -39,10 +41,12 @@ Json = Any  # what `json` can write
 Layers = Mapping[str, list[Tree]]
 """By name ("adapters", "moments"), one tree of arrays a layer."""
 
-ABOUT, CHECKSUMS, ARRAYS = "about.json", "checksums.json", "arrays"
+ABOUT, CHECKSUMS, ARRAYS, BEST = "about.json", "checksums.json", "arrays", "best"
 HASHING_THREADS = 8
 MAX_LINES_BYTES = 2**30
 """Bytes of a file that is saved along."""
+LOOKS_EVERY = 0.5
+"""Seconds between two looks, while a save is waited for, at whether the folder is still the run's."""
 
 
 class DamagedError(Exception):
@@ -63,6 +67,11 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.about["step"])
+
+    @property
+    def best(self) -> Path | None:
+        """The folder of the adapter that was the best so far, if there was one."""
+        return path if (path := self.path / BEST).is_dir() else None
 
     def file(self, name: str) -> bytes:
         """A file that was saved along; empty if it was not there."""
@@ -85,7 +94,7 @@ class Checkpoint:
                 fix="resume with the model, lora.* and training.optim it was made with",
             )
         shapes = {key: ((len(leaves), *leaves[0].shape), leaves[0].dtype) for key, leaves in wanted.items()}
-        with _orbax() as ocp, reading(self.path, "arrays that cannot be read"):
+        with orbax() as ocp, reading(self.path, "arrays that cannot be read"):
             stored = ocp.metadata((self.path / ARRAYS).absolute()).metadata
             found = {key: (tuple(array.shape), np.dtype(array.dtype)) for key, array in stored.items()}
             if found != shapes:  # before there is memory for them
@@ -123,7 +132,12 @@ class Checkpoints:
             shutil.rmtree(path)
 
     def save(
-        self, step: int, layers: Layers, about: Mapping[str, Json], files: Mapping[str, bytes] | None = None
+        self,
+        step: int,
+        layers: Layers,
+        about: Mapping[str, Json],
+        files: Mapping[str, bytes] | None = None,
+        best: Path | None = None,
     ) -> None:
         """Start saving: returns once the copies to the host are issued, and the save before this one is done.
 
@@ -131,6 +145,7 @@ class Checkpoints:
             layers: spent arrays may follow at once; arrays on the host are kept, not copied, until they are written.
             about: added to `about.json`.
             files: more files, by name.
+            best: the folder of the best adapter so far. It may be replaced at once; its files must not be written to.
 
         Raises:
             InputError: the save before this one failed, for example on a full disk.
@@ -138,8 +153,27 @@ class Checkpoints:
         self.wait()
         if (self.folder / name_of(step)).exists():
             return  # the same step of the same run
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self._begin(step, best)
         held = {name: [put(layer, "host") for layer in trees] for name, trees in layers.items()}
-        self._writing = self._writer.submit(self._write, step, _columns(held), dict(about), dict(files or {}))
+        self._writing = self._writer.submit(self._write, step, _columns(held), dict(about), dict(files or {}), place)
+
+    def _begin(self, step: int, best: Path | None) -> Anchor:
+        """Make the folder to fill, with the best adapter in it: that is replaced while the rest is written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = Anchor(self.folder)
+        aside = place.path / f".{name_of(step)}.partial"
+        try:
+            aside.mkdir()
+            if best is not None:
+                link_folder(best, aside / BEST)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            place.close()
+            if is_full(error):
+                raise self._full(step) from None
+            raise
+        return place
 
     def wait(self) -> None:
         """Until the save that was started last, if any, is done.
@@ -149,6 +183,8 @@ class Checkpoints:
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
+            while not concurrent.futures.wait([writing], LOOKS_EVERY).done:
+                self.check_ours()  # orbax may wait for minutes for a folder that was taken away
             writing.result()
 
     def idle(self) -> bool:
@@ -159,6 +195,12 @@ class Checkpoints:
         """As `wait`, but without waiting: tells of a save that has failed already."""
         if self.idle():
             self.wait()
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint that is not needed any more, if it is there; the folder too, if nothing else is in it."""
+        remove_folder(self.folder / name_of(step))
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def newest(self, log: Callable[[str], object]) -> Checkpoint | None:
         """The newest sound checkpoint. Damaged ones are named to `log`, and set aside as `step-120.damaged`.
@@ -185,26 +227,33 @@ class Checkpoints:
         return None
 
     def _write(
-        self, step: int, columns: dict[str, list[jax.Array]], about: dict[str, Json], files: dict[str, bytes]
+        self,
+        step: int,
+        columns: dict[str, list[jax.Array]],
+        about: dict[str, Json],
+        files: dict[str, bytes],
+        place: Anchor,
     ) -> None:
         """In the writer's thread: the whole folder, and the removal of what is now too old."""
-        aside = self.folder / f".{name_of(step)}.partial"
-        try:
-            aside.mkdir(parents=True)
-            counts = {key: len(leaves) for key, leaves in columns.items()}
-            with _orbax() as ocp:
-                ocp.save((aside / ARRAYS).absolute(), {key: _stack(columns, key) for key in counts})
-            for name, data in files.items():
-                (aside / name).write_bytes(data)
-            write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about, "arrays": counts})
-            write_json(aside / CHECKSUMS, _checksums(aside))
-            publish(aside, self.folder / name_of(step))
-        except BaseException as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if _is_full(error):
-                raise self._full(step) from None
-            raise
-        self._prune()
+        with contextlib.closing(place):
+            aside = place.path / f".{name_of(step)}.partial"
+            try:
+                counts = {key: len(leaves) for key, leaves in columns.items()}
+                with orbax() as ocp:
+                    ocp.save((aside / ARRAYS).absolute(), {key: _stack(columns, key) for key in counts})
+                for name, data in files.items():
+                    (aside / name).write_bytes(data)
+                write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about, "arrays": counts})
+                write_json(aside / CHECKSUMS, _checksums(aside))
+                self.check_ours()
+                replace_folder(aside, place.path / name_of(step), overwrite=False)
+            except BaseException as error:
+                shutil.rmtree(aside, ignore_errors=True)
+                self.check_ours()
+                if is_full(error):
+                    raise self._full(step) from None
+                raise
+            self._prune(place.path)
 
     def _full(self, step: int) -> InputError:
         kept = max(_steps(self.folder), default=None)
@@ -212,12 +261,11 @@ class Checkpoints:
         free = describe_size(shutil.disk_usage(self.folder).free)
         return InputError(self.folder, found=f"the disk became full while step {step} was saved: {free} free", fix=fix)
 
-    def _prune(self) -> None:
-        """All but the newest `keep`. Renamed first: what is half removed must not look whole."""
-        old = [path for _, path in sorted(_steps(self.folder).items())[: -self.keep]]
-        for path in (*old, *self.folder.glob("step-*.damaged")):
-            path.rename(gone := path.with_name(f".{path.name}.old"))
-            shutil.rmtree(gone)
+    def _prune(self, folder: Path) -> None:
+        """All but the newest `keep`."""
+        old = [path for _, path in sorted(_steps(folder).items())[: -self.keep]]
+        for path in (*old, *folder.glob("step-*.damaged")):
+            remove_folder(path)
 
 
 def name_of(step: int) -> str:
@@ -319,29 +367,3 @@ def _checksums(folder: Path) -> dict[str, tuple[int, str]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_full(error: BaseException) -> bool:
-    """tensorstore's errors carry the number in their text only."""
-    numbers = "|".join(map(str, FULL))
-    return getattr(error, "errno", None) in FULL or re.search(rf"os_error_code='({numbers})'", str(error)) is not None
-
-
-@contextlib.contextmanager
-def _orbax() -> Iterator[Any]:
-    """orbax as we use it: arrays as they are (float32 noise does not compress) and ours to read while they are written.
-
-    Its own log of a failure, a traceback for each of its threads, is left out: the error itself is raised.
-    """
-    from orbax.checkpoint import v1 as ocp  # half a second to import
-
-    context, log = ocp.Context(), logging.getLogger("absl")
-    context.array.saving.use_compression = False
-    context.memory.deepcopy_host_arrays = False
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        with context:
-            yield ocp
-    finally:
-        log.setLevel(level)

@@ -16,10 +16,10 @@ PACKAGES = ("qlora_jax", "convert")
 ORDER = (
     "errors", "files", "reading", "bounded", "machine", "section", "arguments", "data_settings", "config",
     "changes", "nf4", "blockwise", "kernels", "dropout", "products", "linear", "feed_forward", "norm",
-    "llama_config", "llama", "pinned", "placement", "rates", "progress", "about", "checkpoint", "metrics",
-    "trackers", "display", "output_dir", "signals", "__main__", "checksum", "data", "loss", "compiled", "engine",
-    "analysis", "optimizer", "estimate", "budget", "plan", "space", "corpus", "preview", "samples", "faults",
-    "trainer", "generate", "compare", "commands",
+    "llama_config", "llama", "pinned", "placement", "rates", "progress", "about", "metrics", "trackers", "display",
+    "signals", "__main__", "checksum", "data", "loss", "compiled", "engine", "analysis", "optimizer", "estimate",
+    "budget", "plan", "space", "corpus", "preview", "samples", "faults", "generate", "compare", "commands",
+    "array_files", "checkpoint", "output_dir", "trainer",
 )  # fmt: skip
 """The modules of qlora_jax, lowest first: each imports only from those before it."""
 LEVEL = {name: level for level, name in enumerate(ORDER)}

@@ -279,13 +279,13 @@ place, limits = Path(sys.argv[1]), list(map(int, sys.argv[2:]))
 import numpy as np
 from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.placement import put
-from tests.children import environment
+from tests.children import held_open
 from orbax.checkpoint import v1
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 def watch(event, args):
-    if event in EVENTS and str(place) in str(args[0]) and next(count) >= limit:
+    if event in EVENTS and str(place) in held_open(args[0]) and next(count) >= limit:
         os.kill(os.getpid(), signal.SIGKILL)
 
 def run(step):
@@ -317,7 +317,7 @@ def test_killed_at_any_file_operation(tmp_path: Path) -> None:
     assert len(results) == len(limits), done.stderr
     assert results[-1][0] == "0", done.stderr
     killed = sum(status == "-9" for status, _ in results)
-    assert killed >= 25, "or the limits are too high"
+    assert killed >= 30, "or the limits are too high"
     assert {status for status, _ in results} == {"0", "-9"}, done.stderr
     assert all(left != "[]" for _, left in results), "a checkpoint that was there is never lost"
     assert results[-1][1] == f"['step-{len(limits)}']"
@@ -357,7 +357,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
 
 def test_another_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "publish", lambda *args: 1 / 0)
+    monkeypatch.setattr(checkpoint, "replace_folder", lambda *args, **kwargs: 1 / 0)
     checkpoints.save(8, {"adapters": adapters()}, {})
     with pytest.raises(ZeroDivisionError):
         checkpoints.save(9, {"adapters": adapters()}, {})

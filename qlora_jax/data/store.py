@@ -20,6 +20,7 @@ from qlora_jax.data.sources import Source
 from qlora_jax.data.tokenization import Example, Recipe, Tokens
 from qlora_jax.data_settings import DataSettings
 from qlora_jax.errors import FULL, InputError, disk_full
+from qlora_jax.files import Scratch
 from qlora_jax.reading import open_file, read_json_object, reading
 
 PROBLEMS_AT_ONCE = 10
@@ -247,17 +248,24 @@ class Kept:
             InputError: rows that cannot be used, or none that can; or the disk became full.
         """
         entry = self._entry(source, recipe, settings)
-        place = self._writable(entry)
+        scratch = self._writable(entry)
+        place = scratch.path
         try:
             _write(place, Gate(source.name, settings), chunks, progress)
             _write_checksums(place, _identity(source, recipe, settings))
         except BaseException as error:
             shutil.rmtree(place, ignore_errors=True)
+            scratch.close()
             if isinstance(error, OSError) and error.errno in FULL:
                 raise disk_full(error, place.parent) from None
             raise
         if entry is None or place.parent != entry.parent:
-            return TokenStore(place)
+            return TokenStore(place)  # its lock is held as long as it is read
+        with contextlib.closing(scratch):
+            return self._named(place, entry, source, recipe, settings)
+
+    def _named(self, place: Path, entry: Path, source: Source, recipe: Recipe, settings: DataSettings) -> TokenStore:
+        """The store at `place` under its own name, or that of another run that was faster."""
         with contextlib.suppress(OSError):
             return TokenStore(place.rename(entry))
         if self.find(source, recipe, settings) is None:  # what is there is damaged; else another run was faster
@@ -272,14 +280,14 @@ class Kept:
         name = "".join(c if c.isalnum() else "-" for c in Path(source.name).name).strip("-")
         return self.folder / f"{name}-{_identity(source, recipe, settings)[:KEY_DIGITS]}"
 
-    def _writable(self, entry: Path | None) -> Path:
+    def _writable(self, entry: Path | None) -> Scratch:
         if entry is not None:
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                return Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
-        place = Path(tempfile.mkdtemp(prefix="qlora_jax-tokens-"))
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
-        return place
+                return Scratch(self.folder, ".writing-")
+        scratch = Scratch(Path(tempfile.gettempdir()), "qlora_jax-tokens-")
+        atexit.register(shutil.rmtree, scratch.path, ignore_errors=True)
+        return scratch
 
 
 def _identity(source: Source, recipe: Recipe, settings: DataSettings) -> str:
