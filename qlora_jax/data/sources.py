@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.arrow import ROWS_AT_ONCE, decoded_rows, table_rows
 from qlora_jax.data.files import SUFFIXES, is_data_file, read_file
 from qlora_jax.data.rows import RawRow
 from qlora_jax.data_settings import DataSettings, SourceSettings
@@ -39,7 +40,7 @@ def open_source(settings: SourceSettings, data: DataSettings) -> Source:
     path = Path(settings.path)
     if path.is_dir():
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return _saved_dataset(path, settings)
+            return _saved_dataset(path, settings, data)
         files = sorted(file for file in path.rglob("*") if is_data_file(file) and not _hidden(file, path))
         if not files:
             found = "a folder without a file of rows"
@@ -53,7 +54,7 @@ def open_source(settings: SourceSettings, data: DataSettings) -> Source:
             raise InputError(path, found="a file of an unknown kind", expected=expected, fix="rename or convert it")
         return _files(path, [path], settings, data)
     if HUB_ID.fullmatch(settings.path) and path.suffix not in SUFFIXES:
-        return _hub(settings, data.streaming)
+        return _hub(settings, data)
     expected = "a file of rows, a folder of them, or a dataset's id on the hub (owner/name)"
     raise InputError(path, found="no such file", expected=expected, fix="check data.path")
 
@@ -69,33 +70,34 @@ def _files(path: Path, files: Sequence[Path], settings: SourceSettings, data: Da
     identity = [(str(file.resolve()), state.st_size, state.st_mtime_ns) for file, state in states]
     return Source(
         str(path),
-        lambda: (row for file in files for row in read_file(file, data.sample_by)),
-        json.dumps([identity, data.sample_by]),
+        lambda: (row for file in files for row in read_file(file, data.sample_by, data.max_row_bytes)),
+        json.dumps([identity, data.sample_by, data.max_row_bytes]),
         nbytes=sum(state.st_size for _, state in states),
     )
 
 
-def _saved_dataset(path: Path, settings: SourceSettings) -> Source:
+def _saved_dataset(path: Path, settings: SourceSettings, data: DataSettings) -> Source:
     """A folder that `datasets` wrote with `save_to_disk`."""
     import datasets
 
     try:
         loaded: Any = datasets.load_from_disk(str(path))
-        return _arrow(str(path), loaded[settings.split] if isinstance(loaded, datasets.DatasetDict) else loaded)
+        one = loaded[settings.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return _arrow(str(path), one, data.max_row_bytes)
     except KeyError:
         raise InputError(path, found=f"no split {settings.split!r}", expected=f"one of {', '.join(loaded)}") from None
     except Exception as error:  # whatever pyarrow makes of a damaged file
         raise InputError(path, found=f"a dataset that cannot be loaded: {error}", fix="write it again") from None
 
 
-def _hub(settings: SourceSettings, streaming: bool) -> Source:
+def _hub(settings: SourceSettings, data: DataSettings) -> Source:
     import datasets  # slow to import, and not needed for files
 
     name = f"{settings.path} [{settings.split}]"
     try:
         datasets.disable_progress_bars()
         loaded: Any = datasets.load_dataset(
-            settings.path, settings.name, split=settings.split, streaming=streaming
+            settings.path, settings.name, split=settings.split, streaming=data.streaming
         )  # no code of the dataset's is ever run
     except (
         Exception
@@ -106,19 +108,20 @@ def _hub(settings: SourceSettings, streaming: bool) -> Source:
             expected="a dataset, its split (data.split) and, if it has several configurations, its name (data.name)",
             fix=OFFLINE_ADVICE,
         ) from None
-    if streaming:
-        return Source(name, lambda: _numbered(name, iter(loaded)), None)
-    return _arrow(name, loaded)
+    if data.streaming:
+        return Source(name, lambda: _streamed(name, loaded, data.max_row_bytes), None)
+    return _arrow(name, loaded, data.max_row_bytes)
 
 
-def _arrow(name: str, loaded: Any) -> Source:
+def _streamed(name: str, loaded: Any, max_row_bytes: int) -> Iterator[RawRow]:
+    schema = None if loaded.features is None else loaded.features.arrow_schema
+    return decoded_rows(name, schema, iter(loaded), max_row_bytes)
+
+
+def _arrow(name: str, loaded: Any, max_row_bytes: int) -> Source:
     def rows() -> Iterator[RawRow]:
-        batches = loaded.with_format("arrow").iter(1024)
-        return _numbered(name, (fields for batch in batches for fields in batch.to_pylist()))
+        tables = loaded.with_format("arrow")
+        return table_rows(name, loaded.features.arrow_schema, tables.iter(ROWS_AT_ONCE), max_row_bytes)
 
-    return Source(name, rows, loaded._fingerprint, num_rows=len(loaded))
-
-
-def _numbered(name: str, rows: Iterator[dict[str, Any]]) -> Iterator[RawRow]:
-    for number, fields in enumerate(rows, start=1):
-        yield RawRow(f"{name}, row {number}", fields)
+    identity = json.dumps([loaded._fingerprint, max_row_bytes])
+    return Source(name, rows, identity, num_rows=len(loaded))
