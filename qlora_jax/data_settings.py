@@ -10,6 +10,9 @@ Format = Literal["text", "alpaca", "prompt_completion", "chat", "sharegpt", "ope
 AutoFormat = Literal["auto", Format]
 LossOn = Literal["auto", "assistant", "last_assistant", "completion", "all"]
 
+MAX_ROW_BYTES = 2**23
+"""Bytes of a row, unless data.max_row_bytes says otherwise: some two million tokens."""
+
 
 class SourceSettings(Section):
     """One source of rows, where several are mixed."""
@@ -46,6 +49,8 @@ class DataSettings(SourceSettings):
     """Read a hub dataset as it arrives, without a copy of it on the disk: only its tokens are kept there."""
     max_rows: pydantic.PositiveInt | None = None
     """Read only so many rows of each source."""
+    max_row_bytes: pydantic.PositiveInt = MAX_ROW_BYTES
+    """Rows of more bytes are bad rows, and are not read whole: tokenizing a row takes a hundred times its bytes."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What a row of a text file is."""
     chat_template: UserText = "auto"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.arrow import ROWS_AT_ONCE, decoded_rows, table_rows
 from qlora_jax.data.files import SUFFIXES, is_data_file, read_file
 from qlora_jax.data.rows import RawRow
 from qlora_jax.data_settings import DataSettings, SourceSettings
@@ -41,7 +42,7 @@ def open_source(settings: SourceSettings, data: DataSettings) -> Source:
     kind = kind_of(path)
     if kind == "a folder":
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return _saved_dataset(path, settings)
+            return _saved_dataset(path, settings, data)
         files = sorted(file for file in path.rglob("*") if is_data_file(file) and not _hidden(file, path))
         if not files:
             found = "a folder without a file of rows"
@@ -57,7 +58,7 @@ def open_source(settings: SourceSettings, data: DataSettings) -> Source:
     if kind != "nothing":
         raise InputError(path, found=kind, expected="a file of rows, or a folder of them", fix="check data.path")
     if HUB_ID.fullmatch(settings.path) and path.suffix not in SUFFIXES:
-        return _hub(settings, data.streaming)
+        return _hub(settings, data)
     expected = "a file of rows, a folder of them, or a dataset's id on the hub (owner/name)"
     raise InputError(path, found="no such file", expected=expected, fix="check data.path")
 
@@ -73,13 +74,13 @@ def _files(path: Path, files: Sequence[Path], settings: SourceSettings, data: Da
     identity = [(str(file.resolve()), state.st_size, state.st_mtime_ns) for file, state in states]
     return Source(
         str(path),
-        lambda: (row for file in files for row in read_file(file, data.sample_by)),
-        json.dumps([identity, data.sample_by]),
+        lambda: (row for file in files for row in read_file(file, data.sample_by, data.max_row_bytes)),
+        json.dumps([identity, data.sample_by, data.max_row_bytes]),
         nbytes=sum(state.st_size for _, state in states),
     )
 
 
-def _saved_dataset(path: Path, settings: SourceSettings) -> Source:
+def _saved_dataset(path: Path, settings: SourceSettings, data: DataSettings) -> Source:
     """A folder that `datasets` wrote with `save_to_disk`."""
     import datasets
 
@@ -87,20 +88,20 @@ def _saved_dataset(path: Path, settings: SourceSettings) -> Source:
     with reading(path, "a dataset that cannot be loaded", fix="write it again"):
         loaded: Any = datasets.load_from_disk(str(path))
     if not isinstance(loaded, datasets.DatasetDict):
-        return _arrow(str(path), loaded)
+        return _arrow(str(path), loaded, data.max_row_bytes)
     if settings.split not in loaded:
         raise InputError(path, found=f"no split {settings.split!r}", expected=f"one of {', '.join(loaded)}")
-    return _arrow(str(path), loaded[settings.split])
+    return _arrow(str(path), loaded[settings.split], data.max_row_bytes)
 
 
-def _hub(settings: SourceSettings, streaming: bool) -> Source:
+def _hub(settings: SourceSettings, data: DataSettings) -> Source:
     import datasets  # slow to import, and not needed for files
 
     name = f"{settings.path} [{settings.split}]"
     try:
         datasets.disable_progress_bars()
         loaded: Any = datasets.load_dataset(
-            settings.path, settings.name, split=settings.split, streaming=streaming
+            settings.path, settings.name, split=settings.split, streaming=data.streaming
         )  # no code of the dataset's is ever run
     except (
         Exception
@@ -111,20 +112,26 @@ def _hub(settings: SourceSettings, streaming: bool) -> Source:
             expected="a dataset, its split (data.split) and, if it has several configurations, its name (data.name)",
             fix=OFFLINE_ADVICE,
         ) from None
-    if streaming:
-        return Source(name, lambda: _numbered(name, iter(loaded)), None)
-    return _arrow(name, loaded)
+    if data.streaming:
+        return Source(name, lambda: _streamed(name, loaded, data.max_row_bytes), None)
+    return _arrow(name, loaded, data.max_row_bytes)
 
 
-def _arrow(name: str, loaded: Any) -> Source:
-    def rows() -> Iterator[RawRow]:
-        batches = loaded.with_format("arrow").iter(1024)
-        return _numbered(name, (fields for batch in batches for fields in batch.to_pylist()))
-
-    return Source(name, rows, loaded._fingerprint, num_rows=len(loaded))
+def _streamed(name: str, loaded: Any, max_row_bytes: int) -> Iterator[RawRow]:
+    schema = None if loaded.features is None else loaded.features.arrow_schema
+    return _readable(name, decoded_rows(name, schema, iter(loaded), max_row_bytes))
 
 
-def _numbered(name: str, rows: Iterator[dict[str, Any]]) -> Iterator[RawRow]:
+def _readable(name: str, rows: Iterator[RawRow]) -> Iterator[RawRow]:
     with reading(name, "a dataset that cannot be read", fix="check the connection, or write or fetch it again"):
-        for number, fields in enumerate(rows, start=1):
-            yield RawRow(f"{name}, row {number}", fields)
+        yield from rows
+
+
+def _arrow(name: str, loaded: Any, max_row_bytes: int) -> Source:
+    def rows() -> Iterator[RawRow]:
+        tables = loaded.with_format("arrow")
+        found = table_rows(name, loaded.features.arrow_schema, tables.iter(ROWS_AT_ONCE), max_row_bytes)
+        return _readable(name, found)
+
+    identity = json.dumps([loaded._fingerprint, max_row_bytes])
+    return Source(name, rows, identity, num_rows=len(loaded))
