@@ -55,6 +55,9 @@ class Limits:
     memory: int = 2**30
 
 
+LIMITS = Limits()
+
+
 class ProgramError(Exception):
     """A program from outside was ended: it took too long or too much memory, or crashed. The message says which, without a subject."""
 
@@ -89,11 +92,11 @@ class Child:
         with self._lock:
             self._start()
 
-    def ask(self, program: Program | Callable[..., Any], *arguments: Any, limits: Limits = Limits()) -> Any:
+    def ask(self, program: Program | Callable[..., Any], *arguments: Any, limits: Limits | None = None) -> Any:
         """The answer of a program or a function, called with `arguments` in the child.
 
         Raises:
-            ProgramError: it exceeds `limits` or crashes.
+            ProgramError: it exceeds `limits` (by default `LIMITS`) or crashes.
             InputError: it raised one.
         """
         with self._lock:
@@ -104,7 +107,7 @@ class Child:
                 self._has.add(program.number)
             asked: Any = program.number if isinstance(program, Program) else program
             try:
-                kind, answer = self._exchange((made, asked, arguments), limits)
+                kind, answer = self._exchange((made, asked, arguments), limits or LIMITS)
             except BaseException:  # a child that is interrupted while it answers has half an answer left
                 self._close()
                 raise

@@ -293,7 +293,7 @@ def test_a_missing_folder(tmp_path: Path, config: LlamaConfig) -> None:
     assert str(tmp_path / "nowhere") in refusal(tmp_path / "nowhere", config)
 
 
-@pytest.mark.parametrize(("text", "found"), [("{", "not JSON"), ("[]", "a list")])
+@pytest.mark.parametrize(("text", "found"), [("{", "not JSON"), ("[]", "a JSON list")])
 def test_a_config_that_is_not_an_object(saved: Path, config: LlamaConfig, text: str, found: str) -> None:
     (saved / CONFIG_FILE).write_text(text)
     message = refusal(saved, config)

@@ -1,5 +1,7 @@
 """Generation over a key-value cache: the same tokens as without one, as transformers, and wherever the weights live."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from convert.adapter import save_adapter
 from convert.folder import ModelFolder
 from convert.load import load_weights, read_config
 from convert.quantize import quantize
+from qlora_jax import bounded
 from qlora_jax import generate as generation
 from qlora_jax.__main__ import main
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.errors import EXIT_BAD_INPUT
+from qlora_jax.errors import EXIT_BAD_INPUT, InputError
 from qlora_jax.generate import Sampling, generate
 from tests import tiny
 from tests.test_llama import transformers_model
@@ -181,3 +184,63 @@ def test_an_adapter_of_another_quantization_is_refused(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'adapter'}\n")
     assert 'quant_type "nf4"' in error and 'quant_type "fp4"' in error
+
+
+def test_tokens_without_end_are_refused_before_there_is_memory_for_them(
+    model: tuple[Engine, Weights, Adapters],
+) -> None:
+    with pytest.raises(InputError, match="of memory"):
+        generate(*model, PROMPT, NO_STOP, Sampling(max_new_tokens=10**12))
+    with pytest.raises(InputError, match="of memory"):
+        generate(*model, [1] * 2**20, NO_STOP, Sampling(max_new_tokens=1))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seed", "-1"), ("--max-new-tokens", "1e12"), ("--max-new-tokens", str(10**12)),
+    ("--temperature", "nan"), ("--temperature", "-1"), ("--prompt", "\udcff"), ("--model", ""),
+    ("--adapter", "~nobody-at-all/x")])  # fmt: skip
+def test_arguments_that_are_none(folder: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"--model": str(folder), "--prompt": "hi", option: value}
+    try:
+        status = main(["generate", *[part for pair in arguments.items() for part in pair]])
+    except SystemExit as leaving:  # argparse's
+        status = leaving.code
+    assert status == EXIT_BAD_INPUT
+    assert "error:" in capsys.readouterr().err
+
+
+NEVER_ENDS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "found"), [
+    (NEVER_ENDS, "did not end within"),
+    ("{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", "memory"),
+    ("{{ raise_exception('no') }}", "no"),
+    ("{{ messages.pop() }}", "it cannot write a prompt: SecurityError"),
+    ("{% if %}", "TemplateSyntaxError"),
+    ("", "no token to begin with"),
+])  # fmt: skip
+def test_a_template_that_is_none(
+    folder: Path,
+    tmp_path: Path,
+    template: str,
+    found: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounded, "LIMITS", bounded.Limits(seconds=3, memory=2**29))
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template or "{{ '' }}")
+    assert main(["generate", "--model", str(tmp_path / "model"), "--prompt", "hi"]) == EXIT_BAD_INPUT
+    assert found in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [7, ["x"], [{"name": "a", "template": "x"}, {"name": "b", "template": "y"}]], ids=str)
+def test_a_template_that_is_no_text(
+    folder: Path, tmp_path: Path, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": value}))
+    assert main(["generate", "--model", str(tmp_path / "model"), "--prompt", "hi"]) == EXIT_BAD_INPUT
+    assert "error:" in capsys.readouterr().err

@@ -171,7 +171,7 @@ def memory_explained(plan: Plan, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
         peak, limit = peak_device_gib(), plan.limits.device
         found = f"out of memory: {(str(error).strip() or 'RESOURCE_EXHAUSTED').splitlines()[0][:200]}"

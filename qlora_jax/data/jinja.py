@@ -139,8 +139,8 @@ class JinjaTemplate:
 
 
 def _failed(error: Exception) -> Exception:
-    # Where jinja2 or transformers is missing, that is the installation's fault, not the template's.
-    return error if isinstance(error, ImportError) else RenderError(f"{type(error).__name__}: {error}")
+    # Where jinja2 or transformers is missing, that is the installation's fault, not the template's; and memory is limited (`bounded.py`).
+    return error if isinstance(error, ImportError | MemoryError) else RenderError(f"{type(error).__name__}: {error}")
 
 
 def syntax_problem(text: str) -> str | None:
