@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from convert.recognition import PICKLE_SUFFIXES, not_a_model
 from convert.shapes import refusals
 from convert.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
 from qlora_jax.errors import InputError
@@ -22,7 +23,6 @@ from qlora_jax.errors import InputError
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library: a longer header is damage or an attack."""
 MAX_COMPANION_BYTES = 100_000_000
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 SHOWN_NAMES = 5
 MAX_REFUSALS = 20
@@ -49,9 +49,10 @@ class ModelFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if (other := not_a_model(self.path)) is not None:
+            raise other
         if not self.path.is_dir():
-            found = "a file" if self.path.is_file() else "no such folder"
-            raise InputError(self.path, found=found, expected="a folder with config.json and safetensors")
+            raise InputError(self.path, found="no such folder", expected="a folder with config.json and safetensors")
         problems: list[str] = []
         self.config: dict[str, Any] = _json_object(self.path / "config.json", problems) or {}
         problems += _quantization_problems(self.config)
@@ -161,7 +162,9 @@ class ModelFolder:
                 "to safetensors first, e.g. with transformers' save_pretrained, on a machine where you trust them"
             )
         else:
-            problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
+            others = [name for name in files if name.endswith(OTHER_WEIGHT_SUFFIXES)]
+            instead = f"; formats that are not read: {some(others)}" if others else ""
+            problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}{instead}")
         return {}
 
     def _checked_map(self, weight_map: Any, problems: list[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
 from convert.folder import PICKLE_SUFFIXES
+from convert.recognition import not_a_model
 from convert.shards import INDEX_NAME, SINGLE_NAME
 from convert.smollm2 import MODEL_ID, fetch_smollm2
 from qlora_jax.errors import InputError
@@ -68,10 +69,8 @@ def resolve_model(name_or_path: str, *, weights: bool = True, log: Callable[[str
     path = Path(name_or_path).expanduser()
     if name_or_path and path.is_dir():  # Path("") is the current folder
         return path
-    if path.is_file():
-        raise InputError(
-            name_or_path, found="a file", expected="a model folder or a hub id", fix="give the folder it is in"
-        )
+    if (other := not_a_model(path) if name_or_path else None) is not None:  # a file; of folders `ModelFolder` asks
+        raise other
     if _looks_like_a_path(name_or_path):
         raise InputError(name_or_path, found="no such folder", expected="a model folder or a hub id such as org/name")
     if (cached := _cached(name_or_path)) is not None:
@@ -97,7 +96,10 @@ def resolve_config(name_or_path: str, *, log: Callable[[str], object] = print) -
         InputError: as `resolve_model`.
     """
     if Path(name_or_path).expanduser().is_dir() or _looks_like_a_path(name_or_path) or name_or_path == MODEL_ID:
-        return resolve_model(name_or_path, log=log) / CONFIG_NAME
+        folder = resolve_model(name_or_path, log=log)
+        if (other := not_a_model(folder)) is not None:
+            raise other
+        return folder / CONFIG_NAME
     try:
         return Path(huggingface_hub.hf_hub_download(name_or_path, CONFIG_NAME, local_files_only=True))
     except errors.HFValidationError:

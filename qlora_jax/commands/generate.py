@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from convert.adapter import as_adapters, load_adapter
+from convert.adapter_quantization import base_remark, needed_base
 from convert.hub import cache_dir
 from convert.load import load_weights, total_bytes
 from convert.model import open_model
@@ -46,14 +47,15 @@ def run(options: argparse.Namespace) -> None:
     console = make_console(stderr=True)
     machine.keep_compiled(cache_dir() / "compiled")
     model = open_model(options.model, log=console.print)
-    adapter = load_adapter(options.adapter, model.config) if options.adapter else None
+    adapter = load_adapter(options.adapter, model.config, model.folder) if options.adapter else None
     if (
         options.adapter and (options.adapter / TEMPLATE_FILE).is_file()
     ):  # the one it was trained with, where the model has none
         model.tokenizer.chat_template = (options.adapter / TEMPLATE_FILE).read_text(encoding="utf-8")
     asked = adapter.quantization if adapter else QuantizationSettings()
-    fix = "give the model that the adapter was trained on"
-    quantization = settle(model.folder, asked, where=options.adapter, fix=fix)
+    if adapter and (remark := base_remark(adapter.stated, model.folder, options.model)):
+        console.print(remark)
+    quantization = settle(model.folder, asked, where=options.adapter, fix=needed_base(asked))
     lora, adapters = as_adapters(adapter, model.config) if adapter else (None, [{}] * model.config.num_hidden_layers)
     dtype = default_compute_dtype()
     engine = Engine(
