@@ -265,7 +265,7 @@ def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | 
     """
     if config.lora.init_from is None:
         return config, None
-    adapter = load_adapter(config.lora.init_from, model.config)
+    adapter = load_adapter(config.lora.init_from, model.config, model.folder)
     own = plain_settings(adapter, model.config)
     lora = {key: getattr(own, key) for key in ("r", "lora_alpha", "use_rslora", "target_modules")}
     quantization = {key: getattr(adapter.quantization, key) for key in adapter.quantization.model_fields_set}

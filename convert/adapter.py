@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 import safetensors
 
 from convert import names
+from convert.adapter_advice import unfit
 from convert.adapter_config import CONFIG_FILE, AdapterConfig, Target, read_adapter_config
-from convert.adapter_tensors import DAMAGED, DAMAGED_FIX, read_tensor, saveable, tensor_problems
-from convert.delta import Pair
-from convert.folder import some
+from convert.adapter_file import read_rows, read_tensor, row_slices
+from convert.adapter_quantization import Stated, stated_quantization
+from convert.adapter_tensors import DAMAGED, DAMAGED_FIX, tensor_problems
+from convert.adapter_whole import Whole, whole_tensors
+from convert.delta import Pair, TokenRows
+from convert.folder import ModelFolder, some
+from convert.recognition import not_an_adapter
 from convert.shards import PT_METADATA, TensorSpec, write_json, write_shard
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.engine import Adapters
@@ -23,7 +27,7 @@ from qlora_jax.llama import LlamaConfig
 from qlora_jax.placement import Tree, put
 from qlora_jax.reading import kind_of, open_file, reading
 
-WEIGHTS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS_FILE = "adapter_model.safetensors"
 QUANTIZATION_KEY = "quantization"
 """Our own entry in the file's metadata: what the adapter was trained on, which a merge into that needs to know. PEFT ignores it."""
 
@@ -82,21 +86,35 @@ def _read32(path: Path, name: str) -> np.ndarray:
     return read_tensor(path, name).astype(np.float32, copy=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
     """An adapter's folder, read and checked against a model's shape; its tensors stay in the file until they are asked for."""
 
     path: Path
     config: AdapterConfig
-    quantization: QuantizationSettings
+    stated: Stated
+    """What it was trained on, as far as anything says."""
     targets: Mapping[names.Target, Target]
     pairs: Pairs
     saved: Saved
+    tokens: Mapping[str, TokenRows]
+    """Hugging Face's name of the embedding's or head's tensor → the rows of it that were trained one by one."""
+    is_tied: bool
+    """Whether the model's head is its embedding: whatever the adapter does to the one it does to the other."""
+
+    @property
+    def quantization(self) -> QuantizationSettings:
+        """What the base was quantized to; by default, where nothing says so, what ours would be."""
+        return self.stated.quantization
 
     @property
     def base_model(self) -> str | None:
         """What the adapter says it was trained on: a hub id or a folder."""
         return self.config.base_model
+
+    def of(self, tensor: str) -> str:
+        """The tensor whose changes are this one's too: the embedding, of a head that is one with it."""
+        return names.EMBEDDING if self.is_tied and tensor == names.LM_HEAD else tensor
 
 
 def save_adapter(
@@ -156,8 +174,12 @@ def _peft_config(lora: LoraSettings, base_model_name_or_path: str) -> dict[str, 
     }
 
 
-def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
+def load_adapter(folder: str | Path, config: LlamaConfig, model: ModelFolder | None = None) -> Adapter:
     """Read and check an adapter for a model of this shape.
+
+    Args:
+        model: the model's folder, where the caller has it. What the adapter stores of the base unchanged is then not its own, and advice
+            can name the model.
 
     Raises:
         InputError: files are missing or damaged, the kind of adapter is not supported, or tensors do not fit the model or
@@ -167,40 +189,65 @@ def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
     settings = read_adapter_config(folder)
     path = folder / WEIGHTS_FILE
     if kind_of(path) == "nothing":
-        pickled = " but adapter_model.bin, which is never unpickled" if (folder / PICKLE_FILE).exists() else ""
-        raise InputError(
-            folder, found=f"no {WEIGHTS_FILE}{pickled}", expected=f"a PEFT adapter: {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
+        raise not_an_adapter(folder, settings.settings)
     targets = settings.targets(config)
     open_file(path, expected="an adapter's tensors").close()  # the library opens anything
-    with reading(path, DAMAGED, fix=DAMAGED_FIX), safetensors.safe_open(path, framework="numpy") as file:
-        note = (file.metadata() or {}).get(QUANTIZATION_KEY, "{}")
-        held = set(file.keys())
-    problems = tensor_problems(path, settings, targets, config)
-    if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise InputError(
-            path,
-            found="\n    ".join(["tensors that do not fit the model or adapter_config.json", *shown]),
-            fix=f"give the model this adapter was trained on ({settings.base_model or 'it does not say which'})",
+    with reading(path, DAMAGED, fix=DAMAGED_FIX):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            note = (file.metadata() or {}).get(QUANTIZATION_KEY)
+            held = set(file.keys())
+        wholes = whole_tensors(settings, targets, config, held)
+        problems = tensor_problems(path, settings, targets, wholes, config)
+        if problems:
+            raise unfit(path, problems, settings, config, model)
+        return Adapter(
+            path=folder,
+            config=settings,
+            stated=stated_quantization(folder, settings.base_model, path, note),
+            targets=targets,
+            pairs=Pairs(path, targets, settings.use_dora),
+            saved=Saved(path, _changed(path, wholes, held, config, model)),
+            tokens=_tokens(path, settings, config),
+            is_tied=config.tie_word_embeddings,
         )
-    stored = ((name, key) for name in saveable(config) for key in (names.saved(name), names.stored_base(name)))
-    saved = Saved(path, {name: key for name, key in stored if key in held})
-    return Adapter(
-        folder, settings, _quantization(folder, note), targets, Pairs(path, targets, settings.use_dora), saved
+
+
+def _changed(
+    path: Path, wholes: Mapping[str, Whole], held: set[str], config: LlamaConfig, model: ModelFolder | None
+) -> dict[str, str]:
+    """The tensors that are stored whole, and are not what the model has already: Hugging Face's name → the file's."""
+    stored = {tensor: whole.key for tensor, whole in wholes.items() if whole.key in held}
+    if config.tie_word_embeddings:
+        stored.pop(names.LM_HEAD, None)  # the embedding's values again
+    return {
+        tensor: key
+        for tensor, key in stored.items()
+        if model is None or tensor not in names.VOCABULARY.values() or not _is_the_models(path, key, tensor, model)
+    }
+
+
+def _is_the_models(path: Path, key: str, tensor: str, model: ModelFolder) -> bool:
+    """Whether a stored embedding or head has the values that the model's has."""
+    shape = model.spec(tensor).shape
+    columns = shape[1]
+    return all(
+        np.array_equal(
+            read_rows(path, key, rows),
+            model.elements(tensor, rows.start * columns, (rows.stop - rows.start) * columns)
+            .astype(np.float32)
+            .reshape(-1, columns),
+        )
+        for rows in row_slices(shape)
     )
 
 
-def _quantization(folder: Path, text: str) -> QuantizationSettings:
-    try:
-        return QuantizationSettings.model_validate_json(text)
-    except pydantic.ValidationError:
-        raise InputError(
-            folder / WEIGHTS_FILE,
-            found=f"metadata {QUANTIZATION_KEY!r} that cannot be used: {text}",
-            expected=f"settings such as {QuantizationSettings().model_dump_json()}",
-            fix="save the adapter again",
-        ) from None
+def _tokens(path: Path, settings: AdapterConfig, config: LlamaConfig) -> dict[str, TokenRows]:
+    found = {
+        tensor: TokenRows(indices=np.array(ids, np.int64), values=_read32(path, names.token_rows(tensor)))
+        for tensor, ids in settings.token_ids().items()
+        if not (config.tie_word_embeddings and tensor == names.LM_HEAD)
+    }
+    return {tensor: rows for tensor, rows in found.items() if rows.indices.size}
 
 
 def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
@@ -216,6 +263,7 @@ def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
     reasons += [f"LoRA on {' and '.join(beyond)}"] if beyond else []
     saved = [name for name in adapter.saved if names.parse_target(name) not in adapter.targets]
     reasons += [f"modules_to_save ({some(saved)})"] if saved else []
+    reasons += [f"trainable_token_indices ({some(list(adapter.tokens))})"] if adapter.tokens else []
     reasons += ["rank_pattern or alpha_pattern"] if len(kinds) > 1 else []
     if len(adapter.targets) - len(beyond) != len(names_of) * config.num_hidden_layers or not kinds:
         reasons.append("linears adapted in some layers only")

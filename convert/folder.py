@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from convert.companions import MAX_COMPANION_BYTES, PICKLE_SUFFIXES, companion_files
+from convert.companions import MAX_COMPANION_BYTES, OTHER_WEIGHT_SUFFIXES, PICKLE_SUFFIXES, companion_files
+from convert.recognition import not_a_model
 from convert.shapes import refusals
 from convert.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
 from qlora_jax.errors import InputError
@@ -48,7 +49,11 @@ class ModelFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if (kind := kind_of(self.path)) != "a folder":
+        if (kind := kind_of(self.path)) not in ("a folder", "a file", "nothing"):
+            raise InputError(self.path, found=kind, expected="a folder with config.json and safetensors")
+        if (other := not_a_model(self.path)) is not None:
+            raise other
+        if kind != "a folder":
             found = "no such folder" if kind == "nothing" else kind
             raise InputError(self.path, found=found, expected="a folder with config.json and safetensors")
         refuse_odd_files(self.path)
@@ -162,7 +167,9 @@ class ModelFolder:
                 "to safetensors first, e.g. with transformers' save_pretrained, on a machine where you trust them"
             )
         else:
-            problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
+            others = [name for name in files if name.endswith(OTHER_WEIGHT_SUFFIXES)]
+            instead = f"; formats that are not read: {some(others)}" if others else ""
+            problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}{instead}")
         return {}
 
     def _checked_map(self, weight_map: Any, problems: list[str]) -> dict[str, str]:

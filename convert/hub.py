@@ -15,6 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from convert.companions import PICKLE_SUFFIXES
 from convert.folder import MAX_HEADER_BYTES
+from convert.recognition import not_a_model
 from convert.shards import INDEX_NAME, SINGLE_NAME
 from convert.smollm2 import MODEL_ID, fetch_smollm2
 from qlora_jax.errors import InputError
@@ -78,10 +79,12 @@ def resolve_model(name_or_path: str, *, weights: bool = True, log: Callable[[str
     kind = kind_of(path) if name_or_path else "nothing"  # Path("") is the current folder
     if kind == "a folder":
         return path
-    if kind != "nothing":
+    if kind not in ("a file", "nothing"):
         raise InputError(
             name_or_path, found=kind, expected="a model folder or a hub id", fix="give the folder it is in"
         )
+    if (other := not_a_model(path) if name_or_path else None) is not None:  # a file; of folders `ModelFolder` asks
+        raise other
     if _looks_like_a_path(name_or_path):
         raise InputError(name_or_path, found="no such folder", expected="a model folder or a hub id such as org/name")
     if (cached := _cached(name_or_path)) is not None:
@@ -107,7 +110,10 @@ def resolve_config(name_or_path: str, *, log: Callable[[str], object] = print) -
         InputError: as `resolve_model`.
     """
     if is_folder(_expanded(name_or_path)) or _looks_like_a_path(name_or_path) or name_or_path == MODEL_ID:
-        return resolve_model(name_or_path, log=log) / CONFIG_NAME
+        folder = resolve_model(name_or_path, log=log)
+        if (other := not_a_model(folder)) is not None:
+            raise other
+        return folder / CONFIG_NAME
     try:
         return Path(huggingface_hub.hf_hub_download(name_or_path, CONFIG_NAME, local_files_only=True))
     except errors.HFValidationError:

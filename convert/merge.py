@@ -27,6 +27,7 @@ from rich.console import Console
 from convert import names, pieces, prequantized
 from convert.adapter import WEIGHTS_FILE, Adapter, load_adapter
 from convert.adapter_config import CONFIG_FILE, read_adapter_config
+from convert.adapter_quantization import base_remark, needed_base
 from convert.ahead import in_order
 from convert.check import Differences, check_merge
 from convert.delta import Base, Pair, base_passes, merged_weight, resolve_base
@@ -79,8 +80,7 @@ def merge(
     """
     check_base(folder, base)
     if folder.is_4bit:
-        fix = "give the model that the adapter was trained on"
-        prequantized.settle(folder, adapter.quantization, where=adapter.path, fix=fix)
+        prequantized.settle(folder, adapter.quantization, where=adapter.path, fix=needed_base(adapter.quantization))
     unmet = adapter.pairs.keys() - {names.parse_target(name) for name in folder.names}
     if unmet:
         raise RuntimeError(f"no weights for {len(unmet)} of {len(adapter.pairs)} adapted weights")
@@ -92,7 +92,11 @@ def merge(
         return Shard(specs, (piece for piece in made if piece is not None), work)
 
     files = files_identity((adapter.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)), adapter.path)
-    settings = {"base": base, "adapter": {"path": str(adapter.path.resolve()), "files": files}}
+    trained_on = adapter.quantization.model_dump()
+    settings = {
+        "base": base,
+        "adapter": {"path": str(adapter.path.resolve()), "files": files, "trained_on": trained_on},
+    }
     job = describe("merge", folder, **settings)
     companions = merged_companions(folder, adapter.path, read_config(folder).vocab_size, log)
 
@@ -122,9 +126,11 @@ def check_base(folder: ModelFolder, base: Base) -> None:
 
 def _changes(name: str, adapter: Adapter, base: Base) -> bool:
     """Whether a tensor of the base is another one in the merged model."""
-    target = names.parse_target(name)
     through_4_bits = base == "dequantized" and names.parse_linear(name) is not None
-    return name in adapter.saved or target in adapter.pairs or through_4_bits
+    name = adapter.of(name)
+    return (
+        through_4_bits or name in adapter.saved or name in adapter.tokens or names.parse_target(name) in adapter.pairs
+    )
 
 
 def _merged_specs(folder: ModelFolder, shard: str, adapter: Adapter, base: Base) -> list[TensorSpec]:
@@ -165,9 +171,10 @@ def _passes(
         return iter(()), (functools.partial(folder.elements, spec.name, begin, pieces.PIECE) for begin in cuts)
     if len(spec.shape) == 1:
         return iter(()), iter([functools.partial(_bfloat16, adapter.saved[spec.name])])
-    stored = adapter.saved.get(spec.name)
-    first, rows = base_passes(folder, spec.name, adapter.quantization, base, stored)
-    return first, _merged_rows(rows, adapter.pairs.get(names.parse_target(spec.name)))
+    name = adapter.of(spec.name)
+    stored, tokens = adapter.saved.get(name), adapter.tokens.get(name)
+    first, rows = base_passes(folder, spec.name, adapter.quantization, base, stored, tokens)
+    return first, _merged_rows(rows, adapter.pairs.get(names.parse_target(name)))
 
 
 def _merged_rows(rows: pieces.Rows, pair: Pair | None) -> Iterator[Callable[[], np.ndarray]]:
@@ -226,13 +233,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
             options.adapter, found="no base_model_name_or_path in its adapter_config.json", fix="say which with --model"
         )
     folder = ModelFolder(resolve_model(name, log=console.print))
-    adapter = load_adapter(options.adapter, read_config(folder))
+    adapter = load_adapter(options.adapter, read_config(folder), folder)
     base = resolve_base(options.base, folder)
-    if base == "dequantized" and not adapter.quantization.model_fields_set:
-        console.print(
-            "the adapter does not say in what it was trained: taken for NF4 with double quantization; if its base was not quantized, "
-            "use --base original"
-        )
+    if base == "dequantized" and (remark := base_remark(adapter.stated, folder, name)):
+        console.print(remark)
     if adapter.base_model not in (None, name):
         console.print(f"the adapter says that it was trained on {adapter.base_model}")
     if base == "dequantized":
@@ -266,6 +270,7 @@ def merge_with_progress(
         merge(folder, adapter, out, base, advance, console.print, verify if check else lambda written: None)
     stored = [name for name in adapter.saved if names.parse_target(name) not in adapter.pairs]
     whole = f" and {len(stored)} whole tensor{'s'[: len(stored) > 1]}" if stored else ""
+    whole += "".join(f", {rows.indices.size} rows of {name}" for name, rows in adapter.tokens.items())
     beyond = [name for layer, name in adapter.pairs if layer is None]
     linears = f"{len(adapter.pairs) - len(beyond)} adapted linears{''.join(f', {name}' for name in beyond)}"
     console.print(f"merged {linears}{whole} into the {base} base: {out}")

@@ -68,6 +68,19 @@ def _clipped(text: str) -> str:
     )  # half of a surrogate pair cannot be printed
 
 
+MAX_SHOWN = 300
+"""Characters of a value in a message."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its `repr`, cut where it is long; one of any depth or size will do."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError, MemoryError):  # nested too deeply, or an integer of too many digits
+        return f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} [... {len(text) - MAX_SHOWN} more characters]"
+
+
 def disk_full(error: OSError, where: object = None) -> InputError:
     """Of a file that could not be written, because the disk takes no more (`FULL`)."""
     place = where or error.filename or "writing a file"

@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     require_libraries()
     refuse_bad_numbers(options)
     model = open_model(options.model, log=console.print)
-    adapter = load_adapter(options.adapter, model.config) if options.adapter else None
+    adapter = load_adapter(options.adapter, model.config, model.folder) if options.adapter else None
     lora = plain_settings(adapter, model.config) if adapter else LoraSettings(r=options.r, lora_dropout=0.0)
     quantization = settle_quantization(options, model)
     check_requantize(model.folder, quantization, accepted=options.requantize, accept="--requantize", log=console.print)
@@ -303,6 +303,6 @@ def ours_of(
         return Engine(model.config, lora, quantization, compute_dtype=jnp.dtype(dtype), attention=attention)
 
     def start() -> Adapters:
-        return as_adapters(load_adapter(adapter, model.config), model.config)[1]
+        return as_adapters(load_adapter(adapter, model.config, model.folder), model.config)[1]
 
     return Ours(engine, lambda: load_weights(model.folder, model.config, quantization, "device"), start)

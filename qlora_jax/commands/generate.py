@@ -7,6 +7,7 @@ import jax
 from rich.console import Console
 
 from convert.adapter import Adapter, as_adapters, load_adapter
+from convert.adapter_quantization import base_remark, needed_base
 from convert.hub import cache_dir
 from convert.load import frozen_bytes, load_weights, total_bytes
 from convert.model import BaseModel, open_model
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the answer to standard output."""
     console = make_console(stderr=True)
     model = open_model(options.model, log=console.print)
-    adapter = load_adapter(options.adapter, model.config) if options.adapter else None
+    adapter = load_adapter(options.adapter, model.config, model.folder) if options.adapter else None
     conversation = open_conversation(model.folder, model.tokenizer, model.config.vocab_size, adapter=options.adapter)
     prompt_ids = conversation.prompt_ids(options.prompt, model.config.vocab_size)
     for name, limit in model.limits.lengths:
@@ -111,7 +112,9 @@ def choose_quantization(
                 f"the adapter was trained on this model in {own.quant_type}: --quantize {own.quant_type} runs it so"
             )
         return None
-    where, fix = options.adapter, "give the model that the adapter was trained on"
+    if adapter and (remark := base_remark(adapter.stated, model.folder, options.model)):
+        console.print(remark)
+    where, fix = options.adapter, needed_base(own)
     if options.quantize is not None:
         own = own.model_copy(update={"quant_type": options.quantize})
         where, fix = f"--quantize {options.quantize}", "leave it out, or give the unquantized model"
