@@ -116,7 +116,7 @@ def refuse_existing(out: Path) -> None:
         DestinationError: `out` exists, as a link that leads nowhere too, or cannot be a folder's name.
     """
     try:
-        taken = out.is_symlink() or kind_of(out) != "nothing"
+        taken = kind_of(out) != "nothing" or out.is_symlink()
     except InputError as error:
         raise DestinationError(out, found=error.found, fix="name another folder") from None
     if taken:

@@ -121,7 +121,7 @@ def _try_in_child(path: Path) -> None:
     """
     if (size := _size(path / "tokenizer.json")) is None:
         return
-    limits = Limits(seconds=20 + size / 2**20, memory=2**30 + MEMORY_A_BYTE * size)
+    limits = Limits(seconds=8 + size / 2**20, memory=2**30 + MEMORY_A_BYTE * size)
     try:
         bounded.companion().ask(try_tokenizer, str(path), limits=limits)
     except ProgramError as error:

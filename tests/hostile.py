@@ -337,8 +337,14 @@ def main() -> None:
     fork_children()
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for number in range(first, last):
+        started = time.monotonic()
         if problem := try_one(number, place, base):
             print(json.dumps(problem), flush=True)
+        print(
+            f"{number}: {ORDERED[number % len(ORDERED)]}, {time.monotonic() - started:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     print(json.dumps({"tried": last - first}), flush=True)
 
 

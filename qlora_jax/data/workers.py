@@ -24,7 +24,7 @@ CHUNKS_ALONE = 8
 """Up to so many chunks are done by one process: starting others would take longer."""
 AHEAD = 3
 """Chunks in flight for each process."""
-ALONE = Limits(seconds=5)
+ALONE = Limits(seconds=3)
 """Of a row that is asked alone, because its chunk exceeded the limits."""
 
 
