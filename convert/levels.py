@@ -1,7 +1,7 @@
 """Recognizes weights that were in 4 bits once and have moved a little since: those of an adapter merged into a dequantized base.
 
 Of a block of ordinary weights, scaled, the distances to the nearest level are spread over the whole way to the next boundary, half of it
-on average. Of D + dW they are as small as dW. A sample of a few thousand blocks tells the two apart. Weights that lie *on* the levels, as
+on average. Of D + dW they are as small as dW. A sample of two thousand blocks tells the two apart. Weights that lie *on* the levels, as
 those of a model that was dequantized and not changed, are none of our business: quantizing them again loses nothing.
 """
 
@@ -15,7 +15,7 @@ from convert import names
 from convert.folder import ModelFolder
 from qlora_jax import nf4
 
-LAYERS, PLACES, BLOCKS = 4, 4, 64
+LAYERS, PLACES, BLOCKS = 4, 2, 32
 """A sample: of so many layers every linear, at so many places so many blocks in a row."""
 NEAR = 0.3
 """Mean distance from the levels, as a share of the way to the next boundary, below which a block is near them; ordinary blocks of 64 have

@@ -120,7 +120,7 @@ def check_base(folder: ModelFolder, base: Base) -> None:
         raise InputError(
             folder.path,
             found="a model in 4 bits: its original weights are not here",
-            fix="give the unquantized model, or merge into the dequantized base (--base or training.merge_base: auto or dequantized)",
+            fix="give the unquantized model, or merge into the dequantized base (--base dequantized, training.merge_base)",
         )
 
 
@@ -275,7 +275,7 @@ def merge_with_progress(
     linears = f"{len(adapter.pairs) - len(beyond)} adapted linears{''.join(f', {name}' for name in beyond)}"
     console.print(f"merged {linears}{whole} into the {base} base: {out}")
     if base == "dequantized" and (note := read_note(ModelFolder(out))) is not None:
-        console.print(f"quantized again: {note}")
+        console.print(f"{note}")
     for differences in found:
         console.print(f"checked: {differences}")
 

@@ -71,12 +71,11 @@ class MergeNote(pydantic.BaseModel, frozen=True):
     fingerprint: str
 
     def __str__(self) -> str:
-        counts = (
-            f"in {quant_type} {left.changed / self.codes:.2%} of the codes are others than the base's, and "
-            f"{_share(left.share_double_quant)} of the update is left"
-            for quant_type, left in sorted(self.requantized.items(), reverse=True)
+        kept = (
+            f"{_share(left.share_double_quant)} in {kind}"
+            for kind, left in sorted(self.requantized.items(), reverse=True)
         )
-        return "; ".join(counts)
+        return f"quantized again it would keep {' and '.join(kept)} of the adapter's update"
 
 
 def write_note(folder: ModelFolder, adapter: Adapter, written: Path) -> MergeNote | None:

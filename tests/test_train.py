@@ -168,7 +168,7 @@ def test_samples(finished: tuple[Path, str]) -> None:
 
 def test_merged_is_what_the_merge_command_writes(finished: tuple[Path, str], place: Path, tmp_path: Path) -> None:
     folder = ModelFolder(place / "model")
-    merge(folder, load_adapter(finished[0] / "adapter", read_config(folder)), tmp_path / "merged", "dequantized")
+    merge(folder, load_adapter(finished[0] / "adapter", read_config(folder)), tmp_path / "merged", "original")
     expected = {path.name: data for path, data in snapshot(tmp_path / "merged").items()}
     assert {path.name: data for path, data in snapshot(finished[0] / "merged").items()} == expected
 

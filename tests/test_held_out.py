@@ -1,0 +1,74 @@
+"""The held-out loss of a folder as it is, layer by layer, is transformers'."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from convert import held_out
+from convert.folder import ModelFolder
+from convert.held_out import held_out_loss, show_held_out_loss
+from qlora_jax.data import Batch
+from tests import tiny
+from tests.runs import train_main, write_place
+
+ROWS, LENGTH = 4, 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("model") / "model", shards=2, num_hidden_layers=3)
+
+
+def make_batches(number: int) -> list[Batch]:
+    """Rows of which the last ones are shorter, and some tokens are not learned."""
+    rng, batches = np.random.default_rng(0), []
+    for _ in range(number):
+        ids = rng.integers(0, 256, (1, ROWS, LENGTH)).astype(np.int32)
+        labels = np.where(rng.random(ids.shape) < 0.7, ids, -100).astype(np.int32)
+        labels[:, -1, LENGTH // 2 :] = -100
+        batches.append(Batch(ids, labels, int((labels[..., 1:] != -100).sum()), ids.size))
+    return batches
+
+
+@pytest.mark.parametrize("hidden_bytes", [2**29, 1], ids=["one pass", "a pass a batch"])
+def test_transformers_loss(folder: Path, monkeypatch: pytest.MonkeyPatch, hidden_bytes: int) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(held_out, "HIDDEN_BYTES", hidden_bytes)
+    batches, advanced = make_batches(3), []
+    model, total, count = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(torch.from_numpy(batch.input_ids[0].astype(np.int64))).logits[:, :-1].reshape(-1, 264)
+        labels = torch.from_numpy(batch.labels[0, :, 1:].astype(np.int64)).reshape(-1)
+        total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        count += batch.num_tokens
+    found = held_out_loss(ModelFolder(folder), batches, "float32", lambda: advanced.append(1))
+    assert found == pytest.approx(total / count, rel=1e-5)
+    assert len(advanced) == (3 if hidden_bytes > 1 else 9)
+
+
+def test_what_does_not_fit_is_left_out_with_a_word(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out.machine, "available_host_bytes", lambda: 2**20)
+    console = Console(file=io.StringIO(), width=200)
+    assert show_held_out_loss(folder, make_batches(1), "float32", console) is None
+    assert "held-out loss of the merged model: left out" in console.file.getvalue()
+    assert "1,048,576 bytes" in console.file.getvalue()
+
+
+def test_a_run_ends_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = write_place(tmp_path / "place", max_steps=2)
+    more = ["training.export_merged=true", f"data.eval_path={place / 'eval.jsonl'}"]
+    assert train_main(place, tmp_path / "run", *more) == 0
+    said = capsys.readouterr().out
+    start = json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]
+    assert start["merged"]["base"] == start["config"]["training"]["merge_base"] == "original"
+    assert f"computed in float32: {start['merged']['eval_loss']:.4f}" in said
+    assert said.index("merged 14 adapted linears into the original base") < said.index(
+        "held-out loss of the merged model"
+    )
