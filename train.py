@@ -41,7 +41,7 @@ from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
 from qlora_jax.commands.space import show_space, space_of
 from qlora_jax.config import Config, load_config
 from qlora_jax.corpus import Corpus, load_corpus
-from qlora_jax.data import Batches, save_template
+from qlora_jax.data import Batch, Batches, save_template
 from qlora_jax.display import Phases, byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
 from qlora_jax.errors import InputError, exit_status
@@ -132,7 +132,7 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         best_step = trainer.progress.best_step if config.training.load_best_model_at_end else None
         del engine, weights, trainer
         export(config, corpus, model, adapters, folder, console, phases, best_step)
-        samples.show(best_step)
+        conclude(config, held_out, samples, best_step, folder, console, phases)
         folder.end("finished")
 
 
@@ -200,10 +200,6 @@ def export(
         if config.training.export_merged:
             export_merged(config, model, out, console)
             save_template(corpus.template, out / "merged")
-    if config.training.export_merged and (held_out := corpus.eval_batches()):
-        with phases.time("evaluation"):
-            loss = show_held_out_loss(out / "merged", held_out, config.training.compute_dtype, console)
-        folder.record["starts"][-1]["merged"] = {"base": config.training.merge_base, "eval_loss": loss}
 
 
 def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
@@ -332,6 +328,24 @@ def export_merged(config: Config, model: BaseModel, output_dir: Path, console: C
     """`merged/`, as `python -m convert.merge` would write it."""
     adapter = load_adapter(output_dir / "adapter", model.config)
     merge_with_progress(model.folder, adapter, output_dir / "merged", config.training.merge_base, console)
+
+
+def conclude(
+    config: Config,
+    held_out: Sequence[Batch],
+    samples: Samples,
+    best_step: int | None,
+    folder: OutputDir,
+    console: Console,
+    phases: Phases,
+) -> None:
+    """Print what the run came to: the held-out loss of `merged/`, if there is one, for `run.json` too; and the samples."""
+    samples.close()
+    if config.training.export_merged and held_out:
+        with phases.time("evaluation"):
+            loss = show_held_out_loss(folder.path / "merged", held_out, config.training.compute_dtype, console)
+        folder.record["starts"][-1]["merged"] = {"base": config.training.merge_base, "eval_loss": loss}
+    samples.show(best_step)
 
 
 if __name__ == "__main__":
