@@ -331,14 +331,8 @@ def export_merged(config: Config, model: BaseModel, output_dir: Path, console: C
 
 
 def conclude(
-    config: Config,
-    held_out: Sequence[Batch],
-    samples: Samples,
-    best_step: int | None,
-    folder: OutputDir,
-    console: Console,
-    phases: Phases,
-) -> None:
+    config: Config, held_out: Sequence[Batch], samples: Samples, best_step: int | None, folder: OutputDir, console: Console, phases: Phases,
+) -> None:  # fmt: skip
     """Print what the run came to: the held-out loss of `merged/`, if there is one, for `run.json` too; and the samples."""
     samples.close()
     if config.training.export_merged and held_out:
