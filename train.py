@@ -138,8 +138,8 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
             adapters = trainer.train(adapters, resumed)
         best_step, last_step = trainer.progress.best_step, trainer.progress.step
         del engine, weights, trainer
-        best_step = export(config, conversation, model, held_out, adapters, folder, console, phases, best_step)
-        samples.show(best_step)
+        best_step = export(config, conversation, model, adapters, folder, console, phases, best_step)
+        conclude(config, held_out, samples, best_step, folder, console, phases)
         finish(config, folder, checkpoints, last_step)
 
 
@@ -209,7 +209,6 @@ def export(
     config: Config,
     conversation: Conversation,
     model: BaseModel,
-    held_out: Sequence[Batch],
     adapters: Adapters,
     folder: OutputDir,
     console: Console,
@@ -243,10 +242,6 @@ def export(
         console.print(f"adapter: {out / 'adapter'}   loss curve: {out / 'loss.png'}")
         if config.training.export_merged:
             export_merged(config, model, out, console)
-    if config.training.export_merged and held_out:
-        with phases.time("evaluation"):
-            loss = show_held_out_loss(out / "merged", held_out, config.training.compute_dtype, console)
-        folder.record["starts"][-1]["merged"] = {"base": config.training.merge_base, "eval_loss": loss}
     return best_step
 
 
@@ -391,6 +386,18 @@ def export_merged(config: Config, model: BaseModel, output_dir: Path, console: C
     """`merged/`, as `python -m convert.merge` would write it."""
     adapter = load_adapter(output_dir / "adapter", model.config)
     merge_with_progress(model.folder, adapter, output_dir / "merged", config.training.merge_base, console)
+
+
+def conclude(
+    config: Config, held_out: Sequence[Batch], samples: Samples, best_step: int | None, folder: OutputDir, console: Console, phases: Phases,
+) -> None:  # fmt: skip
+    """Print what the run came to: the held-out loss of `merged/`, if there is one, for `run.json` too; and the samples."""
+    samples.close()
+    if config.training.export_merged and held_out:
+        with phases.time("evaluation"):
+            loss = show_held_out_loss(folder.path / "merged", held_out, config.training.compute_dtype, console)
+        folder.record["starts"][-1]["merged"] = {"base": config.training.merge_base, "eval_loss": loss}
+    samples.show(best_step)
 
 
 if __name__ == "__main__":

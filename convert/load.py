@@ -104,7 +104,8 @@ def load_weights(
 
     parts = [layer_parts(folder, layer, quantization, place) for layer, place in enumerate(places) if place != "disk"]
     tasks = [functools.partial(_vocabulary, folder, config), *itertools.chain.from_iterable(parts)]
-    done = in_order(tasks) if folder.is_4bit else (task() for task in tasks)  # quantizing keeps all cores busy
+    is_read = folder.is_4bit or quantization is None
+    done = in_order(tasks) if is_read else (task() for task in tasks)  # quantizing keeps all cores busy
     embedding, lm_head, final_norm = next(done)
     advance(nbytes((embedding, final_norm)) + (0 if config.tie_word_embeddings else nbytes(lm_head)))
 

@@ -36,6 +36,10 @@ class Samples:
         if self._prompts:
             self._write()
 
+    def close(self) -> None:
+        """Let go of what answers, which holds the model's memory: `take` is not called any more."""
+        del self._answer
+
     def show(self, step: int | None = None) -> None:
         """Of each prompt the first answer and the last, or the last until `step`, one above the other."""
         taken = [sample for sample in map(json.loads, self._lines) if step is None or sample["step"] <= step]

@@ -129,6 +129,20 @@ def test_a_merge_keeps_the_dtype_of_what_it_does_not_change(tmp_path: Path) -> N
     assert whole - changed == (linears - q_proj) // 2
 
 
+def test_the_default_base_decides_what_a_merge_takes(tmp_path: Path) -> None:
+    """The original weights where they are at hand: what the adapter does not touch keeps its 4 bytes a weight."""
+    place = write_place(tmp_path / "place", max_steps=1, dtype="float32")
+    quantize(ModelFolder(place / "model"), tmp_path / "4bit", QuantizationSettings())
+
+    def merged(*overrides: str) -> int:
+        asked = ["training.export_merged=true", 'lora.target_modules=["q_proj"]', *overrides]
+        return need(predicted(place, tmp_path / "run", *asked), "merged").nbytes
+
+    assert merged() == merged("training.merge_base=original") > merged("training.merge_base=dequantized")
+    in_4_bits = f"model.name_or_path={tmp_path / '4bit'}"
+    assert merged(in_4_bits) == merged(in_4_bits, "training.merge_base=dequantized")
+
+
 def test_the_sizes_of_a_70b_run(tmp_path: Path) -> None:
     """9.9 GB a checkpoint of 828 M parameters, 5 GB with moments in 8 bits."""
     assert of_70b(tmp_path).checkpoint_bytes == pytest.approx(12 * 828_375_040, rel=1e-3)
