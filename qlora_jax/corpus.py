@@ -128,6 +128,9 @@ def load_corpus(
     held_out_source = None if data.eval_source is None else open_source(data.eval_source, data)
     opened = [*sources, *([held_out_source] if held_out_source else [])]
     asked = [*data.all_sources, *([data.eval_source] if data.eval_source else [])]
+    _check_settings_are_read(data, opened)
+    for note in dict.fromkeys(note for source in opened for note in source.notes):
+        console.print(note)
     layouts, chats = zip(
         *(
             _settle(source.name, source.rows(), settings, skips=data.bad_rows == "skip")
@@ -185,6 +188,14 @@ def tokenize_rows(
     layout, is_chat = _settle(name, rows, settings)
     template = choose_template(data.chat_template, tokenizer, [layout.format], print) if is_chat else None
     return tokenize_few(rows, make_recipe(tokenizer, layout, data, template, vocab_size))
+
+
+def _check_settings_are_read(data: DataSettings, sources: Sequence[Source]) -> None:
+    """Check that every setting that is for one sort of source has such a source."""
+    if data.sample_by != "line" and not any(source.reads_sample_by for source in sources):
+        expected = "line, for no source has text files (.txt)"
+        fix = "take it out; the rows of other files are as they were written"
+        raise InputError("data.sample_by", found=data.sample_by, expected=expected, fix=fix)
 
 
 def _settle(

@@ -34,7 +34,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 def is_data_file(path: Path) -> bool:
     """Whether the name says that it holds rows; all but Parquet may be gzipped."""
-    return _suffix(path) in SUFFIXES
+    return suffix(path) in SUFFIXES
 
 
 def read_file(path: Path, sample_by: SampleBy = "line", max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[RawRow]:
@@ -58,10 +58,11 @@ def read_file(path: Path, sample_by: SampleBy = "line", max_row_bytes: int = MAX
         ".parquet": parquet_rows,
         ".txt": lambda path, limit: _text(path, limit, sample_by),
     }
-    yield from readers[_suffix(path)](path, max_row_bytes)
+    yield from readers[suffix(path)](path, max_row_bytes)
 
 
-def _suffix(path: Path) -> str:
+def suffix(path: Path) -> str:
+    """The end of a file's name that says what is in it: `.jsonl` of `a.jsonl.gz`."""
     name = path.with_suffix("") if path.suffix == ".gz" else path
     return "" if path.suffix == ".gz" and name.suffix == ".parquet" else name.suffix.lower()
 

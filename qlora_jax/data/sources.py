@@ -1,15 +1,18 @@
 """Where rows come from: a file, a folder of files, or a dataset on the Hugging Face hub. Rows are read one at a time from each."""
 
+import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.arrow import ROWS_AT_ONCE, decoded_rows, table_rows
-from qlora_jax.data.files import SUFFIXES, is_data_file, read_file
+from qlora_jax.data.files import SUFFIXES, is_data_file, read_file, suffix
 from qlora_jax.data.rows import RawRow
+from qlora_jax.data.splits import DEFAULT, Splits, folder_splits, is_cut, parts, shown, splits_of
 from qlora_jax.data_settings import DataSettings, SourceSettings
 from qlora_jax.errors import InputError
 from qlora_jax.reading import kind_of, reading, refuse_odd_files
@@ -30,31 +33,30 @@ class Source:
     nbytes: int | None = None
     """Of the files, as a measure of how much there is to read."""
     num_rows: int | None = None
+    notes: tuple[str, ...] = ()
+    """What is left out of it, for the log."""
+    reads_sample_by: bool = False
+    """Whether there are text files among them, which `data.sample_by` cuts."""
 
 
 def open_source(settings: SourceSettings, data: DataSettings) -> Source:
     """Find a source; nothing is read from it yet, except what tells that it is one.
 
     Raises:
-        InputError: there is no such file, folder or dataset, or it holds no file of rows.
+        InputError: there is no such file, folder, dataset or split, or it holds no file of rows.
     """
     path = Path(settings.path)
     kind = kind_of(path)
     if kind == "a folder":
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return _saved_dataset(path, settings, data)
-        files = sorted(file for file in path.rglob("*") if is_data_file(file) and not _hidden(file, path))
-        if not files:
-            found = "a folder without a file of rows"
-            raise InputError(
-                path, found=found, expected=f"files ending in {', '.join(SUFFIXES)}", fix="check data.path"
-            )
-        return _files(path, files, settings, data)
+        return _files(path, folder_splits(path, settings.name), settings, data)
     if kind == "a file":
         if not is_data_file(path):
             expected = f"a name ending in {', '.join(SUFFIXES)} (all but .parquet may be gzipped: .gz)"
             raise InputError(path, found="a file of an unknown kind", expected=expected, fix="rename or convert it")
-        return _files(path, [path], settings, data)
+        _check_no_name(path, settings, "a file has no configurations")
+        return _files(path, Splits(files={DEFAULT: [path]}), settings, data)
     if kind != "nothing":
         raise InputError(path, found=kind, expected="a file of rows, or a folder of them", fix="check data.path")
     if HUB_ID.fullmatch(settings.path) and path.suffix not in SUFFIXES:
@@ -63,35 +65,75 @@ def open_source(settings: SourceSettings, data: DataSettings) -> Source:
     raise InputError(path, found="no such file", expected=expected, fix="check data.path")
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
-
-
-def _files(path: Path, files: Sequence[Path], settings: SourceSettings, data: DataSettings) -> Source:
+def _check_no_name(path: Path, settings: SourceSettings, why: str) -> None:
     if settings.name is not None:
-        raise InputError(path, found=f"name: {settings.name!r} for local files", fix="name is for the hub's datasets")
-    states = [(file, file.stat()) for file in files]
+        fix = f"take it out: {why}; name is for the hub's datasets and for folders whose README.md lists several"
+        raise InputError(path, found=f"name: {settings.name!r} for local files", fix=fix)
+
+
+def _spec(path: Path, settings: SourceSettings, splits: Sequence[str]) -> tuple[str, list[str]]:
+    """(what is asked for, the splits that it takes rows from)."""
+    spec = "+".join(splits) if settings.split == "all" else settings.split
+    return spec, splits_of(spec, splits, path)
+
+
+def _files(path: Path, splits: Splits, settings: SourceSettings, data: DataSettings) -> Source:
+    spec, used = _spec(path, settings, list(splits.files))
+    files = [file for split in used for file in splits.files[split]]
+    states = [(file, file.stat()) for file in dict.fromkeys(files)]
     identity = [(str(file.resolve()), state.st_size, state.st_mtime_ns) for file, state in states]
+
+    def rows_of(split: str) -> Iterator[RawRow]:
+        return (row for file in splits.files[split] for row in read_file(file, data.sample_by, data.max_row_bytes))
+
+    num_rows = functools.cache(lambda split: sum(1 for _ in rows_of(split)))
+
+    def rows() -> Iterator[RawRow]:
+        if not is_cut(spec):
+            return (row for split in used for row in rows_of(split))
+        chosen = parts(spec, num_rows, path)
+        return (row for part in chosen for row in islice(rows_of(part.split), part.start, part.stop))
+
     return Source(
-        str(path),
-        lambda: (row for file in files for row in read_file(file, data.sample_by, data.max_row_bytes)),
-        json.dumps([identity, data.sample_by, data.max_row_bytes]),
+        str(path) if (spec, list(splits.files)) == (DEFAULT, [DEFAULT]) else f"{path} [{settings.split}]",
+        rows,
+        json.dumps([identity, spec, data.sample_by, data.max_row_bytes]),
         nbytes=sum(state.st_size for _, state in states),
+        notes=_notes(path, splits, used),
+        reads_sample_by=any(suffix(file) == ".txt" for file in files),
     )
+
+
+def _notes(path: Path, splits: Splits, used: Sequence[str]) -> tuple[str, ...]:
+    notes = []
+    if others := [split for split in splits.files if split not in used]:
+        notes.append(f"{path}: not read: split {', '.join(others)}")
+    if splits.left_out:
+        notes.append(f"{path}: not read: {shown(splits.left_out)} (as `datasets`, which takes no rows from there)")
+    return tuple(notes)
 
 
 def _saved_dataset(path: Path, settings: SourceSettings, data: DataSettings) -> Source:
     """A folder that `datasets` wrote with `save_to_disk`."""
     import datasets
 
+    _check_no_name(path, settings, "what save_to_disk wrote has no configurations")
     refuse_odd_files(path)
     with reading(path, "a dataset that cannot be loaded", fix="write it again"):
         loaded: Any = datasets.load_from_disk(str(path))
-    if not isinstance(loaded, datasets.DatasetDict):
-        return _arrow(str(path), loaded, data.max_row_bytes)
-    if settings.split not in loaded:
-        raise InputError(path, found=f"no split {settings.split!r}", expected=f"one of {', '.join(loaded)}")
-    return _arrow(str(path), loaded[settings.split], data.max_row_bytes)
+    if isinstance(loaded, datasets.DatasetDict):
+        tables: Mapping[str, Any] = loaded
+    else:  # by its own name, or as any single file
+        tables = {str(split): loaded for split in (DEFAULT, loaded.split) if split}
+    spec, used = _spec(path, settings, list(tables))
+    if is_cut(spec):
+        chosen = parts(spec, lambda split: len(tables[split]), path)
+        found = [tables[part.split].select(range(part.start, part.stop)) for part in chosen]
+    else:
+        found = [tables[split] for split in used]
+    one = found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
+    is_whole = not isinstance(loaded, datasets.DatasetDict) and not is_cut(spec)
+    return _arrow(str(path) if is_whole else f"{path} [{settings.split}]", one, data.max_row_bytes)
 
 
 def _hub(settings: SourceSettings, data: DataSettings) -> Source:
