@@ -8,14 +8,13 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
 from qlora_jax.checksum import file_checksum
-from qlora_jax.data.rows import RowError
+from qlora_jax.data.gate import Gate, Report, check_not_empty
 from qlora_jax.data.sources import Source
 from qlora_jax.data.tokenization import Example, Recipe, Tokens
 from qlora_jax.data_settings import DataSettings
@@ -23,27 +22,10 @@ from qlora_jax.errors import FULL, InputError, disk_full
 from qlora_jax.files import Scratch
 from qlora_jax.reading import open_file, read_json_object, reading
 
-PROBLEMS_AT_ONCE = 10
-"""So many bad rows are named before reading stops."""
 KEY_DIGITS = 16
 ARRAYS = ("lengths", "supervised", "hashes", "where_ends")
 """An entry's arrays, [rows] each."""
 REPORT, CHECKSUMS = "report.json", "checksums.json"
-
-
-@dataclass
-class Report:
-    """What happened to a source's rows on the way."""
-
-    num_read: int = 0
-    num_truncated: int = 0
-    num_split: int = 0
-    num_duplicates: int = 0
-    """Rows that repeat an earlier one, kept or not."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """By kind of problem."""
-    first_skipped: dict[str, str] = field(default_factory=dict)
-    """Of each kind the first, in words."""
 
 
 class TokenStore(Sequence[Example]):
@@ -138,71 +120,6 @@ def _report(path: Path) -> Report:
         ):
             raise ValueError("its counts are no numbers")
     return report
-
-
-class Gate:
-    """Lets rows in, or says why not: counts what is wrong, skips or stops as the settings say."""
-
-    def __init__(self, name: str, settings: DataSettings) -> None:
-        self.name, self.report = name, Report()
-        self._settings = settings
-        self._seen: dict[int, str] = {}
-        self._stopping: list[RowError] = []
-
-    def pass_on(self, tokens: Tokens) -> np.ndarray:
-        """[rows] bool: which of them are kept.
-
-        Raises:
-            InputError: rows that the settings do not allow, several at once.
-        """
-        report = self.report
-        report.num_read += tokens.num_read
-        report.num_truncated += tokens.num_truncated
-        report.num_split += tokens.num_split
-        for problem in tokens.problems:
-            self._refuse(problem)
-        kept = np.ones(len(tokens.lengths), bool)
-        for row, (key, where) in enumerate(zip(tokens.hashes.tolist(), tokens.wheres, strict=True)):
-            first = self._seen.setdefault(key, where)
-            if first is not where:
-                report.num_duplicates += 1
-                if self._settings.duplicates != "keep":
-                    kept[row] = False
-                    fix = "drop one of them, or set data.duplicates=keep"
-                    self._refuse(RowError(where, "duplicate", found=f"the same tokens as {first}", fix=fix))
-        if len(self._stopping) >= PROBLEMS_AT_ONCE:
-            self.stop_if_refused()
-        return kept
-
-    def stop_if_refused(self) -> None:
-        """Raise what was gathered.
-
-        Raises:
-            InputError: something was.
-        """
-        if not self._stopping:
-            return
-        shown = self._stopping[:PROBLEMS_AT_ONCE]
-        first = shown[0]
-        settings = " and ".join(f"data.{name}=skip" for name in dict.fromkeys(_setting(row) for row in shown))
-        fix = "; or ".join(filter(None, (first.fix, f"leave such rows out with {settings}")))
-        if len(shown) == 1:
-            raise RowError(first.where, first.kind, found=first.found, expected=first.expected, fix=fix)
-        lines = "".join(f"\n    {problem.where}: {problem.found}" for problem in shown)
-        found = f"rows that cannot be used (of the first {self.report.num_read:,} read):{lines}"
-        raise InputError(self.name, found=found, fix=f"as for the first: {fix}")
-
-    def _refuse(self, problem: RowError) -> None:
-        if getattr(self._settings, _setting(problem)) == "stop":
-            self._stopping.append(problem)
-        else:
-            self.report.skipped[problem.kind] += 1
-            self.report.first_skipped.setdefault(problem.kind, f"{problem.where}: {problem.found}")
-
-
-def _setting(problem: RowError) -> str:
-    """The setting that says what to do with such a row."""
-    return {"too long": "too_long", "duplicate": "duplicates"}.get(problem.kind, "bad_rows")
 
 
 class Kept:
@@ -335,28 +252,9 @@ def _write(place: Path, gate: Gate, chunks: Iterable[Tokens], progress: Callable
             where_lengths.append(np.array([len(name) for name in names_kept], np.int64))
             progress(gate.report.num_read)
     gate.stop_if_refused()
-    _check_not_empty(gate, sum(map(len, lengths)))
+    check_not_empty(gate, sum(map(len, lengths)))
     np.save(place / "lengths.npy", np.concatenate(lengths))
     np.save(place / "supervised.npy", np.concatenate(supervised))
     np.save(place / "hashes.npy", np.concatenate(hashes))
     np.save(place / "where_ends.npy", np.cumsum(np.concatenate(where_lengths)))
     (place / REPORT).write_text(json.dumps(vars(gate.report)), encoding="utf-8")
-
-
-def _check_not_empty(gate: Gate, num_rows: int) -> None:
-    if num_rows:
-        return
-    report = gate.report
-    if not report.num_read:
-        fix = "check that the file was written completely"
-        raise InputError(gate.name, found="no rows", expected="at least one", fix=fix)
-    lines = [
-        f"\n    {count:,} {kind}, the first: {report.first_skipped[kind]}" for kind, count in report.skipped.items()
-    ]
-    found = f"{report.num_read:,} rows, and every one was skipped:{''.join(lines)}"
-    raise InputError(
-        gate.name,
-        found=found,
-        expected="at least one row to learn from",
-        fix="mend them, or map names with data.fields",
-    )
