@@ -13,13 +13,14 @@ from qlora_jax.data.chat import Rendered, Renderer
 from qlora_jax.data.formats import Chat, Completion, Layout, Text, detect_format
 from qlora_jax.data.gate import Report
 from qlora_jax.data.limits import NO_LIMITS, ModelLimits, check_rows, padding_id
+from qlora_jax.data.recipe import Recipe, make_recipe
 from qlora_jax.data.rows import RawRow, Row, RowError
 from qlora_jax.data.selection import Selection
 from qlora_jax.data.sources import Source, open_source
 from qlora_jax.data.store import Kept, TokenStore
 from qlora_jax.data.template_check import check_template, end_ids
 from qlora_jax.data.templates import ChatTemplate, choose_template, save_template
-from qlora_jax.data.tokenization import Example, Recipe, make_recipe, tokenize
+from qlora_jax.data.tokenization import Example, tokenize
 from qlora_jax.data.workers import tokenize_all, tokenize_few
 
 __all__ = [

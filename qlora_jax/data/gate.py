@@ -95,6 +95,11 @@ def _setting(problem: RowError) -> str:
 
 
 def check_not_empty(gate: Gate, num_rows: int) -> None:
+    """Refuse a source none of whose rows can be used.
+
+    Raises:
+        InputError: there is no row.
+    """
     if num_rows:
         return
     report = gate.report

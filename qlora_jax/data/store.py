@@ -15,8 +15,9 @@ import numpy as np
 
 from qlora_jax.checksum import file_checksum
 from qlora_jax.data.gate import Gate, Report, check_not_empty
+from qlora_jax.data.recipe import Recipe
 from qlora_jax.data.sources import Source
-from qlora_jax.data.tokenization import Example, Recipe, Tokens
+from qlora_jax.data.tokenization import Example, Tokens
 from qlora_jax.data_settings import DataSettings
 from qlora_jax.errors import FULL, InputError, disk_full
 from qlora_jax.files import Scratch

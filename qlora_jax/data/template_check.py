@@ -10,9 +10,10 @@ from qlora_jax.bounded import ProgramError, explained
 from qlora_jax.data.formats import Layout
 from qlora_jax.data.jinja import syntax_problem
 from qlora_jax.data.limits import EXPECTED, RESIZE, describe_missing, without_row
+from qlora_jax.data.recipe import Recipe
 from qlora_jax.data.rows import RawRow, RowError
 from qlora_jax.data.templates import ChatTemplate
-from qlora_jax.data.tokenization import Example, Recipe, tokenize
+from qlora_jax.data.tokenization import Example, tokenize
 from qlora_jax.errors import InputError
 from qlora_jax.reading import reading
 

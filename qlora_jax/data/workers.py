@@ -13,8 +13,9 @@ from itertools import chain, islice
 
 from qlora_jax import bounded
 from qlora_jax.bounded import Child, Limits, Program, ProgramError
+from qlora_jax.data.recipe import Recipe
 from qlora_jax.data.rows import RawRow
-from qlora_jax.data.tokenization import Example, Recipe, RowTokenizer, Tokens, examples, rendered
+from qlora_jax.data.tokenization import Example, RowTokenizer, Tokens, examples, rendered
 from qlora_jax.errors import InputError
 
 ROWS_AT_ONCE = 256
