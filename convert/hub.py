@@ -59,7 +59,10 @@ OFFLINE_ADVICE = "check the connection, or give the path of a folder with the mo
 def cache_dir() -> Path:
     """Folder of converted models: `$QLORA_JAX_CACHE`, else `$XDG_CACHE_HOME/qlora_jax`, else `~/.cache/qlora_jax`."""
     if own := os.environ.get("QLORA_JAX_CACHE"):
-        return Path(own).expanduser()
+        try:
+            return user_path(own)
+        except ValueError as error:
+            raise InputError("QLORA_JAX_CACHE", found=str(error), expected="a folder's path") from None
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "qlora_jax"
 

@@ -20,8 +20,8 @@ from qlora_jax.reading import PASSED_ON, is_file, read_json_object, reason_of, r
 
 UNLOADABLE = "a tokenizer that cannot be loaded"
 MAX_TOKENIZER_BYTES = 2**28
-MEMORY_A_BYTE = 32
-"""Bytes that loading a tokenizer takes for each of its file's, with room to spare."""
+TRYING_SECONDS, MEMORY_A_BYTE = 8.0, 32
+"""Limits for trying a tokenizer: seconds, and one more for each MiB of its file; bytes of memory for each of its file's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _try_in_child(path: Path) -> None:
     """
     if (size := _size(path / "tokenizer.json")) is None:
         return
-    limits = Limits(seconds=8 + size / 2**20, memory=2**30 + MEMORY_A_BYTE * size)
+    limits = Limits(seconds=TRYING_SECONDS + size / 2**20, memory=2**30 + MEMORY_A_BYTE * size)
     try:
         bounded.companion().ask(try_tokenizer, str(path), limits=limits)
     except ProgramError as error:

@@ -97,7 +97,7 @@ def check_lines(name: str, data: bytes, where: object) -> None:
     """
     for number, line in enumerate(data.splitlines(), 1):
         with reading(f"{where}:{number}", "not JSON", fix=FIX):
-            value = json.loads(line)
+            value = json.loads(line.decode())
         with _explained(f"{where}:{number}", FIX):
             LINES[name].model_validate(value)
 

@@ -106,10 +106,18 @@ def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {config['num_key_value_heads']}"
             )
+        rows = max(config["intermediate_size"], heads * (config.get("head_dim") or hidden // heads))
+        if hidden * rows > _MAX_WEIGHTS or hidden * config["vocab_size"] > _MAX_EMBEDDING:
+            problems.append(
+                f"a linear has {hidden * rows:,} weights and the embedding {hidden * config['vocab_size']:,}, expected at most "
+                f"{_MAX_WEIGHTS:,} and {_MAX_EMBEDDING:,}"
+            )
     return problems
 
 
 _MAX_LAYERS, _MAX_SIZE, _MAX_NUMBER = 10_000, 2**27, 1e30
+_MAX_WEIGHTS, _MAX_EMBEDDING = 2**31 - 1, 2**36
+"""Of one matrix: JAX counts a linear's weights in 32 bits. Llama 3.1 405B's have 872 million, its embedding 2.1 billion."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ONLY: dict[str, Any] = {
     "model_type": "llama",

@@ -258,8 +258,13 @@ def _serve() -> None:
 
 
 def fork_children() -> None:
-    """From now on `bounded.Child` forks."""
+    """From now on `bounded.Child` forks, and foreign programs have little time: thousands of inputs are to be tried."""
+    import convert.model
     from qlora_jax import bounded
+    from qlora_jax.data import workers
+
+    bounded.LIMITS, workers.ALONE = bounded.Limits(seconds=2), bounded.Limits(seconds=1)
+    convert.model.TRYING_SECONDS = 2.0
 
     class Subprocess:
         PIPE = subprocess.PIPE

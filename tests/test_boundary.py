@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import convert.model
 from convert.folder import ModelFolder
 from convert.job import refuse_existing
 from convert.model import open_tokenizer
@@ -109,9 +110,10 @@ def test_a_tokenizers_regular_expression_that_panics_or_never_ends(model: Path, 
     assert caught.value.where == "f:2"
 
 
-def test_a_tokenizers_normalizer_that_doubles(model: Path) -> None:
+def test_a_tokenizers_normalizer_that_doubles(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     doubling = [{"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}] * 50
     changed(model, normalizer={"type": "Sequence", "normalizers": doubling})
+    monkeypatch.setattr(convert.model, "TRYING_SECONDS", 2.0)
     with pytest.raises(InputError, match=r"a tokenizer that cannot be loaded: it (needs more|did not end|crashed)"):
         open_tokenizer(str(model))
 
