@@ -120,11 +120,18 @@ class ModelFolder:
                 _name_all(piece, file)
             filled = 0
             while filled < nbytes:
-                read = file.readinto(piece[filled : filled + READ].data)
+                end = min(filled - filled % READ + READ, nbytes)
+                read = file.readinto(piece[filled:end].data)
                 if not read:
                     raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
                 filled += read
+                if filled == end:
+                    begun = (end - 1) // READ * READ
+                    self.check_part(name, skipped + begun, piece[begun:end])
         return piece.view(dtype)
+
+    def check_part(self, name: str, start: int, part: np.ndarray) -> None:
+        """Do with [bytes] uint8, up to `READ`, of a tensor, from its byte `start`, what is to be done once they are read: here nothing."""
 
     def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
         """One tensor's elements, `size` at a time: see `elements`."""
