@@ -127,12 +127,19 @@ class ModelFolder:
                 _name_all(piece, file)
             filled = 0
             while filled < nbytes:
+                end = min(filled - filled % READ + READ, nbytes)
                 with reading(self.path / shard, f"{name} cannot be read"):
-                    read = file.readinto(piece[filled : filled + READ].data)
+                    read = file.readinto(piece[filled:end].data)
                 if not read:
                     raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
                 filled += read
+                if filled == end:
+                    begun = (end - 1) // READ * READ
+                    self.check_part(name, skipped + begun, piece[begun:end])
         return piece.view(dtype)
+
+    def check_part(self, name: str, start: int, part: np.ndarray) -> None:
+        """Do with [bytes] uint8, up to `READ`, of a tensor, from its byte `start`, what is to be done once they are read: here nothing."""
 
     def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
         """One tensor's elements, `size` at a time: see `elements`."""

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from convert.folder import ModelFolder
+from convert.folder import READ, ModelFolder
 from convert.shards import NUMPY_DTYPES, Piece, TensorSpec
 from qlora_jax.checksum import checksum
 from qlora_jax.errors import InputError
 from qlora_jax.files import replacing
 
-CHUNK_BYTES = 2**22
-"""Of a tensor, with a checksum of its own: what embedding and head are read by (`pieces.PIECE` elements in bfloat16)."""
+CHUNK_BYTES = READ
+"""Of a tensor, with a checksum of its own: what is asked of the kernel at a time, and still in the processor's cache when it is checked."""
 
 Sums = dict[str, list[Any]]
 """Of each tensor: dtype, shape, and the checksums of its chunks."""
@@ -97,11 +97,8 @@ class VerifiedFolder(ModelFolder):
         first, last = begin * itemsize, min((begin + size) * itemsize, spec.nbytes)
         start, end = first // CHUNK_BYTES * CHUNK_BYTES, min(-(-last // CHUNK_BYTES) * CHUNK_BYTES, spec.nbytes)
         if (start, end) == (first, last):
-            found = super().elements(name, begin, size, into)
-            self._check(name, start, found.view(np.uint8))
-            return found
+            return super().elements(name, begin, size, into)
         wider = super().elements(name, start // itemsize, (end - start) // itemsize)
-        self._check(name, start, wider.view(np.uint8))
         found = wider[(first - start) // itemsize : (last - start) // itemsize]
         if into is None:
             return found
@@ -110,20 +107,18 @@ class VerifiedFolder(ModelFolder):
 
     def read_bytes(self, name: str) -> bytes:
         """As a `ModelFolder`'s."""
-        found = super().read_bytes(name)
-        self._check(name, 0, np.frombuffer(found, np.uint8))
-        return found
+        return self.read(name).tobytes()
 
-    def _check(self, name: str, start: int, data: np.ndarray) -> None:
-        """Compare bytes of a tensor, whole chunks from byte `start`, with their checksums."""
-        sums = self._sums[name][2]
-        for offset, size in zip(range(0, data.size, CHUNK_BYTES), _chunk_sizes(data.size), strict=True):
-            number = (start + offset) // CHUNK_BYTES
-            if number >= len(sums) or checksum(data[offset : offset + size]) != sums[number]:
-                with contextlib.suppress(OSError):
-                    self._record.unlink()
-                raise DamagedError(
-                    self.path,
-                    found=f"other bytes in {name} than were written there",
-                    fix="run the same command again: it is made anew",
-                )
+    def check_part(self, name: str, start: int, part: np.ndarray) -> None:
+        """Compare a chunk of a tensor with its checksum.
+
+        Raises:
+            DamagedError: it is another one.
+        """
+        sums, number = self._sums[name][2], start // CHUNK_BYTES
+        if number < len(sums) and checksum(part) == sums[number]:
+            return
+        with contextlib.suppress(OSError):
+            self._record.unlink()
+        found = f"other bytes in {name} than were written there"
+        raise DamagedError(self.path, found=found, fix="run the same command again: it is made anew")
