@@ -275,7 +275,8 @@ def merge_with_progress(
     linears = f"{len(adapter.pairs) - len(beyond)} adapted linears{''.join(f', {name}' for name in beyond)}"
     console.print(f"merged {linears}{whole} into the {base} base: {out}")
     if base == "dequantized" and (note := read_note(ModelFolder(out))) is not None:
-        console.print(f"{note}")
+        better = "python -m convert.merge --model UNQUANTIZED_MODEL --base original merges into weights that can be"
+        console.print(f"{note}; {better}")
     for differences in found:
         console.print(f"checked: {differences}")
 
