@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from convert.quantize import job_of, quantize
 from convert.sizes import companion_bytes, quantized_bytes, tensors_of
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import byte_bar, make_console
-from qlora_jax.errors import InputError, exit_status
+from qlora_jax.errors import InputError, end_process, exit_status
 from qlora_jax.files import describe_size
 
 KEY_DIGITS = 16
@@ -179,4 +178,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from convert.load import read_config
 from convert.shards import Piece, TensorSpec
 from qlora_jax import machine
 from qlora_jax.display import byte_bar, make_console, progress_bar
-from qlora_jax.errors import InputError, exit_status
+from qlora_jax.errors import InputError, end_process, exit_status
 from qlora_jax.placement import put
 
 WHICH_BASE = """\
@@ -246,4 +245,4 @@ def _linears(folder: ModelFolder) -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

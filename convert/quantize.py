@@ -5,7 +5,6 @@ Piece by piece, in the model's shards and order (`convert.pieces`); stopped and 
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from convert.shards import Piece, TensorSpec
 from qlora_jax import machine, nf4
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import byte_bar, make_console
-from qlora_jax.errors import InputError, exit_status
+from qlora_jax.errors import InputError, end_process, exit_status
 
 EPILOG = """\
 The folder can be given to train.py (model.name_or_path), `python -m qlora_jax generate` and `python -m convert.merge`, which use it
@@ -133,4 +132,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -2,13 +2,12 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
 
 from qlora_jax.commands import compare, data, generate, plan
-from qlora_jax.errors import exit_status
+from qlora_jax.errors import end_process, exit_status
 
 COMMANDS = {"plan": plan, "data": data, "compare": compare, "generate": generate}
 
@@ -30,4 +29,4 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

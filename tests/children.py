@@ -16,5 +16,5 @@ def environment(**changes: str) -> dict[str, str]:
 def held_open(path: object) -> str:
     """A path by its name: a run writes into some folders that it holds open by way of `/proc`."""
     if match := re.match(r"/proc/self/fd/\d+", text := str(path)):
-        return os.readlink(match[0]) + text.removeprefix(match[0])
+        return str(Path(match[0]).readlink()) + text.removeprefix(match[0])
     return text
