@@ -1,7 +1,6 @@
 """Fine-tune a Llama-family model with QLoRA: `python train.py --config FILE [section.key=value ...]`."""
 
 import argparse
-import contextlib
 import functools
 import os
 import signal
@@ -48,7 +47,7 @@ from qlora_jax.corpus import Corpus, load_corpus
 from qlora_jax.data import Batch, Batches, save_template
 from qlora_jax.display import Phases, byte_bar, make_console
 from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.errors import InputError, exit_status
+from qlora_jax.errors import InputError, end_process, exit_status
 from qlora_jax.files import remove_folder, replacing_folder, write_json
 from qlora_jax.generate import Sampling
 from qlora_jax.llama import LlamaConfig
@@ -157,12 +156,8 @@ def plan_as_before(
 
     A continued run keeps the intermediates of as many layers as before, if it can, because that decides the last bits.
     """
-    before = resumed.about.get("work", {}).get("keep", "auto") if resumed else "auto"
-    if before != "auto" and config.memory.kept_layers == "auto":
-        memory = config.memory.model_copy(update={"kept_layers": before})
-        with contextlib.suppress(InputError):  # another machine may have less room
-            return plan_run(config.model_copy(update={"memory": memory}), shape, length, on_disk=on_disk)
-    return plan_run(config, shape, length, on_disk=on_disk)
+    before = resumed.about.get("work", {}).get("keep") if resumed else None
+    return plan_run(config, shape, length, on_disk=on_disk, kept_before=before)
 
 
 def continued(resumed: Checkpoint | None, folder: OutputDir, about: Mapping[str, Any], console: Console) -> None:
@@ -401,4 +396,4 @@ def conclude(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

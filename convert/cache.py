@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from convert.sizes import companion_bytes, quantized_bytes, tensors_of
 from convert.verified import VerifiedFolder, write_record
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import byte_bar, make_console
-from qlora_jax.errors import InputError, exit_status
+from qlora_jax.errors import InputError, end_process, exit_status
 from qlora_jax.files import describe_size
 
 KEY_DIGITS = 16
@@ -198,4 +197,4 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -43,7 +42,7 @@ from convert.stops import merged_companions
 from qlora_jax import machine
 from qlora_jax.arguments import path_argument, text_argument
 from qlora_jax.display import byte_bar, make_console, progress_bar
-from qlora_jax.errors import InputError, exit_status
+from qlora_jax.errors import InputError, end_process, exit_status
 from qlora_jax.placement import put
 
 WHICH_BASE = """\
@@ -286,4 +285,4 @@ def _linears(folder: ModelFolder) -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -5,7 +5,6 @@ Piece by piece, in the model's shards and order (`convert.pieces`); stopped and 
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from qlora_jax import machine, nf4
 from qlora_jax.arguments import path_argument, text_argument
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import byte_bar, make_console
-from qlora_jax.errors import InputError, exit_status
+from qlora_jax.errors import InputError, end_process, exit_status
 
 EPILOG = """\
 The folder can be given to train.py (model.name_or_path), `python -m qlora_jax generate` and `python -m convert.merge`, which use it
@@ -148,4 +147,4 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

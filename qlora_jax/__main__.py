@@ -13,7 +13,7 @@ from collections.abc import Sequence
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
 
 from qlora_jax import __version__
-from qlora_jax.errors import exit_status
+from qlora_jax.errors import end_process, exit_status
 
 AS_MODULE = "python -m qlora_jax"
 
@@ -91,4 +91,4 @@ def console() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

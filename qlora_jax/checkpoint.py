@@ -17,10 +17,9 @@ The arrays hold values, not places: a run may be resumed with moments, adapters 
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,17 @@ import numpy as np
 
 from qlora_jax.about import check_about
 from qlora_jax.array_files import is_full, orbax
+from qlora_jax.checksums import checksums, difference
 from qlora_jax.errors import InputError
-from qlora_jax.files import Anchor, describe_size, link_folder, remove_folder, replace_folder, write_json
+from qlora_jax.files import (
+    Anchor,
+    FileSoFar,
+    describe_size,
+    link_folder,
+    remove_folder,
+    replace_folder,
+    write_json,
+)
 from qlora_jax.placement import Tree, put
 from qlora_jax.reading import kind_of, read_bytes, read_json, read_json_object, reading, shown
 
@@ -42,7 +50,6 @@ Layers = Mapping[str, list[Tree]]
 """By name ("adapters", "moments"), one tree of arrays a layer."""
 
 ABOUT, CHECKSUMS, ARRAYS, BEST = "about.json", "checksums.json", "arrays", "best"
-HASHING_THREADS = 8
 MAX_LINES_BYTES = 2**30
 """Bytes of a file that is saved along."""
 LOOKS_EVERY = 0.5
@@ -136,7 +143,7 @@ class Checkpoints:
         step: int,
         layers: Layers,
         about: Mapping[str, Json],
-        files: Mapping[str, bytes] | None = None,
+        files: Sequence[Path] = (),
         best: Path | None = None,
     ) -> None:
         """Start saving: returns once the copies to the host are issued, and the save before this one is done.
@@ -144,7 +151,7 @@ class Checkpoints:
         Args:
             layers: spent arrays may follow at once; arrays on the host are kept, not copied, until they are written.
             about: added to `about.json`.
-            files: more files, by name.
+            files: more files, saved as they are now: they may grow or be replaced at once.
             best: the folder of the best adapter so far. It may be replaced at once; its files must not be written to.
 
         Raises:
@@ -155,8 +162,9 @@ class Checkpoints:
             return  # the same step of the same run
         self.folder.mkdir(parents=True, exist_ok=True)
         place = self._begin(step, best)
+        parts = [FileSoFar(path) for path in files]
         held = {name: [put(layer, "host") for layer in trees] for name, trees in layers.items()}
-        self._writing = self._writer.submit(self._write, step, _columns(held), dict(about), dict(files or {}), place)
+        self._writing = self._writer.submit(self._write, step, _columns(held), dict(about), parts, place)
 
     def _begin(self, step: int, best: Path | None) -> Anchor:
         """Make the folder to fill, with the best adapter in it: that is replaced while the rest is written."""
@@ -231,7 +239,7 @@ class Checkpoints:
         step: int,
         columns: dict[str, list[jax.Array]],
         about: dict[str, Json],
-        files: dict[str, bytes],
+        files: list[FileSoFar],
         place: Anchor,
     ) -> None:
         """In the writer's thread: the whole folder, and the removal of what is now too old."""
@@ -241,10 +249,10 @@ class Checkpoints:
                 counts = {key: len(leaves) for key, leaves in columns.items()}
                 with orbax() as ocp:
                     ocp.save((aside / ARRAYS).absolute(), {key: _stack(columns, key) for key in counts})
-                for name, data in files.items():
-                    (aside / name).write_bytes(data)
+                for part in files:
+                    part.copy_to(aside)
                 write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about, "arrays": counts})
-                write_json(aside / CHECKSUMS, _checksums(aside))
+                write_json(aside / CHECKSUMS, checksums(aside, CHECKSUMS))
                 self.check_ours()
                 replace_folder(aside, place.path / name_of(step), overwrite=False)
             except BaseException as error:
@@ -289,14 +297,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         with reading(path, "not what was written"):
             expected = {name: (size, digest) for name, (size, digest) in read_json(path / CHECKSUMS).items()}
         with reading(path, "cannot be read"):
-            found = _checksums(path)
+            found = checksums(path, CHECKSUMS)
     except InputError as error:
         raise DamagedError(f"{CHECKSUMS}: {error.found}") from None
     if not {ABOUT, f"{ARRAYS}/_CHECKPOINT_METADATA"} <= expected.keys():
         raise DamagedError(f"{CHECKSUMS} names too few files")
     for name, written in expected.items():
         if found.get(name) != written:
-            raise DamagedError(_difference(name, written, found.get(name)))
+            raise DamagedError(difference(name, written, found.get(name)))
     try:
         about = read_json_object(path / ABOUT, at_most=MAX_LINES_BYTES)
     except InputError as error:
@@ -308,14 +316,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, check_about(about, _step(path), ABOUT))
     except InputError as error:
         raise DamagedError(f"{error.where}: {error.found}") from None
-
-
-def _difference(name: str, written: tuple[Any, Any], found: tuple[int, str] | None) -> str:
-    if found is None:
-        return f"{name} is missing"
-    if found[0] != written[0]:
-        return f"{name} has {found[0]} bytes, {written[0]} were written"
-    return f"{name} has other bytes than were written"
 
 
 def _steps(folder: Path) -> dict[int, Path]:
@@ -351,19 +351,3 @@ def _stack(columns: dict[str, list[jax.Array]], key: str) -> np.ndarray:
     for index in range(len(leaves)):
         stacked[index], leaves[index] = leaves[index], None
     return stacked
-
-
-def _checksums(folder: Path) -> dict[str, tuple[int, str]]:
-    """By name below `folder`, size and SHA-256 of every file but the checksums themselves."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    paths.pop(CHECKSUMS, None)
-    with concurrent.futures.ThreadPoolExecutor(HASHING_THREADS) as threads:
-        digests = threads.map(_sha256, paths.values())
-        return {
-            name: (path.stat().st_size, digest) for (name, path), digest in zip(paths.items(), digests, strict=True)
-        }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

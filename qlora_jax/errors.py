@@ -2,14 +2,22 @@
 
 import errno
 import functools
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_SIGNAL = 128
 """A command that a signal ended has this plus the signal's number as its exit status: 130 for Ctrl-C, 143 for SIGTERM."""
+
+EXIT_FAILED = 1
+"""Exit status after a fault of our own, which ends in a traceback."""
+EXIT_GRACE = 10.0
+"""Seconds that threads have to end by themselves after a command has failed."""
 
 MAX_LINES, MAX_LINE = 80, 2000
 """Of a message."""
@@ -119,3 +127,32 @@ def exit_status(main: Callable[..., int | None]) -> Callable[..., int]:
             return EXIT_INTERRUPTED
 
     return wrapped
+
+
+def end_process(main: Callable[[], int]) -> NoReturn:
+    """Call a command's `main` and end the process with the exit status that it returns.
+
+    After a failure threads may wait for what will not come, a library's writers for a folder that is gone: `EXIT_GRACE` seconds later
+    the process ends without them.
+    """
+    try:
+        status = main()
+    except SystemExit:  # argparse's, before anything has begun
+        raise
+    except BaseException:
+        _end_later(EXIT_FAILED)
+        raise
+    if status:
+        _end_later(status)
+    sys.exit(status)
+
+
+def _end_later(status: int) -> None:
+    threading.Thread(target=_end_without_threads, args=(status,), daemon=True).start()
+
+
+def _end_without_threads(status: int) -> None:
+    time.sleep(EXIT_GRACE)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)

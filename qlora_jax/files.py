@@ -165,6 +165,26 @@ class Anchor:
         os.close(self._descriptor)
 
 
+class FileSoFar:
+    """A file's bytes as they are now, to be copied later: in the meantime it may grow, or another may take its name."""
+
+    def __init__(self, path: Path) -> None:
+        self._name, self._file = path.name, path.open("rb")
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def copy_to(self, folder: Path) -> None:
+        """Write the bytes under the same name into `folder`; once."""
+        left = self._size
+        with self._file, (folder / self._name).open("wb") as out:
+            while left and (data := self._file.read(min(left, COPIED_AT_ONCE))):
+                out.write(data)
+                left -= len(data)
+
+
+COPIED_AT_ONCE = 2**20
+"""Bytes of a file that are in memory while it is copied."""
+
+
 class Scratch:
     """A new folder for work that may be killed at any moment: `PARENT/PREFIX...`. Those that ended processes left are removed first.
 

@@ -68,7 +68,7 @@ def best_is_gone(folder: Path, step: int) -> InputError:
 
 
 class Trainer:
-    """One run. `train` takes fresh adapters and returns trained ones; everything seen on the way is in `metrics.records`."""
+    """One run. `train` takes fresh adapters and returns trained ones; everything seen on the way is in `metrics.records()`."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Trainer:
             finally:
                 with self.phases.time("saving"):
                     self.checkpoints.wait()
-        plot_loss(self.metrics.records, self.output_dir / "loss.png")
+        plot_loss(self.metrics.records(), self.output_dir / "loss.png")
         return adapters
 
     def _steps(self, adapters: Adapters, optimizer: AdamW) -> Adapters:
@@ -272,9 +272,7 @@ class Trainer:
         progress = self.progress
         progress.window_seconds = time.perf_counter() - self._started
         about = {**self.about, "progress": progress.to_json(), "position": self.batches.state(progress.step)}
-        files = {"metrics.jsonl": self.metrics.lines()}
-        if (samples := self.output_dir / "samples.jsonl").exists():
-            files[samples.name] = samples.read_bytes()
+        files = [path for path in (self.metrics.path, self.output_dir / "samples.jsonl") if path.exists()]
         with self._pause("saving"):
             arrays = {"adapters": adapters, "moments": optimizer.moments}
             self.checkpoints.save(progress.step, arrays, about, files, self._best_folder())

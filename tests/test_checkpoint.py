@@ -60,10 +60,10 @@ def bits(tree: Any) -> list[tuple[bytes, str, tuple[int, ...]]]:
 
 def save(folder: Path, *steps: int, keep: int = 2, **about: Any) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (metrics := folder.parent / "metrics.jsonl").write_bytes(b"{}\n")
     for step in steps:
-        checkpoints.save(
-            step, {"adapters": adapters(step), "moments": some_moments()}, about, {"metrics.jsonl": b"{}\n"}
-        )
+        checkpoints.save(step, {"adapters": adapters(step), "moments": some_moments()}, about, [metrics])
     checkpoints.wait()
     return checkpoints
 
@@ -276,6 +276,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 place, limits = Path(sys.argv[1]), list(map(int, sys.argv[2:]))
+(metrics := place.parent / "metrics.jsonl").write_bytes(b"x")
 import numpy as np
 from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.placement import put
@@ -295,7 +296,7 @@ def run(step):
         template = {"adapters": [put({"a": np.zeros(5000, np.float32)}, "device")]}
         assert np.asarray(found.restore(template)["adapters"][0]["a"])[7] == found.step
     layers = [put({"a": np.full(5000, step, np.float32)}, "device")]
-    checkpoints.save(step, {"adapters": layers}, {"x": step}, {"metrics.jsonl": b"x"})
+    checkpoints.save(step, {"adapters": layers}, {"x": step}, [metrics])
     checkpoints.wait()
 
 sys.addaudithook(watch)

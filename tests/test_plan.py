@@ -15,7 +15,7 @@ from qlora_jax.commands import plan as plan_module
 from qlora_jax.commands.plan import memory_explained
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, load_config
 from qlora_jax.errors import InputError
-from qlora_jax.estimate import PROCESS_BYTES, Job, Layout, items, seconds, total, workspace
+from qlora_jax.estimate import PROCESS_BYTES, Job, Layout, Workspace, items, seconds, total, workspace
 from qlora_jax.llama import MLP_TOKENS, LlamaConfig
 from qlora_jax.plan import compiled_workspace, layer_bytes, make_plan
 from qlora_jax.rates import Rates, published
@@ -270,6 +270,31 @@ def test_the_pool_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_di
     found = plan_module.plan_run(config, LLAMA2_7B, 512, 64 * GIB, on_disk=on_disk)
     assert found.layout.resident == 0
     assert limits == [int(PINNED_SLACK * found.pool_bytes(registered=on_disk and registers))]
+
+
+def test_a_continued_run_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many layers kept as before, or, where the compiled functions leave no room for that, as if nothing had been before; XLA's
+    pool, whose limit is settled in between and once, has room for either."""
+    config = load_config(write_config(tmp_path), ["memory.base_weights=host", "memory.activations=host"])
+    limits: list[int] = []
+    monkeypatch.setattr(machine, "find_gpu", lambda: machine.Gpu("a card", 24 * GIB, 24 * GIB))
+    monkeypatch.setattr(machine, "registers_host_memory", lambda: True)
+    monkeypatch.setattr(machine, "prepare", lambda gpu, device, pinned, cache: limits.append(pinned))
+    monkeypatch.setattr(plan_module, "measured", published)
+    monkeypatch.setattr(plan_module, "compiled_workspace", workspace)
+
+    def planned(kept: int | None) -> Plan:
+        return plan_module.plan_run(config, LLAMA2_7B, 512, 64 * GIB, on_disk=True, kept_before=kept)
+
+    fresh, before = planned(None), planned(3)
+    assert before.layout.keep == 3 != fresh.layout.keep
+    monkeypatch.setattr(
+        plan_module, "compiled_workspace", lambda job, layout: Workspace(*[30 * GIB * (layout.keep == 3)] * 5)
+    )
+    assert planned(3).layout.keep == fresh.layout.keep
+    pools = [plan.pool_bytes(registered=True) for plan in (fresh, before)]
+    assert limits == [int(PINNED_SLACK * nbytes) for nbytes in (pools[0], max(pools), max(pools))]
+    assert pools[0] != pools[1]
 
 
 def test_out_of_memory_is_explained(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -17,7 +18,7 @@ from qlora_jax import machine
 from qlora_jax.arguments import path_argument
 from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.commands.space import local_folder, show_space, space_of, with_guessed_tokens
-from qlora_jax.config import Config, load_config
+from qlora_jax.config import Config, MemorySettings, load_config
 from qlora_jax.data.batches import LENGTH_MULTIPLE
 from qlora_jax.display import make_console
 from qlora_jax.errors import InputError
@@ -112,33 +113,70 @@ def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -
 
 
 def plan_run(
-    config: Config, shape: LlamaConfig, length: int, host_bytes: int | None = None, *, on_disk: bool = False
+    config: Config,
+    shape: LlamaConfig,
+    length: int,
+    host_bytes: int | None = None,
+    *,
+    on_disk: bool = False,
+    kept_before: int | None = None,
 ) -> Plan:
     """The plan for this machine; JAX's backend is started by it, with the memory that the plan needs.
 
     Args:
         on_disk: whether the model is in 4 bits on the disk already.
+        kept_before: the layers whose intermediates a continued run kept until now. It goes on with as many where they fit and the
+            settings do not say otherwise.
 
     Raises:
         InputError: the run does not fit, or the GPU cannot be asked for.
     """
     gpu = machine.find_gpu()
     job = make_job(config, shape, length, on_gpu=gpu is not None)
-    memory, checkpointing = config.memory, config.training.gradient_checkpointing
+    wishes, checkpointing = _wishes(config.memory, kept_before), config.training.gradient_checkpointing
     host_bytes = host_bytes or machine.available_host_bytes()
     cache = cache_dir() / "compiled"
     if gpu is None:
         machine.prepare(None, None, 0, cache)
-        return make_plan(job, memory, checkpointing, Limits(None, host_bytes), None)
-    asked = None if memory.device_memory == "auto" else machine.parse_bytes(memory.device_memory)
+        return next(_plans(job, wishes, checkpointing, Limits(None, host_bytes), None))
+    device_memory = config.memory.device_memory
+    asked = None if device_memory == "auto" else machine.parse_bytes(device_memory)
     limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
-    guess = make_plan(job, memory, checkpointing, limits, published(gpu.name))
+    guesses = list(_plans(job, wishes, checkpointing, limits, published(gpu.name)))
     # A model that is yet to be quantized may have to be in memory, for want of disk: its weights then come from the device, to the pool.
     registered = on_disk and machine.registers_host_memory()
-    machine.prepare(gpu, limits.device, int(PINNED_SLACK * guess.pool_bytes(registered=registered)), cache)
+    pool_bytes = max(
+        guess.pool_bytes(registered=registered) for guess in guesses
+    )  # its limit is settled here, the plan below
+    machine.prepare(gpu, limits.device, int(PINNED_SLACK * pool_bytes), cache)
     stats = jax.devices()[0].memory_stats()
     limits = dataclasses.replace(limits, device=min(limits.device, stats["bytes_limit"]) if stats else limits.device)
-    return make_plan(job, memory, checkpointing, limits, measured(), compiled_workspace)
+    return next(_plans(job, wishes, checkpointing, limits, measured(), compiled_workspace))
+
+
+def _wishes(memory: MemorySettings, kept_before: int | None) -> list[MemorySettings]:
+    """The settings as they are to be tried, in this order."""
+    if kept_before is None or memory.kept_layers != "auto":
+        return [memory]
+    return [memory.model_copy(update={"kept_layers": kept_before}), memory]
+
+
+def _plans(job: Job, wishes: Sequence[MemorySettings], *how: Any) -> Iterator[Plan]:
+    """A plan for each of the wishes but those that do not fit, in their order; `how`: the rest of `make_plan`'s arguments.
+
+    Raises:
+        InputError: none of them fits; of the last.
+    """
+    fitting = 0
+    for number, memory in enumerate(wishes, 1):
+        try:
+            plan = make_plan(job, memory, *how)
+        except InputError:
+            if number == len(wishes) and not fitting:
+                raise
+            continue  # another machine may have less room than the one before
+        fitting += 1
+        yield plan
 
 
 def resolved(config: Config, plan: Plan) -> Config:
