@@ -32,7 +32,7 @@ class SourceSettings(Section):
 class DataSettings(SourceSettings):
     """What to train on, and how it becomes tokens. One source is named here; several are listed in `sources`."""
 
-    path: str | None = None
+    path: str | None = None  # type: ignore[assignment]
     weight: None = None
     sources: tuple[SourceSettings, ...] = ()
     """Several sources in place of `path`, each with settings of its own: [{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]."""
@@ -102,7 +102,8 @@ class DataSettings(SourceSettings):
             return None
         return self._source(self.eval_path or self.path, self.eval_split or self.split)
 
-    def _source(self, path: str, split: str) -> SourceSettings:
+    def _source(self, path: str | None, split: str) -> SourceSettings:
+        assert path is not None, "`_one_way_to_say_it` has seen to that"
         return SourceSettings(
             path=path, name=self.name, split=split, format=self.format, fields=self.fields, roles=self.roles
         )
