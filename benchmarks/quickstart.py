@@ -1,4 +1,4 @@
-"""The quickstart as a user runs it, measured from outside: minutes, memory, held-out loss. `python -m benchmarks.quickstart`"""
+"""The quickstart as a user runs it, measured from outside: minutes, memory, held-out loss. `python -m benchmarks.quickstart`."""
 
 import json
 import resource

@@ -98,4 +98,5 @@ def _differences(before: Settings, now: Settings) -> Iterator[tuple[str, str, An
 
 
 def _is_in(table: Mapping[str, set[str] | None], section: str, key: str) -> bool:
-    return section in table and (table[section] is None or key in table[section])
+    keys = table.get(section, set())
+    return keys is None or key in keys

@@ -37,7 +37,7 @@ class SourceSettings(Section):
 class DataSettings(SourceSettings):
     """What to train on, and how it becomes tokens. One source is named here; several are listed in `sources`."""
 
-    path: UserText | None = None
+    path: UserText | None = None  # type: ignore[assignment]
     weight: None = None
     sources: tuple[SourceSettings, ...] = ()
     """Several sources in place of `path`, each with settings of its own: [{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]."""
@@ -111,7 +111,8 @@ class DataSettings(SourceSettings):
             return self._source(self.eval_path, self.eval_split or "train", None)
         return self._source(self.eval_path or self.path, self.eval_split or self.split, self.name)
 
-    def _source(self, path: str, split: str, name: str | None) -> SourceSettings:
+    def _source(self, path: str | None, split: str, name: str | None) -> SourceSettings:
+        assert path is not None, "`_one_way_to_say_it` has seen to that"
         return SourceSettings(
             path=path, name=name, split=split, format=self.format, fields=self.fields, roles=self.roles
         )

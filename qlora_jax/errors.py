@@ -93,7 +93,7 @@ def disk_full(error: OSError, where: object = None) -> InputError:
     """Of a file that could not be written, because the disk takes no more (`FULL`)."""
     place = where or error.filename or "writing a file"
     fix = "make room and run the same command again: a run goes on from what was saved"
-    return InputError(place, found=f"{FULL[error.errno]}: {error.strerror}", fix=fix)
+    return InputError(place, found=f"{FULL[error.errno or 0]}: {error.strerror}", fix=fix)
 
 
 class InterruptedRunError(Exception):

@@ -28,6 +28,9 @@ PYTORCH_S_SIDE = "qlora_jax.compare.reference"
 """A program, run in a process of its own: the one file with torch in it, which therefore nothing imports."""
 MAX_FILE_LINES, MAX_BODY_LINES = 350, 50
 TORCH_OR_NEEDS_IT = {"torch", "torchvision", "peft", "bitsandbytes", "accelerate", "trl", "triton", "unsloth"}
+POOR_OPENINGS = {"As", "Before", "By", "For", "From", "How", "In", "Of", "Over", "What", "Where"}
+POORLY_OPENED = 160
+"""Docstrings that begin so: there may only become fewer."""
 SKIPPED_FOLDERS = {"__pycache__", "runs", "build", "node_modules", "venv"}
 REGISTRY = re.compile(  # brackets keep the pattern from finding itself
     r"pypi\.|pythonhosted\.|download\.pytorch\.|npmjs\.|anaconda\.|conda\.io|crates\.io|rubygems\.|golang\.org"
@@ -157,6 +160,17 @@ def test_what_is_public_is_documented(path: Path) -> None:
     assert ast.get_docstring(tree)
     bare = [name for name, node in public(tree) if not ast.get_docstring(node)]
     assert not bare
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    """`Of a message.` says nothing where it is read alone, as in an editor."""
+    first = [
+        (ast.get_docstring(node) or "").partition(" ")[0]
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    assert len([word for word in first if word.rstrip(",:") in POOR_OPENINGS]) <= POORLY_OPENED
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)

@@ -175,11 +175,11 @@ def test_merged_is_what_the_merge_command_writes(finished: tuple[Path, str], pla
 
 def test_plain_lines(finished: tuple[Path, str]) -> None:
     """Loss, learning rate, gradient norm, speed, memory, time left: one line a step where there is no terminal."""
-    line = r"step (\d+)/12  loss \d+\.\d{4}  lr 1\.00e-02  grad \d+\.\d{3}  \d+ tok/s  \d+\.\d GiB  left (\d+):\d\d"
+    line = r"step (\d+)/12  loss \d+\.\d{4}  lr 1\.00e-02  grad \d+\.\d{3}  \d+ tok/s  \d+\.\d GiB  ETA (\d+):\d\d"
     lines = [re.fullmatch(line, text) for text in finished[1].splitlines() if re.match(r"step \d+/", text)]
     assert all(lines)
     assert [int(found[1]) for found in lines] == list(range(1, STEPS + 1))
-    assert lines[-1][0].endswith("left 0:00")
+    assert lines[-1][0].endswith("ETA 0:00")
     assert re.search(r"step 12: held-out loss \d\.\d{4}, perplexity \d+\.\d\d\n", finished[1])
     assert "\x1b" not in finished[1]
 

@@ -246,11 +246,11 @@ def show(plan: Plan, console: Console, steps: int | None) -> None:
         if any(figures):
             table.add_row(name, *(f"{figure / GIB:.2f}" if figure else "" for figure in figures))
     if on_gpu:
-        table.add_row("together", f"{plan.device_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.2f}", style="bold")
-        table.add_row("there is", f"{plan.limits.device / GIB:.2f}", f"{plan.limits.host / GIB:.2f}")
+        table.add_row("total", f"{plan.device_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.2f}", style="bold")
+        table.add_row("available", f"{plan.limits.device / GIB:.2f}", f"{plan.limits.host / GIB:.2f}")
     else:
-        table.add_row("together", f"{(plan.device_bytes + plan.host_bytes) / GIB:.2f}", style="bold")
-        table.add_row("there is", f"{plan.limits.host / GIB:.2f}")
+        table.add_row("total", f"{(plan.device_bytes + plan.host_bytes) / GIB:.2f}", style="bold")
+        table.add_row("available", f"{plan.limits.host / GIB:.2f}")
     rows = f"{job.micro_batches} x {job.rows} rows of up to {job.length} tokens a step"
     console.print(f"plan: {rows}")
     console.print(table)

@@ -81,6 +81,6 @@ def show_space(space: Space, console: Console) -> None:
             figure = f"{need.missing / GIB:.2f}" if kept else "no room"
             table.add_row(need.name, *(figure if need in disk.needs else "" for disk in disks))
     together = [sum(need.missing for need in disk.needs if disk.has_room(need)) for disk in disks]
-    table.add_row("together", *(f"{nbytes / GIB:.2f}" for nbytes in together), style="bold")
-    table.add_row("there is", *(f"{disk.free / GIB:.2f}" for disk in disks))
+    table.add_row("total", *(f"{nbytes / GIB:.2f}" for nbytes in together), style="bold")
+    table.add_row("available", *(f"{disk.free / GIB:.2f}" for disk in disks))
     console.print(table)

@@ -148,8 +148,8 @@ class RowTokenizer:
             return rendered
         if isinstance(sample, Text):
             return [Rendered(sample.text, ((0, len(sample.text)),))]
-        text = sample.prompt + sample.completion
-        return [Rendered(text, ((0 if loss_on == "all" else len(sample.prompt), len(text)),))]
+        whole = sample.prompt + sample.completion
+        return [Rendered(whole, ((0 if loss_on == "all" else len(sample.prompt), len(whole)),))]
 
     def _add_boundaries(self, encoded: Encoded, at: np.ndarray) -> Encoded:
         """Put the start tokens (unsupervised) and EOS (supervised) around the rows `at` ([rows] bool), unless they spell them."""
