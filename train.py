@@ -20,6 +20,7 @@ if __name__ == "__main__":
     )  # absent: where it is installed transformers would load it, for seconds and for nothing
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
@@ -30,6 +31,8 @@ from convert.load import load_weights, total_bytes
 from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
 from convert.prequantized import settle
+from qlora_jax import optimizer
+from qlora_jax.analysis import Ahead, StepShapes
 from qlora_jax.budget import Plan
 from qlora_jax.changes import check_changes, check_identity, work_changes
 from qlora_jax.checkpoint import Checkpoint
@@ -45,8 +48,8 @@ from qlora_jax.errors import InputError, exit_status
 from qlora_jax.generate import Sampling
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.output_dir import OutputDir
-from qlora_jax.placement import Tree, nbytes, put
-from qlora_jax.plan import make_engine
+from qlora_jax.placement import nbytes
+from qlora_jax.plan import keeps, make_engine
 from qlora_jax.preview import preview
 from qlora_jax.samples import Samples
 from qlora_jax.space import Space
@@ -102,6 +105,7 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
             on_disk = is_kept(model.folder, model.name_or_path, config.quantization)
             plan = plan_as_before(config, model.config, training.longest, resumed, on_disk=on_disk)
         show(plan, console, len(training))
+        explained = memory_explained(plan, config.memory, config.training.gradient_checkpointing, folder.path)
         config = resolved(config, plan)
         space = space_of(config, plan.job, len(training), model.folder, model.name_or_path)
         show_space(space, console)
@@ -112,23 +116,25 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         checkpoints = folder.claim(resumed)
         for line in folder.begin(config, command, resumed, {**plan.as_dict(len(training)), "disk": space.as_dict()}):
             console.print(line)
-        weights = load(config, model, plan, space, console, phases)
-        engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
-        adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
-        adapters = [put(in_dtype(layer, config.lora.dtype), plan.layout.adapters) for layer in adapters]
-        describe(config, engine, weights, adapters, training, console)
-        samples = make_samples(config, engine, weights, model, folder.path / "samples.jsonl", console, resumed)
-        trainer = Trainer(
-            config.training, engine, weights, training, held_out,
-            optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=about,
-            trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
-            hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config, corpus)), phases=phases,
-        )  # fmt: skip
-        with memory_explained(plan, folder.path):
+        with explained:
+            engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
+            ahead = compiled_ahead(engine, plan, config)
+            weights = load(config, model, plan, space, console, phases)
+            adapters = first_adapters(config, engine, model, start)
+            describe(config, engine, weights, adapters, training, console)
+            samples = make_samples(config, engine, weights, model, folder.path / "samples.jsonl", console, resumed)
+            trainer = Trainer(
+                config.training, engine, weights, training, held_out,
+                optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=about,
+                trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
+                hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config, corpus)), phases=phases,
+            )  # fmt: skip
+            with phases.time("compiling"):
+                ahead.wait()
             adapters = trainer.train(adapters, resumed)
-        best_step = trainer.progress.best_step if config.training.load_best_model_at_end else None
-        del engine, weights, trainer
-        export(config, corpus, model, adapters, folder, console, phases, best_step)
+            best_step = trainer.progress.best_step if config.training.load_best_model_at_end else None
+            del engine, weights, trainer
+            export(config, corpus, model, adapters, folder, console, phases, best_step)
         samples.show(best_step)
         folder.end("finished")
 
@@ -265,9 +271,19 @@ def load(config: Config, model: BaseModel, plan: Plan, space: Space, console: Co
     return weights
 
 
-def in_dtype(adapter: Tree, dtype: str) -> Tree:
-    """A layer's adapter in the dtype it is trained in."""
-    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), adapter)
+def compiled_ahead(engine: Engine, plan: Plan, config: Config) -> Ahead:
+    """Begin to compile the functions of a training step, while the weights are loaded."""
+    job = plan.job
+    shapes = StepShapes(engine, job.rows, job.length, packed=job.packed, micro_batches=job.micro_batches)
+    update = optimizer.lowered(config.training, shapes.adapter, shapes.gradients, shapes.array(dtype=np.float32))
+    return Ahead(shapes, keeps(job, plan.layout), update)
+
+
+def first_adapters(config: Config, engine: Engine, model: BaseModel, start: Adapter | None) -> Adapters:
+    """Return the adapters that training begins with, fresh or those of `start`, where they are to live."""
+    if start is None:
+        return engine.init_adapters(config.training.seed)
+    return as_adapters(start, model.config, engine.adapters, config.lora.dtype)[1]
 
 
 def describe(

@@ -6,8 +6,11 @@
     step-120/checksums.json   size and SHA-256 of every file above
 
 A folder is filled under a hidden name, synced and renamed, so `step-120` is whole from the moment it exists, whatever moment the power
-goes; what happens to it afterwards (a truncated file, a flipped byte) its checksums show. `Checkpoints.save` only starts the copies to
-the host; a thread waits for them and writes while training goes on.
+goes; what happens to it afterwards (a truncated file, a flipped byte) its checksums show.
+
+A thread copies the arrays into plain host memory, one after the other (see `placement.fetch`), while the next step runs: adapters and
+moments change in its update only, which waits for the copy (`Checkpoints.wait_taken`). Then the thread writes them while training goes on.
+So a checkpoint takes as much host memory as it has bytes, which the plan counts, and hardly any that is pinned.
 
 The arrays hold values, not places: a run may be resumed with moments, adapters or layers elsewhere than they were.
 """
@@ -25,21 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from qlora_jax.errors import FULL, InputError
 from qlora_jax.files import describe_size, publish, write_json
-from qlora_jax.placement import Tree, put
+from qlora_jax.placement import Tree
+from qlora_jax.snapshot import Layers, Snapshot, columns, keys
 
 FORMAT = 1
 """Raised whenever an older version could not read what is written, or would read it wrongly."""
 
 Json = Any  # what `json` can write
-Layers = Mapping[str, list[Tree]]
-"""By name ("adapters", "moments"), one tree of arrays a layer."""
 
 ABOUT, CHECKSUMS, ARRAYS = "about.json", "checksums.json", "arrays"
 HASHING_THREADS = 8
+CONCURRENT_BYTES = 2**30
+"""Host memory that orbax may take for what it is writing or reading, besides the arrays."""
 
 
 class DamagedError(Exception):
@@ -72,7 +75,7 @@ class Checkpoint:
         Raises:
             InputError: the arrays are not those of the template: names, shapes, dtypes and number of layers are compared.
         """
-        wanted = _columns(templates)
+        wanted = columns(templates)
         expected = {key: len(leaves) for key, leaves in wanted.items()}
         if expected != self.about["arrays"]:
             differing = sorted(expected.items() ^ self.about["arrays"].items())
@@ -81,7 +84,7 @@ class Checkpoint:
                 found="arrays that this run has no place for: " + "; ".join(f"{n} x {key}" for key, n in differing[:8]),
                 fix="resume with the model, lora.* and training.optim it was made with",
             )
-        with _orbax() as ocp:
+        with _orbax(self._largest(templates)) as ocp:
             loaded = ocp.load((self.path / ARRAYS).absolute())
         restored: dict[str, list[Tree]] = {}
         taken = dict.fromkeys(loaded, 0)
@@ -90,13 +93,17 @@ class Checkpoint:
             for index, layer in enumerate(layers):
                 leaves, structure = jax.tree.flatten(layer)
                 values = []
-                for key in _keys(name, layer):
+                for key in keys(name, layer):
                     values.append(loaded[key][taken[key]])
                     taken[key] += 1
                 placed = jax.device_put(values, [leaf.sharding for leaf in leaves])
                 restored[name].append(jax.block_until_ready(jax.tree.unflatten(structure, placed)))
                 layers[index] = None
         return restored
+
+    def _largest(self, templates: Layers) -> int:
+        """Bytes of the largest of the arrays, each for all layers."""
+        return max((sum(leaf.nbytes for leaf in leaves) for leaves in columns(templates).values()), default=0)
 
 
 class Checkpoints:
@@ -111,16 +118,17 @@ class Checkpoints:
         self.folder, self.keep, self.check_ours = folder, keep, check_ours
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
+        self._snapshot: Snapshot | None = None
         for path in folder.glob(".step-*"):
             shutil.rmtree(path)
 
     def save(
         self, step: int, layers: Layers, about: Mapping[str, Json], files: Mapping[str, bytes] | None = None
     ) -> None:
-        """Start saving: returns once the copies to the host are issued, and the save before this one is done.
+        """Start saving: returns at once, when the save before this one is done.
 
         Args:
-            layers: spent arrays may follow at once; arrays on the host are kept, not copied, until they are written.
+            layers: the arrays must stay as they are until `wait_taken` returns.
             about: added to `about.json`.
             files: more files, by name.
 
@@ -130,8 +138,14 @@ class Checkpoints:
         self.wait()
         if (self.folder / name_of(step)).exists():
             return  # the same step of the same run
-        held = {name: [put(layer, "host") for layer in trees] for name, trees in layers.items()}
-        self._writing = self._writer.submit(self._write, step, _columns(held), dict(about), dict(files or {}))
+        self._snapshot = Snapshot(layers)
+        self._writing = self._writer.submit(self._write, step, self._snapshot, dict(about), dict(files or {}))
+
+    def wait_taken(self) -> None:
+        """Return when the arrays that are being saved may change: before each update."""
+        if self._snapshot is not None:
+            self._snapshot.taken.wait()
+            self._snapshot = None
 
     def wait(self) -> None:
         """Until the save that was started last, if any, is done.
@@ -176,16 +190,16 @@ class Checkpoints:
             raise InputError(self.folder, found=f"no checkpoint that is not damaged{reasons}", fix=fix)
         return None
 
-    def _write(
-        self, step: int, columns: dict[str, list[jax.Array]], about: dict[str, Json], files: dict[str, bytes]
-    ) -> None:
-        """In the writer's thread: the whole folder, and the removal of what is now too old."""
+    def _write(self, step: int, snapshot: Snapshot, about: dict[str, Json], files: dict[str, bytes]) -> None:
+        """Write the whole folder and remove what is now too old, in the writer's thread."""
         aside = self.folder / f".{name_of(step)}.partial"
         try:
+            arrays = snapshot.take()
             aside.mkdir(parents=True)
-            counts = {key: len(leaves) for key, leaves in columns.items()}
-            with _orbax() as ocp:
-                ocp.save((aside / ARRAYS).absolute(), {key: _stack(columns, key) for key in counts})
+            counts = {key: len(array) for key, array in arrays.items()}
+            with _orbax(max((array.nbytes for array in arrays.values()), default=0)) as ocp:
+                ocp.save((aside / ARRAYS).absolute(), arrays)
+            del arrays
             for name, data in files.items():
                 (aside / name).write_bytes(data)
             write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about, "arrays": counts})
@@ -261,31 +275,6 @@ def _steps(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in named if match}
 
 
-def _keys(name: str, layer: Tree) -> list[str]:
-    """A key for each leaf of a layer's tree; layers whose leaf differs in shape or dtype have another key for it."""
-    leaves = jax.tree_util.tree_flatten_with_path(layer)[0]
-    return [f"{name}{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
-
-
-def _columns(layers: Layers) -> dict[str, list[jax.Array]]:
-    """Each key's leaves, in the order of the layers that have it."""
-    columns: dict[str, list[jax.Array]] = {}
-    for name, trees in layers.items():
-        for layer in trees:
-            for key, leaf in zip(_keys(name, layer), jax.tree.leaves(layer), strict=True):
-                columns.setdefault(key, []).append(leaf)
-    return columns
-
-
-def _stack(columns: dict[str, list[jax.Array]], key: str) -> np.ndarray:
-    """One array of a column, [layers, ...]; each leaf is let go once it is copied."""
-    leaves = columns[key]
-    stacked = np.empty((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    for index in range(len(leaves)):
-        stacked[index], leaves[index] = leaves[index], None
-    return stacked
-
-
 def _checksums(folder: Path) -> dict[str, tuple[int, str]]:
     """By name below `folder`, size and SHA-256 of every file but the checksums themselves."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -309,8 +298,10 @@ def _is_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _orbax() -> Iterator[Any]:
+def _orbax(largest: int) -> Iterator[Any]:
     """orbax as we use it: arrays as they are (float32 noise does not compress) and ours to read while they are written.
+
+    What it takes beside them is bounded, by the bytes of the largest array if that is more.
 
     Its own log of a failure, a traceback for each of its threads, is left out: the error itself is raised.
     """
@@ -319,6 +310,7 @@ def _orbax() -> Iterator[Any]:
     context, log = ocp.Context(), logging.getLogger("absl")
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(CONCURRENT_BYTES, 2 * largest)
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
     try:

@@ -16,7 +16,8 @@ PACKAGES = ("qlora_jax", "convert")
 ORDER = (
     "errors", "files", "machine", "section", "data_settings", "config", "changes", "nf4", "blockwise", "kernels", "dropout",
     "products", "linear", "feed_forward", "norm", "llama_config", "llama", "pinned", "data", "loss", "placement", "rates",
-    "compiled", "engine", "analysis", "optimizer", "estimate", "budget", "plan", "space", "checkpoint", "metrics", "trackers",
+    "compiled", "engine", "analysis", "optimizer", "estimate", "budget", "plan", "remembered", "shortage", "space", "snapshot",
+    "checkpoint", "metrics", "trackers",
     "display", "corpus", "preview", "samples", "output_dir", "signals", "progress", "faults", "trainer", "generate", "compare",
     "commands", "__main__",
 )  # fmt: skip
