@@ -19,6 +19,7 @@ if __name__ == "__main__":
     )  # absent: where it is installed transformers would load it, for seconds and for nothing
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, write_adapter
@@ -35,6 +36,8 @@ from convert.prequantized import settle
 from convert.requantize import check_requantize
 from convert.stops import Conversation, generation_config, open_conversation, with_stops
 from convert.verified import DamagedError
+from qlora_jax import optimizer
+from qlora_jax.analysis import Ahead, StepShapes
 from qlora_jax.arguments import path_argument
 from qlora_jax.budget import Plan
 from qlora_jax.changes import check_changes, check_identity, work_changes
@@ -52,8 +55,8 @@ from qlora_jax.files import remove_folder, replacing_folder, write_json
 from qlora_jax.generate import Sampling
 from qlora_jax.llama import LlamaConfig
 from qlora_jax.output_dir import OutputDir
-from qlora_jax.placement import Tree, nbytes, put
-from qlora_jax.plan import make_engine
+from qlora_jax.placement import nbytes
+from qlora_jax.plan import keeps, make_engine
 from qlora_jax.preview import preview
 from qlora_jax.samples import Samples
 from qlora_jax.space import Space
@@ -112,6 +115,7 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
             on_disk = is_kept(model.folder, model.name_or_path, config.quantization)
             plan = plan_as_before(config, model.config, training.longest, resumed, on_disk=on_disk)
         show(plan, console, len(training))
+        explained = memory_explained(plan, config.memory, config.training.gradient_checkpointing, folder.path)
         config = resolved(config, plan)
         space = space_of(config, plan.job, len(training), model.folder, model.name_or_path)
         show_space(space, console)
@@ -121,23 +125,27 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
         checkpoints = folder.claim(resumed)
         for line in folder.begin(config, command, resumed, {**plan.as_dict(len(training)), "disk": space.as_dict()}):
             console.print(line)
-        weights = load(config, model, plan, space, console, phases)
-        engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
-        adapters = as_adapters(start, model.config)[1] if start else engine.init_adapters(config.training.seed)
-        adapters = [put(in_dtype(layer, config.lora.dtype), plan.layout.adapters) for layer in adapters]
-        describe(config, engine, weights, adapters, training, console)
-        samples = make_samples(config, engine, weights, conversation, folder.path / "samples.jsonl", console, resumed)
-        trainer = Trainer(
-            config.training, engine, weights, training, held_out,
-            optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=about,
-            trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
-            hooks=make_hooks(samples, folder.path / "best", config, model, conversation), phases=phases,
-        )  # fmt: skip
-        with memory_explained(plan, folder.path):
+        with explained:
+            engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
+            ahead = compiled_ahead(engine, plan, config)
+            weights = load(config, model, plan, space, console, phases)
+            adapters = first_adapters(config, engine, model, start)
+            describe(config, engine, weights, adapters, training, console)
+            samples = make_samples(
+                config, engine, weights, conversation, folder.path / "samples.jsonl", console, resumed
+            )
+            trainer = Trainer(
+                config.training, engine, weights, training, held_out,
+                optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=about,
+                trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
+                hooks=make_hooks(samples, folder.path / "best", config, model, conversation), phases=phases,
+            )  # fmt: skip
+            with phases.time("compiling"):
+                ahead.wait()
             adapters = trainer.train(adapters, resumed)
-        best_step, last_step = trainer.progress.best_step, trainer.progress.step
-        del engine, weights, trainer
-        best_step = export(config, conversation, model, adapters, folder, console, phases, best_step)
+            best_step, last_step = trainer.progress.best_step, trainer.progress.step
+            del engine, weights, trainer
+            best_step = export(config, conversation, model, adapters, folder, console, phases, best_step)
         conclude(config, held_out, samples, best_step, folder, console, phases)
         finish(config, folder, checkpoints, last_step)
 
@@ -331,9 +339,19 @@ def load(config: Config, model: BaseModel, plan: Plan, space: Space, console: Co
     return weights
 
 
-def in_dtype(adapter: Tree, dtype: str) -> Tree:
-    """A layer's adapter in the dtype it is trained in."""
-    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), adapter)
+def compiled_ahead(engine: Engine, plan: Plan, config: Config) -> Ahead:
+    """Begin to compile the functions of a training step, while the weights are loaded."""
+    job = plan.job
+    shapes = StepShapes(engine, job.rows, job.length, packed=job.packed, micro_batches=job.micro_batches)
+    update = optimizer.lowered(config.training, shapes.adapter, shapes.gradients, shapes.array(dtype=np.float32))
+    return Ahead(shapes, keeps(job, plan.layout), update)
+
+
+def first_adapters(config: Config, engine: Engine, model: BaseModel, start: Adapter | None) -> Adapters:
+    """Return the adapters that training begins with, fresh or those of `start`, where they are to live."""
+    if start is None:
+        return engine.init_adapters(config.training.seed)
+    return as_adapters(start, model.config, engine.adapters, config.lora.dtype)[1]
 
 
 def describe(

@@ -1,4 +1,4 @@
-"""What is left of an adapter in a merged folder that is quantized again, for both bases. `python -m benchmarks.merge_formats`
+"""What is left of an adapter in a merged folder that is quantized again, for both bases. `python -m benchmarks.merge_formats`.
 
 The quickstart's adapter is merged into the original and into the dequantized base, and each folder's decoder linears are taken as they
 are, through NF4 and FP4 (double quantization), and through llama.cpp's Q8_0 and Q4_0 (by the gguf package). All compute in float32, on the

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 
@@ -24,7 +25,7 @@ from qlora_jax.engine import Adapters
 from qlora_jax.errors import InputError
 from qlora_jax.files import replacing_folder
 from qlora_jax.llama import LlamaConfig
-from qlora_jax.placement import Tree, put
+from qlora_jax.placement import Tree, Where, fetch, put
 from qlora_jax.reading import kind_of, open_file, reading
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -137,18 +138,16 @@ def write_adapter(
     base_model_name_or_path: str,
 ) -> None:
     """Write an adapter's files into a folder that is there."""
-    tensors: dict[str, np.ndarray] = {}
-    for layer, tree in enumerate(adapters):
-        for name in lora.targets:
-            for part in names.ADAPTER_PARTS:
-                tensors[names.adapter(layer, name, part)] = np.asarray(tree[name]["adapter"][part], np.float32)
-    specs = [TensorSpec(name, "F32", tensor.shape) for name, tensor in tensors.items()]
-    write_shard(
-        folder / WEIGHTS_FILE,
-        specs,
-        tensors.values(),
-        {**PT_METADATA, QUANTIZATION_KEY: quantization.model_dump_json()},
-    )
+    arrays = {
+        names.adapter(layer, name, part): tree[name]["adapter"][part]
+        for layer, tree in enumerate(adapters)
+        for name in lora.targets
+        for part in names.ADAPTER_PARTS
+    }
+    specs = [TensorSpec(name, "F32", array.shape) for name, array in arrays.items()]
+    metadata = {**PT_METADATA, QUANTIZATION_KEY: quantization.model_dump_json()}
+    tensors = (fetch(array).astype(np.float32, copy=False) for array in arrays.values())  # one at a time
+    write_shard(folder / WEIGHTS_FILE, specs, tensors, metadata)
     write_json(folder / CONFIG_FILE, _peft_config(lora, base_model_name_or_path))
 
 
@@ -283,18 +282,24 @@ def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
     return lora
 
 
-def as_adapters(adapter: Adapter, config: LlamaConfig) -> tuple[LoraSettings, Adapters]:
-    """A plain adapter in the engine's form: its settings (see `plain_settings`), and one tree a layer on the device.
+def as_adapters(
+    adapter: Adapter, config: LlamaConfig, where: Where = "device", dtype: str = "float32"
+) -> tuple[LoraSettings, Adapters]:
+    """Return a plain adapter in the engine's form: its settings (see `plain_settings`), and one tree a layer, brought there layer by layer.
+
+    Args:
+        where: where the adapters are to live.
+        dtype: the dtype that they are trained in.
 
     Raises:
         InputError: it is of a kind that can only be merged.
     """
     lora = plain_settings(adapter, config)
-    return lora, [
-        {name: {"adapter": _pair_on_device(adapter.pairs[layer, name])} for name in lora.targets}
-        for layer in range(config.num_hidden_layers)
-    ]
 
+    def matrices(pair: Pair) -> Tree:
+        return {part: np.asarray(getattr(pair, part)).astype(dtype) for part in names.ADAPTER_PARTS}
 
-def _pair_on_device(pair: Pair) -> Tree:
-    return put({"lora_a": pair.lora_a, "lora_b": pair.lora_b}, "device")
+    def layer_tree(layer: int) -> Tree:
+        return {name: {"adapter": matrices(adapter.pairs[layer, name])} for name in lora.targets}
+
+    return lora, [jax.block_until_ready(put(layer_tree(layer), where)) for layer in range(config.num_hidden_layers)]

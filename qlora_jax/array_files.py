@@ -8,13 +8,17 @@ from typing import Any
 
 from qlora_jax.errors import FULL
 
+CONCURRENT_BYTES = 2**30
+"""Host memory that orbax may take for what it is writing or reading, besides the arrays."""
 LOGGERS = ("absl", "asyncio")
 """Loggers on which orbax, its threads and their event loops repeat an error that was raised already, each with a traceback."""
 
 
 @contextlib.contextmanager
-def orbax() -> Iterator[Any]:
+def orbax(largest: int) -> Iterator[Any]:
     """orbax's interface, set up for float32 noise (nothing is compressed) and host arrays that nobody changes (nothing is copied).
+
+    What it takes beside the arrays is bounded, by twice the bytes of the `largest` if that is more than `CONCURRENT_BYTES`.
 
     Folders are made before its threads begin: where that fails, they would wait ten minutes for each other. After an error its loggers
     stay silent: threads that have not noticed yet would each log it again.
@@ -24,6 +28,7 @@ def orbax() -> Iterator[Any]:
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(CONCURRENT_BYTES, 2 * largest)
     context.asynchronous.create_directories_asynchronously = False
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     for name in LOGGERS:

@@ -7,9 +7,12 @@
     step-120/checksums.json   size and SHA-256 of every file above
 
 A folder is filled under a hidden name, synced and renamed, so `step-120` is whole from the moment it exists, whatever moment the power
-goes; what happens to it afterwards (a truncated file, a flipped byte) its checksums show. `Checkpoints.save` only starts the copies to
-the host; a thread waits for them and writes while training goes on. It writes into the folder that was the run's when `save` was called,
-whatever has its name by then, and publishes nothing once that has been taken away.
+goes; what happens to it afterwards (a truncated file, a flipped byte) its checksums show.
+
+A thread copies the arrays into plain host memory, one after the other (see `placement.fetch`), while the next step runs: adapters and
+moments change in its update only, which waits for the copy (`Checkpoints.wait_taken`). Then the thread writes them while training goes on,
+into the folder that was the run's when `save` was called, whatever has its name by then, and publishes nothing once that has been taken
+away. So a checkpoint takes as much host memory as it has bytes, which the plan counts, and hardly any that is pinned.
 
 The arrays hold values, not places: a run may be resumed with moments, adapters or layers elsewhere than they were.
 """
@@ -39,15 +42,14 @@ from qlora_jax.files import (
     replace_folder,
     write_json,
 )
-from qlora_jax.placement import Tree, put
+from qlora_jax.placement import Tree
 from qlora_jax.reading import kind_of, read_bytes, read_json, read_json_object, reading, shown
+from qlora_jax.snapshot import Layers, Snapshot, columns, keys
 
 FORMAT = 1
 """Raised whenever an older version could not read what is written, or would read it wrongly."""
 
 Json = Any  # what `json` can write
-Layers = Mapping[str, list[Tree]]
-"""By name ("adapters", "moments"), one tree of arrays a layer."""
 
 ABOUT, CHECKSUMS, ARRAYS, BEST = "about.json", "checksums.json", "arrays", "best"
 MAX_LINES_BYTES = 2**30
@@ -91,7 +93,7 @@ class Checkpoint:
         Raises:
             InputError: the arrays are not those of the template: names, shapes, dtypes and number of layers are compared.
         """
-        wanted = _columns(templates)
+        wanted = columns(templates)
         expected = {key: len(leaves) for key, leaves in wanted.items()}
         if expected != self.about["arrays"]:
             differing = sorted(expected.items() ^ self.about["arrays"].items())
@@ -101,7 +103,7 @@ class Checkpoint:
                 fix="resume with the model, lora.* and training.optim it was made with",
             )
         shapes = {key: ((len(leaves), *leaves[0].shape), leaves[0].dtype) for key, leaves in wanted.items()}
-        with orbax() as ocp, reading(self.path, "arrays that cannot be read"):
+        with orbax(self._largest(templates)) as ocp, reading(self.path, "arrays that cannot be read"):
             stored = ocp.metadata((self.path / ARRAYS).absolute()).metadata
             found = {key: (tuple(array.shape), np.dtype(array.dtype)) for key, array in stored.items()}
             if found != shapes:  # before there is memory for them
@@ -114,13 +116,17 @@ class Checkpoint:
             for index, layer in enumerate(layers):
                 leaves, structure = jax.tree.flatten(layer)
                 values = []
-                for key in _keys(name, layer):
+                for key in keys(name, layer):
                     values.append(loaded[key][taken[key]])
                     taken[key] += 1
                 placed = jax.device_put(values, [leaf.sharding for leaf in leaves])
                 restored[name].append(jax.block_until_ready(jax.tree.unflatten(structure, placed)))
                 layers[index] = None
         return restored
+
+    def _largest(self, templates: Layers) -> int:
+        """Bytes of the largest of the arrays, each for all layers."""
+        return max((sum(leaf.nbytes for leaf in leaves) for leaves in columns(templates).values()), default=0)
 
 
 class Checkpoints:
@@ -135,6 +141,7 @@ class Checkpoints:
         self.folder, self.keep, self.check_ours = folder, keep, check_ours
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
+        self._snapshot: Snapshot | None = None
         for path in folder.glob(".step-*"):
             shutil.rmtree(path)
 
@@ -146,10 +153,10 @@ class Checkpoints:
         files: Sequence[Path] = (),
         best: Path | None = None,
     ) -> None:
-        """Start saving: returns once the copies to the host are issued, and the save before this one is done.
+        """Start saving: returns at once, when the save before this one is done.
 
         Args:
-            layers: spent arrays may follow at once; arrays on the host are kept, not copied, until they are written.
+            layers: the arrays must stay as they are until `wait_taken` returns.
             about: added to `about.json`.
             files: more files, saved as they are now: they may grow or be replaced at once.
             best: the folder of the best adapter so far. It may be replaced at once; its files must not be written to.
@@ -163,8 +170,14 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         place = self._begin(step, best)
         parts = [FileSoFar(path) for path in files]
-        held = {name: [put(layer, "host") for layer in trees] for name, trees in layers.items()}
-        self._writing = self._writer.submit(self._write, step, _columns(held), dict(about), parts, place)
+        self._snapshot = Snapshot(layers)
+        self._writing = self._writer.submit(self._write, step, self._snapshot, dict(about), parts, place)
+
+    def wait_taken(self) -> None:
+        """Return when the arrays that are being saved may change: before each update."""
+        if self._snapshot is not None:
+            self._snapshot.taken.wait()
+            self._snapshot = None
 
     def _begin(self, step: int, best: Path | None) -> Anchor:
         """Make the folder to fill, with the best adapter in it: that is replaced while the rest is written."""
@@ -235,20 +248,17 @@ class Checkpoints:
         return None
 
     def _write(
-        self,
-        step: int,
-        columns: dict[str, list[jax.Array]],
-        about: dict[str, Json],
-        files: list[FileSoFar],
-        place: Anchor,
+        self, step: int, snapshot: Snapshot, about: dict[str, Json], files: list[FileSoFar], place: Anchor
     ) -> None:
-        """In the writer's thread: the whole folder, and the removal of what is now too old."""
+        """Write the whole folder and remove what is now too old, in the writer's thread."""
         with contextlib.closing(place):
             aside = place.path / f".{name_of(step)}.partial"
             try:
-                counts = {key: len(leaves) for key, leaves in columns.items()}
-                with orbax() as ocp:
-                    ocp.save((aside / ARRAYS).absolute(), {key: _stack(columns, key) for key in counts})
+                arrays = snapshot.take()
+                counts = {key: len(array) for key, array in arrays.items()}
+                with orbax(max((array.nbytes for array in arrays.values()), default=0)) as ocp:
+                    ocp.save((aside / ARRAYS).absolute(), arrays)
+                del arrays
                 for part in files:
                     part.copy_to(aside)
                 write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about, "arrays": counts})
@@ -326,28 +336,3 @@ def _steps(folder: Path) -> dict[int, Path]:
 def _step(path: Path) -> int | None:
     match = re.fullmatch(r"step-([0-9]{1,18})", path.name)
     return int(match[1]) if match else None
-
-
-def _keys(name: str, layer: Tree) -> list[str]:
-    """A key for each leaf of a layer's tree; layers whose leaf differs in shape or dtype have another key for it."""
-    leaves = jax.tree_util.tree_flatten_with_path(layer)[0]
-    return [f"{name}{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
-
-
-def _columns(layers: Layers) -> dict[str, list[jax.Array]]:
-    """Each key's leaves, in the order of the layers that have it."""
-    columns: dict[str, list[jax.Array]] = {}
-    for name, trees in layers.items():
-        for layer in trees:
-            for key, leaf in zip(_keys(name, layer), jax.tree.leaves(layer), strict=True):
-                columns.setdefault(key, []).append(leaf)
-    return columns
-
-
-def _stack(columns: dict[str, list[jax.Array]], key: str) -> np.ndarray:
-    """One array of a column, [layers, ...]; each leaf is let go once it is copied."""
-    leaves = columns[key]
-    stacked = np.empty((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    for index in range(len(leaves)):
-        stacked[index], leaves[index] = leaves[index], None
-    return stacked

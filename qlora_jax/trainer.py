@@ -147,6 +147,7 @@ class Trainer:
         with jax.transfer_guard("disallow"):  # every byte that crosses the bus in here is one we wrote
             loss, grads = self.engine.go_on(self.weights, adapters, started)
             norm = optimizer.global_norm(grads)
+            self.checkpoints.wait_taken()  # the update writes where these adapters and moments are
             # Dispatched before anybody has seen these numbers: if one is not finite, the device leaves everything as it was.
             adapters, _ = optimizer.update(adapters, grads, rate, norm, loss)
             del grads, started

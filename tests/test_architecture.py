@@ -18,8 +18,8 @@ ORDER = (
     "changes", "nf4", "blockwise", "kernels", "dropout", "products", "linear", "feed_forward", "norm",
     "llama_config", "llama", "pinned", "placement", "rates", "progress", "about", "metrics", "trackers", "display",
     "signals", "__main__", "checksum", "data", "loss", "compiled", "engine", "analysis", "optimizer", "estimate",
-    "budget", "plan", "space", "corpus", "preview", "samples", "faults", "generate", "compare", "commands",
-    "array_files", "checksums", "checkpoint", "output_dir", "trainer",
+    "budget", "plan", "space", "corpus", "preview", "samples", "faults", "generate", "compare", "array_files",
+    "checksums", "remembered", "shortage", "commands", "snapshot", "checkpoint", "output_dir", "trainer",
 )  # fmt: skip
 """The modules of qlora_jax, lowest first: each imports only from those before it."""
 LEVEL = {name: level for level, name in enumerate(ORDER)}

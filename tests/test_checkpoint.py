@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax import blockwise, checkpoint, compiled
+from qlora_jax import blockwise, checkpoint, compiled, snapshot
 from qlora_jax.checkpoint import ABOUT, CHECKSUMS, FORMAT, Checkpoints, DamagedError, checkpoint_bytes, open_checkpoint
 from qlora_jax.config import TrainingSettings
 from qlora_jax.engine import Gradients
 from qlora_jax.errors import InputError
 from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import put
+from qlora_jax.placement import fetch, put
 from tests.children import environment
 
 LAYERS = 3
@@ -80,6 +80,62 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Bounded memory
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_arrays_leave_the_device_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A pool that holds the largest array is enough, whatever a checkpoint has in all, and the arrays keep no copies of themselves."""
+    params, state = adapters(3, where), moments(adapters(3), where=where)
+    layers = {"adapters": params, "moments": state}
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(layers))
+    passing: list[int] = []
+
+    def one_at_a_time(array: jax.Array) -> np.ndarray:
+        assert threading.current_thread().name.startswith("checkpoint"), "by the writer's thread, beside the next step"
+        passing.append(array.nbytes)
+        return fetch(array)
+
+    monkeypatch.setattr(snapshot, "fetch", one_at_a_time)
+    monkeypatch.setattr(jax, "device_put", lambda *args, **options: pytest.fail("nothing is moved as a whole"))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    checkpoints.save(3, layers, {})
+    checkpoints.wait()
+    assert sum(passing) == checkpoint_bytes(layers) > 4 * largest
+    assert max(passing) == largest
+    assert all(leaf._npy_value is None for leaf in jax.tree.leaves(layers))
+
+
+def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`save` returns before anything is copied; `wait_taken` returns when all of it is, also if that failed."""
+    go_on, copied = threading.Event(), []
+
+    def slowly(array: jax.Array) -> np.ndarray:
+        assert go_on.wait(60)
+        copied.append(array)
+        return fetch(array)
+
+    monkeypatch.setattr(snapshot, "fetch", slowly)
+    checkpoints, params = Checkpoints(tmp_path / "checkpoints", 1), adapters(3)
+    checkpoints.save(3, {"adapters": params}, {})
+    assert not copied
+    threading.Timer(0.2, go_on.set).start()
+    checkpoints.wait_taken()
+    assert len(copied) == len(jax.tree.leaves(params))
+    expected = bits(params)
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()  # as an update does
+    checkpoints.wait()
+    restored = checkpoints.newest(no_log).restore({"adapters": adapters(4)})
+    assert bits(restored["adapters"]) == expected
+
+    monkeypatch.setattr(snapshot, "fetch", lambda array: (_ for _ in ()).throw(RuntimeError("no memory")))
+    checkpoints.save(4, {"adapters": adapters(4)}, {})
+    checkpoints.wait_taken()
+    with pytest.raises(RuntimeError, match="no memory"):
+        checkpoints.wait()
+
+
 # Every bit
 
 
@@ -116,13 +172,14 @@ def test_layers_of_different_shapes(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer is held up until the arrays have been spent, as the next optimizer step does."""
-    spent, real = threading.Event(), checkpoint._stack
-    monkeypatch.setattr(checkpoint, "_stack", lambda *args: (spent.wait(30), real(*args))[1])
+    """The arrays are spent as soon as they may be, as the next optimizer step does, while the writer is held up."""
+    spent, real = threading.Event(), checkpoint.write_json
+    monkeypatch.setattr(checkpoint, "write_json", lambda *args: (spent.wait(30), real(*args))[1])
     params = adapters(1)
     expected = bits(params)
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(1, {"adapters": params}, {})
+    checkpoints.wait_taken()
     spend = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
     params = [spend(layer) for layer in params]
     jax.block_until_ready(params)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
-from qlora_jax import machine
+from qlora_jax import machine, remembered
 from qlora_jax.__main__ import main
 from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.commands import plan as plan_module
@@ -17,8 +18,10 @@ from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings,
 from qlora_jax.errors import InputError
 from qlora_jax.estimate import PROCESS_BYTES, Job, Layout, Workspace, items, seconds, total, workspace
 from qlora_jax.llama import MLP_TOKENS, LlamaConfig
+from qlora_jax.machine import CONTEXT_BYTES, parse_bytes
 from qlora_jax.plan import compiled_workspace, layer_bytes, make_plan
 from qlora_jax.rates import Rates, published
+from qlora_jax.shortage import explain
 from tests import tiny
 
 LLAMA2_70B = LlamaConfig(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 10000.0, False)
@@ -132,7 +135,7 @@ def test_the_last_layer_keeps_what_finds_room_where_the_others_work() -> None:
 
 @pytest.mark.parametrize("gib", [6, 8])
 def test_70b_on_a_very_small_card_moves_adapters_and_moments_too(gib: int) -> None:
-    found = plan(job(LLAMA2_70B, 1, 4096), Limits(gib * GIB, 64 * GIB))
+    found = plan(job(LLAMA2_70B, 1, 4096), Limits(gib * GIB, 72 * GIB))
     assert (found.layout.adapters, found.layout.optimizer, found.layout.activations) == ("host",) * 3
 
 
@@ -251,7 +254,8 @@ def test_registered_weights_need_no_room_in_the_pool() -> None:
     weights = 27 * streamed.job.layer_bytes
     assert streamed.pool_bytes(registered=False) - streamed.pool_bytes(registered=True) == weights
     assert streamed.pool_bytes(registered=True) >= 32 * streamed.job.adapter_bytes
-    assert streamed.host_bytes == streamed.pool_bytes(registered=False) + PROCESS_BYTES[True]
+    checkpoint = 32 * (streamed.job.adapter_bytes + streamed.job.moments_bytes)
+    assert streamed.host_bytes == streamed.pool_bytes(registered=False) + checkpoint + PROCESS_BYTES[True]
     from_disk = plan(job(LLAMA2_7B, 1, 512), base_weights="disk")
     assert from_disk.pool_bytes(registered=False) == from_disk.pool_bytes(registered=True) > 0
 
@@ -265,8 +269,8 @@ def test_the_pool_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_di
     monkeypatch.setattr(machine, "find_gpu", lambda: machine.Gpu("a card", 24 * GIB, 24 * GIB))
     monkeypatch.setattr(machine, "registers_host_memory", lambda: registers)
     monkeypatch.setattr(machine, "prepare", lambda gpu, device, pinned, cache: limits.append(pinned))
-    monkeypatch.setattr(plan_module, "measured", published)
-    monkeypatch.setattr(plan_module, "compiled_workspace", workspace)
+    monkeypatch.setattr(remembered, "rates", lambda folder: published())
+    monkeypatch.setattr(remembered, "workspace", lambda folder, *job: workspace(*job))
     found = plan_module.plan_run(config, LLAMA2_7B, 512, 64 * GIB, on_disk=on_disk)
     assert found.layout.resident == 0
     assert limits == [int(PINNED_SLACK * found.pool_bytes(registered=on_disk and registers))]
@@ -297,17 +301,39 @@ def test_a_continued_run_is_planned_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert pools[0] != pools[1]
 
 
-def test_out_of_memory_is_explained(tmp_path: Path) -> None:
-    found = plan(job(LLAMA2_7B, 4, 2048))
-    with pytest.raises(InputError) as caught, memory_explained(found, tmp_path):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nBFC dump\n..."
-        )
-    assert "while trying to allocate 123 bytes" in caught.value.found
-    assert "BFC" not in str(caught.value)
-    assert "memory.device_memory=19GiB" in caught.value.fix
-    with pytest.raises(jax.errors.JaxRuntimeError), memory_explained(found, tmp_path):
+ON_THE_DEVICE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nBFC dump\n..."
+PINNED = "RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 7.00MiB with allocator xla_gpu_host_bfc"
+
+
+@pytest.mark.parametrize(
+    ("error", "memory", "fix"),
+    [
+        (jax.errors.JaxRuntimeError(ON_THE_DEVICE), "the GPU's memory", r"set memory\.device_memory=[\d.]+GiB"),
+        (jax.errors.JaxRuntimeError(PINNED), "pinned memory of the host", r"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=\d+"),
+        (MemoryError(), "the host's memory", r"set \w+\.\w+="),
+    ],
+)
+def test_out_of_memory_is_explained(tmp_path: Path, error: Exception, memory: str, fix: str) -> None:
+    """Which memory it was, and a setting with which a plan for less of it fits."""
+    found, settings = plan(job(LLAMA2_7B, 4, 2048)), MemorySettings()
+    with pytest.raises(InputError) as caught, memory_explained(found, settings, "auto", tmp_path):
+        raise error
+    assert caught.value.found.startswith(f"out of {memory}")
+    assert "dump" not in str(caught.value)
+    assert re.search(fix, caught.value.fix)
+    with pytest.raises(jax.errors.JaxRuntimeError), memory_explained(found, settings, "auto", tmp_path):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_the_device_memory_that_is_advised_was_tried(tmp_path: Path) -> None:
+    run = job(LLAMA2_7B, 4, 2048)
+    found = plan(run)
+    (advice,) = explain(found, MemorySettings(), "auto", jax.errors.JaxRuntimeError(ON_THE_DEVICE)).remedies
+    size = parse_bytes(re.search(r"device_memory=(\S+?),", advice)[1])
+    again = make_plan(
+        run, MemorySettings(), "auto", dataclasses.replace(found.limits, device=size - CONTEXT_BYTES), found.rates
+    )
+    assert again.fits and again.limits.device < found.limits.device
 
 
 def write_config(folder: Path, **model: Any) -> Path:

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from rich.table import Table
 
 from convert.hub import cache_dir
 from convert.model import open_shape
-from qlora_jax import machine
+from qlora_jax import machine, remembered
 from qlora_jax.arguments import path_argument
 from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.commands.space import local_folder, show_space, space_of, with_guessed_tokens
@@ -25,8 +27,9 @@ from qlora_jax.errors import InputError
 from qlora_jax.estimate import Job
 from qlora_jax.llama import LlamaConfig, default_attention
 from qlora_jax.metrics import peak_device_gib
-from qlora_jax.plan import compiled_workspace, make_plan
-from qlora_jax.rates import measured, published
+from qlora_jax.plan import choose, make_plan
+from qlora_jax.rates import Rates, published
+from qlora_jax.shortage import explain
 
 EPILOG = """\
 The longest row is taken to have data.max_seq_length tokens; train.py takes the longest there is. Without --gpu-memory the plan is for
@@ -34,6 +37,8 @@ this machine's GPU, and the workspace is that of the compiled layer; with it, fo
 cache takes of the disk is not counted, nor the tokens of its datasets: 5 bytes each."""
 
 
+SMALLER = 0.9
+"""Share of the device's memory for which the pool of pinned memory must be large enough too."""
 SIZES = ("gpu-memory", "host-memory", "disk-space")
 """Options that are a number of bytes."""
 
@@ -142,16 +147,32 @@ def plan_run(
     device_memory = config.memory.device_memory
     asked = None if device_memory == "auto" else machine.parse_bytes(device_memory)
     limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
-    guesses = list(_plans(job, wishes, checkpointing, limits, published(gpu.name)))
     # A model that is yet to be quantized may have to be in memory, for want of disk: its weights then come from the device, to the pool.
-    registered = on_disk and machine.registers_host_memory()
-    pool_bytes = max(
-        guess.pool_bytes(registered=registered) for guess in guesses
-    )  # its limit is settled here, the plan below
-    machine.prepare(gpu, limits.device, int(PINNED_SLACK * pool_bytes), cache)
+    limits = dataclasses.replace(limits, registered=on_disk and machine.registers_host_memory())
+    pool = guessed_pool(job, wishes, checkpointing, limits, published(gpu.name))
+    pool = machine.prepare(gpu, limits.device, int(PINNED_SLACK * pool), cache)  # settled here, the plan below
     stats = jax.devices()[0].memory_stats()
-    limits = dataclasses.replace(limits, device=min(limits.device, stats["bytes_limit"]) if stats else limits.device)
-    return next(_plans(job, wishes, checkpointing, limits, measured(), compiled_workspace))
+    device = min(limits.device, stats["bytes_limit"]) if stats else limits.device
+    limits = dataclasses.replace(limits, device=device, pool=pool)
+    folder = cache_dir() / "planned"
+    workspace_of = functools.partial(remembered.workspace, folder)
+    return next(_plans(job, wishes, checkpointing, limits, remembered.rates(folder), workspace_of))
+
+
+def guessed_pool(job: Job, wishes: Sequence[MemorySettings], checkpointing: str, limits: Limits, rates: Rates) -> int:
+    """Return bytes that the pool of pinned memory has to have room for, before the backend starts and the plan can be made.
+
+    The plan is made from the compiled functions' own workspaces, which may leave less room on the device than the estimate does. Then more
+    lives on the host: so the plans for a smaller device are asked too.
+
+    Raises:
+        InputError: the run does not fit.
+    """
+    guesses = list(_plans(job, wishes, checkpointing, limits, rates))
+    smaller = dataclasses.replace(limits, device=int(SMALLER * limits.device))
+    tighter = [choose(job, memory, checkpointing, smaller, rates) for memory in wishes]
+    plans = [*guesses, *(plan for plan in tighter if plan.fits)]
+    return max(plan.pool_bytes(registered=limits.registered) for plan in plans)
 
 
 def _wishes(memory: MemorySettings, kept_before: int | None) -> list[MemorySettings]:
@@ -200,26 +221,33 @@ def resolved(config: Config, plan: Plan) -> Config:
 
 
 @contextlib.contextmanager
-def memory_explained(plan: Plan, output_dir: Path) -> Iterator[None]:
-    """Turns XLA's out-of-memory into an answer for people.
+def memory_explained(
+    plan: Plan, memory: MemorySettings, gradient_checkpointing: str, output_dir: Path
+) -> Iterator[None]:
+    """Turn a failed allocation within the block into an answer for people: which memory, and a setting that the planner has tried.
 
     Raises:
-        InputError: the device's memory ran out within the block.
+        InputError: memory of the device, pinned memory or the host's ran out within the block.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
+        text = str(error)
+        if (
+            isinstance(error, jax.errors.JaxRuntimeError)
+            and "RESOURCE_EXHAUSTED" not in text
+            and "Out of memory" not in text
+        ):
+            raise
+        shortage = explain(plan, memory, gradient_checkpointing, error)
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        found = f"out of {shortage.memory}: {first_line}"
         peak, limit = peak_device_gib(), plan.limits.device
-        found = f"out of memory: {(str(error).strip() or 'RESOURCE_EXHAUSTED').splitlines()[0][:200]}"
         if peak is not None and limit is not None:
-            found += f"; the peak before was {peak:.1f} GiB, the plan expected {plan.device_bytes / GIB:.1f} of {limit / GIB:.1f}"
-        lower = max(1, round(0.85 * (limit or plan.limits.host) / GIB))
-        fix = (
-            f"plan with less, memory.device_memory={lower}GiB, so that more lives on the host; or lower data.max_seq_length or "
-            "training.per_device_train_batch_size. What was saved before is intact"
-        )
+            found += f"; the GPU's peak before was {peak:.1f} GiB, the plan expected {plan.device_bytes / GIB:.1f} of {limit / GIB:.1f}"
+        fix = "; or ".join(shortage.remedies) + ". What was saved before is intact"
         raise InputError(output_dir, found=found, fix=fix) from None
 
 
