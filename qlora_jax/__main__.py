@@ -31,6 +31,7 @@ class Command:
 
 COMMANDS = {
     "init": Command(module="qlora_jax.commands.init", help="write a commented file of all settings, from an example"),
+    "train": Command(module="qlora_jax.commands.train", help="fine-tune a model: what `python train.py` does"),
     "plan": Command(
         module="qlora_jax.commands.plan",
         help="say what a run would take of the GPU, the host and the disk, and how long, before anything is read",

@@ -27,6 +27,7 @@ from convert.quantize import quantize
 from convert.shards import TensorSpec, write_pieces
 from convert.verified import DamagedError, VerifiedFolder, summing, write_record
 from qlora_jax.checksum import BLOCK_BYTES, READ_BYTES, checksum, file_checksum
+from qlora_jax.commands import execute
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import make_console
 from qlora_jax.errors import EXIT_BAD_INPUT, InputError
@@ -171,7 +172,7 @@ def test_a_run_with_it_is_the_run_without(place: Path, monkeypatch: pytest.Monke
     for number in range(3):  # without, first and second with
         with monkeypatch.context() as patch:
             if number == 0:
-                patch.setattr(train, "cached_folder", lambda folder, *args, **options: folder)
+                patch.setattr(execute, "cached_folder", lambda folder, *args, **options: folder)
             if number == 2:
                 patch.setattr(cache_module, "quantize", never)
             out = place / str(number)

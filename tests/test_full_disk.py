@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import train
 from convert.adapter import load_adapter
 from convert.cache import cached_folder
 from convert.folder import ModelFolder
@@ -18,6 +17,7 @@ from convert.job import DestinationError
 from convert.load import read_config
 from convert.merge import merge
 from convert.quantize import quantize
+from qlora_jax.commands import execute, prepare
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import make_console
 from qlora_jax.errors import EXIT_BAD_INPUT
@@ -140,7 +140,8 @@ def test_tokens_for_which_there_is_no_room(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = write_place(tmp_path / "place", max_steps=1)
-    monkeypatch.setattr(train, "cache_dir", lambda: small_disk)
+    for module in (prepare, execute):
+        monkeypatch.setattr(module, "cache_dir", lambda: small_disk)
     (small_disk / "tokenized").mkdir()
     fill(small_disk)
     assert train_main(place, tmp_path / "out") == EXIT_BAD_INPUT

@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import train
 from convert import levels, merge, names
 from convert import quantize as quantize_command
 from convert.adapter import load_adapter
 from convert.check import check_merge
+from convert.delta import resolve_base
 from convert.folder import ModelFolder
 from convert.load import read_config
 from convert.quantize import quantize
@@ -333,4 +333,4 @@ def test_what_the_base_is_by_default(
         assert merge.main(["--adapter", str(adapter), "--model", str(base), "--out", str(out)]) == 0
         assert f"into the {name} base" in (said := capsys.readouterr().err)
         assert ("quantized again it would keep" in said) == (name == "dequantized")
-    assert train.resolve_base("auto", None) == "original"
+    assert resolve_base("auto", None) == "original"

@@ -29,6 +29,7 @@ from convert.merge import merge
 from convert.quantize import quantize
 from convert.shards import write_json
 from qlora_jax import trainer
+from qlora_jax.commands import execute, prepare
 from qlora_jax.config import MemorySettings, QuantizationSettings, load_config
 from qlora_jax.engine import Engine
 from qlora_jax.errors import EXIT_BAD_INPUT
@@ -147,7 +148,7 @@ def test_a_continued_run_keeps_as_many_layers(finished: tuple[Path, str], place:
 
     def kept(work: dict[str, int] | None) -> int:
         resumed = None if work is None else types.SimpleNamespace(about={"work": work})
-        return train.plan_as_before(config, shape, 32, resumed).layout.keep
+        return prepare.plan_as_before(config, shape, 32, resumed).layout.keep
 
     assert [kept(None), kept({}), kept({"keep": 1}), kept({"keep": 2})] == [0, 0, 1, 2]
 
@@ -304,7 +305,7 @@ def test_another_seed_on_a_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Another seed, another adapter. And a live display does not mind what a model says, or that it is evaluated on the way."""
-    monkeypatch.setattr(train, "answer", lambda *args: "[/b] :fire: [red]")
+    monkeypatch.setattr(execute, "answer", lambda *args: "[/b] :fire: [red]")
     out = tmp_path / "[x]"
     for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "100")):
         monkeypatch.setenv(name, value)

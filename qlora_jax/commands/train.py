@@ -1,0 +1,59 @@
+"""Fine-tune a Llama-family model with QLoRA: `python train.py --config FILE [section.key=value ...]`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from qlora_jax.arguments import path_argument
+from qlora_jax.commands.execute import execute
+from qlora_jax.commands.prepare import prepare
+from qlora_jax.config import Config, load_config
+from qlora_jax.display import Phases, make_console
+from qlora_jax.errors import exit_status
+from qlora_jax.output_dir import OutputDir
+from qlora_jax.trackers import check_trackers
+
+EPILOG = """\
+Any setting of the file can be given on the command line, e.g. training.max_steps=20 lora.r=16.
+A run leaves in training.output_dir: adapter/ (PEFT's format), metrics.jsonl, loss.png, config.yaml (all settings, resolved), run.json
+(what happened), checkpoints/, samples.jsonl when training.sample_prompt is set, best/ when there is something to evaluate on, and merged/
+(a Hugging Face folder) when training.export_merged is true.
+A run that was stopped, by Ctrl-C, SIGTERM or anything else, is continued by the same command."""
+
+
+@exit_status
+def main(arguments: Sequence[str] | None = None, prog: str | None = None, *, seconds: float | None = None) -> None:
+    """Parse the command line and run.
+
+    Args:
+        prog: the program's name in help and errors.
+        seconds: what the process took until now, of which the run keeps account.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, type=path_argument, metavar="FILE", help="a YAML file of settings; see configs/"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    options = parser.parse_args(arguments)
+    command = [prog or "train.py", *(sys.argv[1:] if arguments is None else arguments)]
+    phases = Phases()
+    if seconds is not None:
+        phases.seconds["starting"] = seconds
+    train(load_config(options.config, options.overrides), make_console(), command, phases)
+
+
+def train(
+    config: Config, console: Console | None = None, command: Sequence[str] = (), phases: Phases | None = None
+) -> None:
+    """Do one whole run, or what is left of it: prepare, load, train, export, show."""
+    if config.training.full_determinism:  # XLA reads this once, when the device is first used
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_exclude_nondeterministic_ops=true"
+    check_trackers(config.training)
+    console, phases = console or make_console(), phases or Phases()
+    with phases.told(console, once="loading"), OutputDir(config.training, phases.seconds) as folder:
+        execute(prepare(config, folder, console, phases), command)
