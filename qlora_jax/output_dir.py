@@ -41,6 +41,9 @@ GROWING = ("metrics.jsonl", "samples.jsonl")
 """Files that grow line by line; checkpoints hold them as they were."""
 LOCK = ".lock"
 LENGTH = ("max_steps", "num_train_epochs")
+FILES = (*GROWING, "loss.png", "config.yaml", "run.json")
+FOLDERS = ("adapter", "best", "checkpoints", "merged")
+"""What a run leaves."""
 ANOTHER = "name another training.output_dir"
 MAX_RECORD_BYTES = 2**28
 """Bytes of a `run.json`: each start of a run adds some thousands."""
@@ -120,6 +123,7 @@ class OutputDir:
             fix = "name another training.output_dir"
             raise InputError(self.path, found=f"cannot be made: {error.strerror}", fix=fix) from None
         self._take_lock()
+        self._refuse_odd()
         self._mark_lock()
         for name in ("adapter", "best"):
             recover_folder(self.path / name)
@@ -160,6 +164,15 @@ class OutputDir:
             remove_folder(best)
         elif best.exists():  # of an earlier version, which did not say whose it is
             best.rename(self.path / f"best.before-{1 + len(list(self.path.glob('best.before-*')))}")
+
+    def _refuse_odd(self) -> None:
+        """Raises InputError: what a run writes as a file is a folder there, or the other way round, or neither."""
+        wanted = dict.fromkeys(FILES, "a file") | dict.fromkeys(FOLDERS, "a folder")
+        kinds = {name: kind_of(self.path / name) for name in wanted}
+        odd = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in ("nothing", wanted[name])]
+        if odd:
+            fix = f"take it out of the folder, or {ANOTHER}"
+            raise InputError(self.path, found=", ".join(odd), expected="what a run leaves, or nothing", fix=fix)
 
     def check_ours(self) -> None:
         """Before something is written that others could take for theirs.

@@ -158,6 +158,17 @@ def test_an_output_folder_that_is_none(tmp_path: Path, kind: str) -> None:
         folder.claim(None)
 
 
+@pytest.mark.parametrize(
+    "name", ["run.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "adapter", "best", "checkpoints"]
+)
+def test_an_output_folder_with_something_else_in_a_results_place(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name) if "." not in name else (tmp_path / name).mkdir()
+    with pytest.raises(InputError), OutputDir(TrainingSettings(output_dir=tmp_path)) as folder:
+        folder.look()
+        folder.claim(None)
+    assert (tmp_path / name).exists()
+
+
 @pytest.fixture
 def step(tmp_path: Path) -> Path:
     """A checkpoint in the place where `hostile.sum_again` looks for them."""
