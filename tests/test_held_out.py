@@ -1,7 +1,7 @@
 """The held-out loss of a folder as it is, layer by layer, is transformers'."""
 
+import dataclasses
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ from rich.console import Console
 from convert import held_out
 from convert.folder import ModelFolder
 from convert.held_out import held_out_loss, show_held_out_loss
+from convert.load import load_weights, read_config
+from qlora_jax.config import QuantizationSettings
 from qlora_jax.data import Batch
+from qlora_jax.engine import Engine
 from tests import tiny
-from tests.runs import train_main, write_place
 
 ROWS, LENGTH = 4, 24
 
@@ -61,14 +63,16 @@ def test_what_does_not_fit_is_left_out_with_a_word(folder: Path, monkeypatch: py
     assert "1,048,576 bytes" in console.file.getvalue()
 
 
-def test_a_run_ends_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = write_place(tmp_path / "place", max_steps=2)
-    more = ["training.export_merged=true", f"data.eval_path={place / 'eval.jsonl'}"]
-    assert train_main(place, tmp_path / "run", *more) == 0
-    said = capsys.readouterr().out
-    start = json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]
-    assert start["merged"]["base"] == start["config"]["training"]["merge_base"] == "original"
-    assert f"computed in float32: {start['merged']['eval_loss']:.4f}" in said
-    assert said.index("merged 14 adapted linears into the original base") < said.index(
-        "held-out loss of the merged model"
-    )
+def test_packed_rows_are_what_the_engine_says(folder: Path) -> None:
+    """Two rows a line, which do not see each other; by the walk that trains."""
+    opened = ModelFolder(folder)
+    config = read_config(opened)
+    half = np.arange(LENGTH) % (LENGTH // 2)
+    positions = np.broadcast_to(half.astype(np.int32), (1, ROWS, LENGTH))
+    segments = np.broadcast_to((np.arange(LENGTH) >= LENGTH // 2).astype(np.int32), (1, ROWS, LENGTH))
+    batches = [dataclasses.replace(batch, positions=positions, segment_ids=segments) for batch in make_batches(2)]
+    engine = Engine(config, None, QuantizationSettings(), compute_dtype="float32")
+    weights, nothing = load_weights(opened, config, None, "device"), [{} for _ in range(config.num_hidden_layers)]
+    packed = held_out_loss(opened, batches, "float32")
+    assert packed == pytest.approx(engine.loss(weights, nothing, batches), rel=1e-6)
+    assert packed != pytest.approx(held_out_loss(opened, make_batches(2), "float32"), rel=1e-4)

@@ -18,12 +18,14 @@ from convert.check import check_merge
 from convert.delta import resolve_base
 from convert.folder import ModelFolder
 from convert.load import read_config
+from convert.model import open_model
 from convert.quantize import quantize
 from convert.requantize import KEY, check_requantize, read_note
 from convert.shards import TensorSpec, write_json, write_shard
 from qlora_jax import nf4
 from qlora_jax.__main__ import main
-from qlora_jax.config import LoraSettings, QuantizationSettings
+from qlora_jax.config import LoraSettings, QuantizationSettings, load_config
+from qlora_jax.display import make_console
 from qlora_jax.errors import EXIT_BAD_INPUT, InputError
 from tests import tiny
 from tests.runs import train_main, write_place
@@ -197,8 +199,7 @@ def test_a_damaged_note_is_no_note_and_the_weights_tell(unmarked: Path, entry: A
 # --------------------------------------------------------------------------------------------------------- told by the weights
 
 
-@pytest.mark.parametrize("quant_type", list(nf4.CODEBOOKS))
-@pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
+@pytest.mark.parametrize(("quant_type", "dtype"), [("nf4", "BF16"), ("nf4", "F16"), ("fp4", "F32")])
 def test_a_folder_that_lost_its_note_is_recognized(
     tmp_path: Path, model: Path, quant_type: nf4.QuantType, dtype: str
 ) -> None:
@@ -309,10 +310,19 @@ def test_every_command_refuses_unless_told(
     accept = "model.requantize=true" if command == "train" else "--requantize"
     assert accept in error
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
-    if marked:
+    if marked and command != "train":
         assert run(accept) == 0
         captured = capsys.readouterr()
         assert "of its update would survive; accepted" in captured.out + captured.err
+
+
+def test_training_can_be_told_too(merged: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = write_place(tmp_path / "place", max_steps=1)
+    asked = [f"model.name_or_path={merged['dequantized']}", "model.requantize=true"]
+    config = load_config(place / "run.yaml", asked)
+    settled = train.settle_base(config, open_model(config.model.name_or_path), make_console())
+    assert settled.training.merge_base == "original"
+    assert "of its update would survive; accepted" in capsys.readouterr().out
 
 
 def test_compare_refuses_too(merged: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

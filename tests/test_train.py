@@ -174,6 +174,18 @@ def test_merged_is_what_the_merge_command_writes(finished: tuple[Path, str], pla
     assert {path.name: data for path, data in snapshot(finished[0] / "merged").items()} == expected
 
 
+def test_it_ends_with_the_merged_models_held_out_loss(finished: tuple[Path, str]) -> None:
+    """Of a small model whose weights are the original ones, not those that went through 4 bits: near the adapter's, and not equal."""
+    out, printed = finished
+    start = json.loads((out / "run.json").read_text())["starts"][-1]
+    last = [record["eval_loss"] for record in records(out) if "eval_loss" in record][-1]
+    assert start["merged"]["base"] == start["config"]["training"]["merge_base"] == "original"
+    assert start["merged"]["eval_loss"] == pytest.approx(last, rel=0.2) != last
+    assert f"computed in float32: {start['merged']['eval_loss']:.4f}" in printed
+    merging, held_out = "merged 14 adapted linears into the original base", "held-out loss of the merged model"
+    assert 0 < printed.index(merging) < printed.index(held_out) < printed.index("after: abcd")
+
+
 def test_plain_lines(finished: tuple[Path, str]) -> None:
     """Loss, learning rate, gradient norm, speed, memory, time left: one line a step where there is no terminal."""
     line = r"step (\d+)/12  loss \d+\.\d{4}  lr 1\.00e-02  grad \d+\.\d{3}  \d+ tok/s  \d+\.\d GiB  ETA (\d+):\d\d"
