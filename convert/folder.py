@@ -87,7 +87,8 @@ class ModelFolder:
     @property
     def is_4bit(self) -> bool:
         """Whether `config.json` says that the linears are in bitsandbytes' 4 bits, which `convert.bitsandbytes` reads."""
-        return self.config.get("quantization_config") is not None
+        quantization = self.config.get("quantization_config")
+        return isinstance(quantization, dict) and bool(quantization.get("load_in_4bit"))
 
     def spec(self, name: str) -> TensorSpec:
         """One tensor's dtype and shape. Raises KeyError for a name that is not in `names`."""
@@ -326,14 +327,14 @@ def _json_object(path: Path, problems: list[str], at_most: int = MAX_JSON_BYTES)
 
 
 def _quantization_problems(config: dict[str, Any]) -> list[str]:
-    """Only bitsandbytes' 4 bits can be read."""
+    """Only bitsandbytes' 4 bits can be read. Settings that ask for nothing are left over from another model, and none to transformers."""
     quantization = config.get("quantization_config")
-    if quantization is None:
+    if quantization is None or quantization == {}:
         return []
     settings = quantization if isinstance(quantization, dict) else {}
     flags = [flag for flag in ("load_in_4bit", "load_in_8bit") if settings.get(flag)]
     method = settings.get("quant_method", "bitsandbytes" if flags else "unnamed")  # old transformers did not write it
-    if method == "bitsandbytes" and flags == ["load_in_4bit"]:
+    if method == "bitsandbytes" and flags in (["load_in_4bit"], []):
         return []
     kind = f"{method}, {' and '.join(flags) or 'without load_in_4bit'}" if method == "bitsandbytes" else method
     return [

@@ -63,11 +63,19 @@ def read_config(folder: ModelFolder) -> LlamaConfig:
             problems.append(f"{name}: dtype {spec.dtype}; weights are {', '.join(sorted(FLOATS))}")
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        fix = "fetch the model again"
+        if (
+            folder.is_4bit
+            and not companions
+            and all(folder.spec(name).shape == wanted[name] for name in wanted.keys() & found)
+        ):
+            fix = (
+                "remove quantization_config from its config.json: the weights are not quantized, a merge left it there"
+            )
+        elif in_4_bits:
+            fix += ", or give the unquantized one, which is quantized on the way in"
         raise InputError(
-            folder.path,
-            found="tensors that do not match config.json\n    " + "\n    ".join(shown),
-            fix="fetch the model again"
-            + (", or give the unquantized one, which is quantized on the way in" if in_4_bits else ""),
+            folder.path, found="tensors that do not match config.json\n    " + "\n    ".join(shown), fix=fix
         )
     return config
 

@@ -1,5 +1,6 @@
 """Adapters that PEFT itself makes and merges, and the same merged here."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def peft_adapter(
     """
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
+    settings = copy.deepcopy(settings)  # PEFT changes lists that it is given
     config = peft.LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **settings)
     base = reference(model, base_dtype)
     base.config._name_or_path = base.name_or_path = str(named or model)

@@ -68,6 +68,7 @@ def prepare(config: Config, folder: OutputDir, console: Console, phases: Phases)
         resumed = folder.newest(console.print)
     with phases.time("model"):
         model = open_model(config.model.name_or_path, log=console.print)
+        refuse_attention_dropout(model)
         config, start = settle_adapter(config, model)
         config = settle_base(settle_quantization(config, model, console), model, console)
     with phases.time("data"):
@@ -137,6 +138,21 @@ def conversation_of(config: Config, model: BaseModel, corpus: Corpus) -> Convers
     for prompt in config.training.sample_prompts:
         conversation.prompt_ids(prompt, model.config.vocab_size)
     return conversation
+
+
+def refuse_attention_dropout(model: BaseModel) -> None:
+    """Refuse a model whose attention drops weights in training: transformers would, and nothing here does.
+
+    Raises:
+        InputError: `config.json` has an `attention_dropout`.
+    """
+    if dropout := model.config.attention_dropout:
+        raise InputError(
+            model.folder.path / "config.json",
+            found=f"attention_dropout is {dropout}, not supported in training",
+            expected="0.0",
+            fix="set it to 0.0 there to train without; lora.lora_dropout regularizes the adapter",
+        )
 
 
 def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
