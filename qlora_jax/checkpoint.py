@@ -39,6 +39,7 @@ from qlora_jax.files import (
     replace_folder,
     write_json,
 )
+from qlora_jax.heap import give_back_free_memory
 from qlora_jax.placement import Tree, put
 
 FORMAT = 1
@@ -254,6 +255,7 @@ class Checkpoints:
                     raise self._full(step) from None
                 raise
             self._prune(place.path)
+        give_back_free_memory()
 
     def _full(self, step: int) -> InputError:
         kept = max(_steps(self.folder), default=None)

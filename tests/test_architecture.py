@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("qlora_jax", "convert")
 ORDER = (
-    "errors", "files", "array_files", "checksums", "machine",
+    "errors", "files", "array_files", "checksums", "heap", "machine",
     "section", "data_settings", "config", "changes", "nf4", "blockwise", "kernels", "dropout",
     "products", "linear", "feed_forward", "norm", "llama_config", "llama", "pinned", "data", "loss", "placement", "rates",
     "compiled", "engine", "analysis", "optimizer", "estimate", "budget", "plan", "space", "checkpoint", "metrics", "trackers",
