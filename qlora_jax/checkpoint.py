@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax.array_files import is_full, orbax
+from qlora_jax.array_files import import_orbax, is_full, orbax
 from qlora_jax.checksums import checksums, difference
 from qlora_jax.errors import InputError
 from qlora_jax.files import (
@@ -130,6 +130,10 @@ class Checkpoints:
         self._writing: concurrent.futures.Future[None] | None = None
         for path in folder.glob(".step-*"):
             shutil.rmtree(path)
+
+    def prepare(self) -> None:
+        """Start, in the writer's thread, what the first save would wait for."""
+        self._writer.submit(import_orbax)
 
     def save(
         self,
