@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from qlora_jax.about import check_about
-from qlora_jax.array_files import is_full, orbax
+from qlora_jax.array_files import import_orbax, is_full, orbax
 from qlora_jax.checksums import checksums, difference
 from qlora_jax.errors import InputError
 from qlora_jax.files import (
@@ -42,6 +42,7 @@ from qlora_jax.files import (
     replace_folder,
     write_json,
 )
+from qlora_jax.heap import give_back_free_memory
 from qlora_jax.placement import Tree
 from qlora_jax.reading import kind_of, read_bytes, read_json, read_json_object, reading, shown
 from qlora_jax.snapshot import Layers, Snapshot, columns, keys
@@ -144,6 +145,10 @@ class Checkpoints:
         self._snapshot: Snapshot | None = None
         for path in folder.glob(".step-*"):
             shutil.rmtree(path)
+
+    def prepare(self) -> None:
+        """Start, in the writer's thread, what the first save would wait for."""
+        self._writer.submit(import_orbax)
 
     def save(
         self,
@@ -272,6 +277,7 @@ class Checkpoints:
                     raise self._full(step) from None
                 raise
             self._prune(place.path)
+        give_back_free_memory()
 
     def _full(self, step: int) -> InputError:
         kept = max(_steps(self.folder), default=None)

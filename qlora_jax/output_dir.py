@@ -137,7 +137,10 @@ class OutputDir:
                 metrics.rename(self.path / f"metrics.before-{number}.jsonl")
         else:
             self._restore_best(resumed)
-        return Checkpoints(self.checkpoints_path, self._settings.save_total_limit, self.check_ours)
+        checkpoints = Checkpoints(self.checkpoints_path, self._settings.save_total_limit, self.check_ours)
+        if self._settings.save_steps or self._settings.save_interval_minutes:
+            checkpoints.prepare()
+        return checkpoints
 
     def check_best(self, resumed: Checkpoint) -> str:
         """Check that the run can go on with the best adapter that it had; a line to show where it cannot, and need not.

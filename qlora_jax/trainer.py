@@ -22,6 +22,7 @@ from qlora_jax.display import Phases, RunDisplay
 from qlora_jax.engine import Adapters, Engine, Started, Weights
 from qlora_jax.errors import InputError, InterruptedRunError
 from qlora_jax.faults import everything, find_fault, shown
+from qlora_jax.heap import give_back_free_memory
 from qlora_jax.metrics import MetricsLog, Record, Tracker, peak_device_gib, peak_host_gib, plot_loss
 from qlora_jax.optimizer import AdamW, schedule
 from qlora_jax.placement import Where, put
@@ -236,6 +237,7 @@ class Trainer:
             if self.eval_batches:
                 self._evaluate(adapters)
             self.hooks.samples(step, adapters)
+            give_back_free_memory()
         self.progress.evaluated = step
 
     def _evaluate(self, adapters: Adapters) -> None:

@@ -34,7 +34,8 @@ def readme(**settings: Any) -> str:
     """As PEFT writes it."""
     lines = "\n".join(f"- {key}: {value}" for key, value in settings.items())
     return (
-        "---\nlibrary_name: peft\n---\n## Training procedure\n\nThe following `bitsandbytes` quantization config was used during training:\n"
+        "---\nlibrary_name: peft\n---\n## Training procedure\n\n"
+        "The following `bitsandbytes` quantization config was used during training:\n"
         f"{lines}\n\n### Framework versions\n\n- PEFT 0.21.2\n"
     )
 
@@ -150,6 +151,6 @@ def test_a_leftover_of_a_merge(tmp_path: Path, tiny_folder: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     config = tiny.hf_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match="remove quantization_config from its config.json"):
+    with pytest.raises(Exception, match=r"remove quantization_config from its config\.json"):
         read_config(ModelFolder(folder))
     assert CONFIG_FILE not in {path.name for path in folder.iterdir()}

@@ -19,7 +19,7 @@ ORDER = (
     "llama_config", "llama", "pinned", "placement", "rates", "progress", "about", "metrics", "trackers", "display",
     "signals", "__main__", "checksum", "data", "loss", "compiled", "engine", "analysis", "optimizer", "estimate",
     "budget", "plan", "space", "corpus", "preview", "samples", "faults", "generate", "compare", "array_files",
-    "checksums", "remembered", "shortage", "snapshot", "checkpoint", "output_dir", "trainer", "commands",
+    "checksums", "remembered", "shortage", "snapshot", "heap", "checkpoint", "output_dir", "trainer", "commands",
 )  # fmt: skip
 """The modules of qlora_jax, lowest first: each imports only from those before it."""
 LEVEL = {name: level for level, name in enumerate(ORDER)}

@@ -24,6 +24,7 @@ from convert.requantize import KEY, check_requantize, read_note
 from convert.shards import TensorSpec, write_json, write_shard
 from qlora_jax import nf4
 from qlora_jax.__main__ import main
+from qlora_jax.commands.prepare import settle_base
 from qlora_jax.config import LoraSettings, QuantizationSettings, load_config
 from qlora_jax.display import make_console
 from qlora_jax.errors import EXIT_BAD_INPUT, InputError
@@ -320,7 +321,7 @@ def test_training_can_be_told_too(merged: dict[str, Path], tmp_path: Path, capsy
     place = write_place(tmp_path / "place", max_steps=1)
     asked = [f"model.name_or_path={merged['dequantized']}", "model.requantize=true"]
     config = load_config(place / "run.yaml", asked)
-    settled = train.settle_base(config, open_model(config.model.name_or_path), make_console())
+    settled = settle_base(config, open_model(config.model.name_or_path), make_console())
     assert settled.training.merge_base == "original"
     assert "of its update would survive; accepted" in capsys.readouterr().out
 

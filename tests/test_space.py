@@ -82,14 +82,19 @@ def test_checkpoints_as_large_as_predicted(place: Path, tmp_path: Path, settings
     arrays = 2 * (before.job.adapter_bytes + before.job.moments_bytes)
     names = len(about["arrays"])
     assert names == len(jax.tree.leaves((before.job.adapter, before.job.moments)))
-    rest = bytes_in(path) - arrays - growing
+    own = bytes_in(path) - bytes_in(path / "best")
+    rest = own - arrays - growing
     assert 0 < rest <= STATE_BYTES + NAME_BYTES * names, "what is not arrays has the room that is kept for it"
     assert growing <= before.checkpoint_bytes - arrays - STATE_BYTES - NAME_BYTES * names
-    assert 0 <= before.checkpoint_bytes - bytes_in(path) < STATE_BYTES + NAME_BYTES * names + 40 * RECORD_BYTES
+    assert 0 <= before.checkpoint_bytes - own < STATE_BYTES + NAME_BYTES * names + 40 * RECORD_BYTES
     assert max(len(json.dumps(record)) for record in records(tmp_path)) < RECORD_BYTES
     header = SPARE_BYTES
     adapter = need(before, "adapter").nbytes
     assert adapter <= bytes_in(tmp_path / "adapter") <= adapter + header
+    assert bytes_in(path / "best") == bytes_in(tmp_path / "best"), (
+        "counted for each checkpoint, though a link takes nothing"
+    )
+    assert need(before, "checkpoints").nbytes == 3 * (before.checkpoint_bytes + adapter)
     assert need(before, "best").nbytes == 2 * adapter and (tmp_path / "best").is_dir()
     small = sum(file.stat().st_size for file in tmp_path.iterdir() if file.is_file())
     assert small <= need(before, "metrics").nbytes
