@@ -189,8 +189,8 @@ def run(command: Command) -> None:
     import convert.merge
     import convert.quantize
     import qlora_jax.__main__
-    import train
     from convert.gguf import write_model_folder
+    from qlora_jax.commands import train
     from qlora_jax.errors import exit_status
 
     mains: dict[str, Callable[[Sequence[str]], int]] = {
@@ -335,7 +335,7 @@ def main() -> None:
     import transformers.utils.chat_template_utils  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 
-    import train  # noqa: F401
+    from qlora_jax.commands import train  # noqa: F401
 
     place, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     os.environ["QLORA_JAX_CACHE"] = str(place.with_name(WORK) / "cache")

@@ -19,9 +19,9 @@ import transformers.models.llama.configuration_llama  # noqa: F401
 from orbax.checkpoint import v1  # noqa: F401
 from transformers import PreTrainedTokenizerFast  # noqa: F401
 
-import train
 from convert import job
 from qlora_jax import checkpoint, files
+from qlora_jax.commands import train
 from qlora_jax.trainer import Trainer
 
 STEP = 3

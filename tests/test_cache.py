@@ -16,7 +16,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train
 from convert import cache as cache_module
 from convert import names
 from convert.adapter import WEIGHTS_FILE
@@ -27,7 +26,7 @@ from convert.quantize import quantize
 from convert.shards import TensorSpec, write_pieces
 from convert.verified import DamagedError, VerifiedFolder, summing, write_record
 from qlora_jax.checksum import BLOCK_BYTES, READ_BYTES, checksum, file_checksum
-from qlora_jax.commands import execute
+from qlora_jax.commands import execute, train
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import make_console
 from qlora_jax.errors import EXIT_BAD_INPUT, InputError

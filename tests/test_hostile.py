@@ -10,12 +10,12 @@ import datasets
 import pytest
 import yaml
 
-import train
 from convert.adapter import save_adapter
 from convert.folder import ModelFolder
 from convert.load import read_config
 from convert.quantize import quantize
 from qlora_jax.__main__ import main
+from qlora_jax.commands import train
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine import Engine
 from tests import tiny

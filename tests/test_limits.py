@@ -9,10 +9,10 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-import train
 from convert import names
 from convert.model import load_tokenizer, open_model
 from qlora_jax.__main__ import main
+from qlora_jax.commands import train
 from qlora_jax.config import Config
 from qlora_jax.corpus import load_corpus, tokenize_rows
 from qlora_jax.data import ModelLimits, RawRow, padding_id

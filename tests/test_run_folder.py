@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-import train
 from qlora_jax import checkpoint, trainer
 from qlora_jax.checkpoint import ABOUT, CHECKSUMS, open_checkpoint
 from qlora_jax.checksums import checksums
+from qlora_jax.commands import train
 from qlora_jax.errors import EXIT_BAD_INPUT
 from qlora_jax.files import write_json
 from qlora_jax.trainer import Trainer

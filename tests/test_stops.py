@@ -10,7 +10,6 @@ import tokenizers
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-import train
 from benchmarks.tokenizer import byte_tokenizer
 from convert import names
 from convert.folder import ModelFolder
@@ -20,6 +19,7 @@ from convert.model import load_tokenizer, open_model
 from convert.quantize import quantize
 from convert.stops import generation_config, open_conversation, stop_ids, template_of
 from qlora_jax.__main__ import main
+from qlora_jax.commands import train
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.data import ChatTemplate
 from qlora_jax.data.templates import NAMED

@@ -29,8 +29,8 @@ def count(more: int = 0) -> None:
 
 def main() -> int:
     """Run `train.main`, and print the most that was in the pool."""
-    import train
     from convert import adapter
+    from qlora_jax.commands import train
 
     put, fetch = jax.device_put, placement.fetch
 
