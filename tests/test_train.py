@@ -179,7 +179,8 @@ def test_it_ends_with_the_merged_models_held_out_loss(finished: tuple[Path, str]
     start = json.loads((out / "run.json").read_text())["starts"][-1]
     last = [record["eval_loss"] for record in records(out) if "eval_loss" in record][-1]
     assert start["merged"]["base"] == start["config"]["training"]["merge_base"] == "original"
-    assert start["merged"]["eval_loss"] == pytest.approx(last, rel=0.2) != last
+    assert start["merged"]["eval_loss"] == pytest.approx(last, rel=0.2)
+    assert start["merged"]["eval_loss"] != last
     assert f"computed in float32: {start['merged']['eval_loss']:.4f}" in printed
     merging, held_out = "merged 14 adapted linears into the original base", "held-out loss of the merged model"
     assert 0 < printed.index(merging) < printed.index(held_out) < printed.index("after: abcd")
@@ -244,7 +245,7 @@ def test_a_model_in_4_bits_is_the_same_run(
     double_quant = str(quant_type == "nf4").lower()
     kind = [f"quantization.quant_type={quant_type}", f"quantization.double_quant={double_quant}"]
     short = ["training.max_steps=2", "training.export_merged=true", *HOST]
-    assert train_main(place, tmp_path / "plain", *kind, *short) == 0
+    assert train_main(place, tmp_path / "plain", *kind, "training.merge_base=dequantized", *short) == 0
     assert "in 4 bits already" not in capsys.readouterr().out
     name = f"model.name_or_path={in_4_bits[quant_type]}"
     assert train_main(place, tmp_path / "out", name, *short) == 0
@@ -261,6 +262,7 @@ def test_a_model_in_4_bits_is_the_same_run(
     merged = [{p.name: data for p, data in snapshot(tmp_path / run / "merged").items()} for run in ("plain", "out")]
     assert merged[0] == merged[1]
     resolved = load_config(tmp_path / "out" / "config.yaml")
+    assert resolved.training.merge_base == "dequantized", "by default, as there are no other weights"
     assert resolved.quantization.model_dump() == load_config(place / "run.yaml", kind).quantization.model_dump()
     again = [f"training.output_dir={tmp_path / 'again'}", "training.max_steps=1", "training.export_merged=false"]
     assert train.main(["--config", str(tmp_path / "out" / "config.yaml"), *again]) == 0, "its settings are the folder's"
