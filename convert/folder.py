@@ -175,8 +175,8 @@ class ModelFolder:
                 "to safetensors first, e.g. with transformers' save_pretrained, on a machine where you trust them"
             )
         else:
-            others = [name for name in files if name.endswith(OTHER_WEIGHT_SUFFIXES)]
-            instead = f"; formats that are not read: {some(others)}" if others else ""
+            others = some([name for name in files if name.endswith(OTHER_WEIGHT_SUFFIXES)])
+            instead = others and f"; formats that are not read: {others}"
             problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}{instead}")
         return {}
 
@@ -328,8 +328,7 @@ def _json_object(path: Path, problems: list[str], at_most: int = MAX_JSON_BYTES)
 
 def _quantization_problems(config: dict[str, Any]) -> list[str]:
     """Only bitsandbytes' 4 bits can be read. Settings that ask for nothing are left over from another model, and none to transformers."""
-    quantization = config.get("quantization_config")
-    if quantization is None or quantization == {}:
+    if (quantization := config.get("quantization_config")) in (None, {}):
         return []
     settings = quantization if isinstance(quantization, dict) else {}
     flags = [flag for flag in ("load_in_4bit", "load_in_8bit") if settings.get(flag)]
