@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,8 @@ LOGGERS = ("absl", "asyncio")
 def orbax() -> Iterator[Any]:
     """orbax's interface, set up for float32 noise (nothing is compressed) and host arrays that nobody changes (nothing is copied).
 
-    Folders are made before its threads begin: where that fails, they would wait ten minutes for each other. After an error its loggers
-    stay silent: threads that have not noticed yet would each log it again.
+    Folders are made before its threads begin: where that fails, they would wait ten minutes for each other. After an error its threads
+    are not heard any more: those that have not noticed yet would each tell of it again.
     """
     from orbax.checkpoint import v1 as ocp  # half a second to import
 
@@ -28,10 +29,36 @@ def orbax() -> Iterator[Any]:
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    with context:
-        yield ocp
+    try:
+        with context:
+            yield ocp
+    except BaseException:
+        _leave_out_late_errors()
+        raise
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+
+
+def _leave_out_late_errors() -> None:
+    """Print no traceback of a write that ends after the error has ended the loop that waited for it; tensorstore prints one for each."""
+    report, report_unraisable = sys.excepthook, sys.unraisablehook
+    if getattr(report, "leaves_out_late_errors", False):
+        return
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not _is_late(error):
+            report(kind, error, trace)
+
+    def unraisablehook(unraisable: Any) -> None:
+        if not _is_late(unraisable.exc_value):
+            report_unraisable(unraisable)
+
+    excepthook.leaves_out_late_errors = True
+    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
+
+
+def _is_late(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def import_orbax() -> None:

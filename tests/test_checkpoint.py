@@ -375,8 +375,9 @@ from qlora_jax.errors import InputError
 from qlora_jax.placement import put
 from tests.children import environment
 checkpoints = Checkpoints(Path(sys.argv[1]) / "c", 2)
-for step, size in ((1, 1000), (2, 10**6)):
-    checkpoints.save(step, {"adapters": [put({"a": np.random.default_rng(0).random(size, np.float32)}, "device")]}, {})
+for step, sizes in ((1, [1000]), (2, range(20000, 20040))):
+    layers = [put({str(size): np.random.default_rng(0).random(size, np.float32) for size in sizes}, "device")]
+    checkpoints.save(step, {"adapters": layers}, {})
     try:
         checkpoints.wait()
     except InputError as error:
@@ -401,4 +402,4 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     assert "found:    the disk became full while step 2 was saved" in done.stdout
     assert "it continues after step 1" in done.stdout
     assert done.stdout.splitlines()[-1] == "1 ['step-1']"
-    assert "Traceback" not in done.stderr, "orbax's threads log one each"
+    assert done.stderr == "", "orbax's threads log a traceback each, and tensorstore's print one"
