@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_jax.errors import FULL
-
 LOGGERS = ("absl", "asyncio")
 """Loggers on which orbax, its threads and their event loops repeat an error that was raised already, each with a traceback."""
 
@@ -66,7 +64,9 @@ def import_orbax() -> None:
     from orbax.checkpoint import v1  # noqa: F401
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk takes no more; tensorstore's have the number in their text only."""
-    numbers = "|".join(map(str, FULL))
-    return getattr(error, "errno", None) in FULL or re.search(rf"os_error_code='({numbers})'", str(error)) is not None
+def system_error(error: BaseException) -> int | None:
+    """The system's number for an error while a file is written, None for any other; tensorstore's errors have it in their text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None

@@ -356,6 +356,22 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
     assert checkpoints.newest(no_log).step == 7
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EROFS, "Read-only file system"), ValueError("DATA_LOSS: write [os_error_code='30']")]
+)
+def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """As Python says it, and as tensorstore does: one message."""
+    checkpoints = save(tmp_path / "c", 7)
+
+    def fails(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "write_json", fails)
+    checkpoints.save(8, {"adapters": adapters()}, {})
+    with pytest.raises(InputError, match=r"step 8 could not be saved: Read-only file system\n.*continues after step 7"):
+        checkpoints.wait()
+
+
 def test_another_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "replace_folder", lambda *args, **kwargs: 1 / 0)

@@ -288,9 +288,11 @@ def test_a_continued_run_is_planned_once(tmp_path: Path, monkeypatch: pytest.Mon
 
     fresh, before = planned(None), planned(3)
     assert before.layout.keep == 3 != fresh.layout.keep
-    monkeypatch.setattr(
-        plan_module, "compiled_workspace", lambda job, layout: Workspace(*[30 * GIB * (layout.keep == 3)] * 5)
-    )
+
+    def too_much_for_three(job: Job, layout: Layout) -> Workspace:
+        return Workspace(*[30 * GIB] * 5) if layout.keep == 3 else workspace(job, layout)
+
+    monkeypatch.setattr(plan_module, "compiled_workspace", too_much_for_three)
     assert planned(3).layout.keep == fresh.layout.keep
     pools = [plan.pool_bytes(registered=True) for plan in (fresh, before)]
     assert limits == [int(PINNED_SLACK * nbytes) for nbytes in (pools[0], max(pools), max(pools))]
