@@ -279,10 +279,10 @@ def test_the_pool_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_di
 def test_a_continued_run_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many layers kept as before, or, where the compiled functions leave no room for that, as if nothing had been before; XLA's
     pool, whose limit is settled in between and once, has room for either."""
-    config = load_config(write_config(tmp_path), ["memory.base_weights=host", "memory.activations=host"])
+    config = load_config(write_config(tmp_path), ["memory.activations=host"])
     limits: list[int] = []
-    monkeypatch.setattr(machine, "find_gpu", lambda: machine.Gpu("a card", 24 * GIB, 24 * GIB))
-    monkeypatch.setattr(machine, "registers_host_memory", lambda: True)
+    monkeypatch.setattr(machine, "find_gpu", lambda: machine.Gpu("a card", 6 * GIB, 6 * GIB))
+    monkeypatch.setattr(machine, "registers_host_memory", lambda: False)
     monkeypatch.setattr(machine, "prepare", lambda gpu, device, pinned, cache: limits.append(pinned))
     monkeypatch.setattr(plan_module, "measured", published)
     monkeypatch.setattr(plan_module, "compiled_workspace", workspace)
@@ -292,11 +292,13 @@ def test_a_continued_run_is_planned_once(tmp_path: Path, monkeypatch: pytest.Mon
 
     fresh, before = planned(None), planned(3)
     assert before.layout.keep == 3 != fresh.layout.keep
-    monkeypatch.setattr(
-        plan_module, "compiled_workspace", lambda job, layout: Workspace(*[30 * GIB * (layout.keep == 3)] * 5)
-    )
+
+    def too_much_for_three(job: Job, layout: Layout) -> Workspace:
+        return Workspace(*[30 * GIB] * 5) if layout.keep == 3 else workspace(job, layout)
+
+    monkeypatch.setattr(plan_module, "compiled_workspace", too_much_for_three)
     assert planned(3).layout.keep == fresh.layout.keep
-    pools = [plan.pool_bytes(registered=True) for plan in (fresh, before)]
+    pools = [plan.pool_bytes(registered=False) for plan in (fresh, before)]
     assert limits == [int(PINNED_SLACK * nbytes) for nbytes in (pools[0], max(pools), max(pools))]
     assert pools[0] != pools[1]
 

@@ -204,7 +204,7 @@ def test_a_folder_that_is_moved(
 def test_a_folder_that_cannot_be_written_to(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder of our own that became a file: a message that names it, no traceback."""
     out = tmp_path / "out"
-    with at_step(4, lambda: (shutil.rmtree(out / "checkpoints"), (out / "checkpoints").write_text(""))):
+    with at_step(4, lambda: (out / "checkpoints").write_text("")):
         assert train_main(place, out, *PLAIN, "training.save_steps=5") == EXIT_BAD_INPUT
     error = capsys.readouterr().err
     assert f"error: {out / 'checkpoints'}\n  found:    cannot be used: File exists\n" in error
@@ -249,7 +249,7 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 def everything(out: Path) -> dict[str, Any]:
     return {
-        "names": sorted(str(path.relative_to(out)) for path in out.rglob("*")),
+        "names": sorted(str(path.relative_to(out)) for path in out.rglob("*") if ".before-" not in path.name),
         **{name: {p.name: p.read_bytes() for p in (out / name).iterdir()} for name in ("adapter", "merged")},
         "losses": [record["loss"] for record in records(out)],
     }
