@@ -118,8 +118,7 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
             console.print(line)
         with explained:
             engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
-            ahead = compiled_ahead(engine, plan, config)
-            weights = load(config, model, plan, space, console, phases)
+            weights = load(config, engine, model, plan, space, console, phases)
             adapters = first_adapters(config, engine, model, start)
             describe(config, engine, weights, adapters, training, console)
             samples = make_samples(config, engine, weights, model, folder.path / "samples.jsonl", console, resumed)
@@ -129,8 +128,6 @@ def run(config: Config, console: Console, command: Sequence[str], phases: Phases
                 trackers=open_trackers(config, folder.path, resumed.step if resumed else 0, folder.record["id"]),
                 hooks=Hooks(samples.take, lambda best: save(folder.path / "best", best, config, corpus)), phases=phases,
             )  # fmt: skip
-            with phases.time("compiling"):
-                ahead.wait()
             adapters = trainer.train(adapters, resumed)
             best_step = trainer.progress.best_step if config.training.load_best_model_at_end else None
             del engine, weights, trainer
@@ -251,8 +248,11 @@ def settle_quantization(config: Config, model: BaseModel, console: Console) -> C
     return config.model_copy(update={"quantization": quantization})
 
 
-def load(config: Config, model: BaseModel, plan: Plan, space: Space, console: Console, phases: Phases) -> Weights:
-    """The base model in 4 bits, each layer where the plan wants it."""
+def load(
+    config: Config, engine: Engine, model: BaseModel, plan: Plan, space: Space, console: Console, phases: Phases
+) -> Weights:
+    """Return the base model in 4 bits, each layer where the plan wants it. Meanwhile a step's functions are compiled."""
+    ahead = compiled_ahead(engine, plan, config)
     with phases.time("quantizing"):
         reserved = space.beside(cache_dir() / "quantized")
         in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console, leave_free=reserved)
@@ -268,6 +268,8 @@ def load(config: Config, model: BaseModel, plan: Plan, space: Space, console: Co
             lambda nbytes: progress.advance(task, nbytes),
         )
     weights.layers.pace.slots = plan.layout.slots
+    with phases.time("compiling"):
+        ahead.wait()
     return weights
 
 
