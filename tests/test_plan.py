@@ -135,13 +135,13 @@ def test_the_last_layer_keeps_what_finds_room_where_the_others_work() -> None:
 
 @pytest.mark.parametrize("gib", [6, 8])
 def test_70b_on_a_very_small_card_moves_adapters_and_moments_too(gib: int) -> None:
-    found = plan(job(LLAMA2_70B, 1, 4096), Limits(gib * GIB, 72 * GIB))
+    found = plan(job(LLAMA2_70B, 1, 4096), Limits(gib * GIB, 84 * GIB))
     assert (found.layout.adapters, found.layout.optimizer, found.layout.activations) == ("host",) * 3
 
 
 def test_an_evaluation_has_to_fit_as_well() -> None:
     """Its rows are more at a time than training's, but keep nothing: it decides only where training leaves little to spare."""
-    run, small = job(LLAMA2_70B, 1, 512), Limits(6 * GIB, 64 * GIB)
+    run, small = job(LLAMA2_70B, 1, 512), Limits(6 * GIB, 84 * GIB)
     assert plan(dataclasses.replace(run, eval_rows=4)).layout == plan(run).layout
     large = plan(dataclasses.replace(run, eval_rows=32), small)
     assert large.device_bytes <= small.device
@@ -239,12 +239,12 @@ def test_workspace_of_functions_compiled_here(keep: int) -> None:
 
 
 def test_a_processor_keeps_everything_unless_asked() -> None:
-    limits = Limits(None, 16 * GIB)
+    limits = Limits(None, 20 * GIB)
     found = make_plan(job(LLAMA2_7B, 1, 128), MemorySettings(), "auto", limits, None)
     assert found.layout == Layout(32)
     asked = MemorySettings(base_weights="host", resident_layers=3, optimizer="host")
     assert make_plan(job(LLAMA2_7B, 1, 128), asked, "none", limits, None).layout == Layout(3, optimizer="host", keep=32)
-    with pytest.raises(InputError, match=r"GiB of the 16\.0 that are free"):
+    with pytest.raises(InputError, match=r"GiB of the 20\.0 that are free"):
         make_plan(job(LLAMA2_70B, 1, 128), MemorySettings(), "auto", limits, None)
 
 
@@ -254,7 +254,7 @@ def test_registered_weights_need_no_room_in_the_pool() -> None:
     weights = 27 * streamed.job.layer_bytes
     assert streamed.pool_bytes(registered=False) - streamed.pool_bytes(registered=True) == weights
     assert streamed.pool_bytes(registered=True) >= 32 * streamed.job.adapter_bytes
-    checkpoint = 32 * (streamed.job.adapter_bytes + streamed.job.moments_bytes)
+    checkpoint = 2 * 32 * (streamed.job.adapter_bytes + streamed.job.moments_bytes)
     assert streamed.host_bytes == streamed.pool_bytes(registered=False) + checkpoint + PROCESS_BYTES[True]
     from_disk = plan(job(LLAMA2_7B, 1, 512), base_weights="disk")
     assert from_disk.pool_bytes(registered=False) == from_disk.pool_bytes(registered=True) > 0
