@@ -27,6 +27,7 @@ _HOMES = {
     "open_model": "convert.model",
     "plan_run": "qlora_jax.commands.plan",
     "save_adapter": "convert.adapter",
+    "train": "qlora_jax.commands.train",
 }
 """The module each public name is defined in."""
 

@@ -7,7 +7,9 @@ import argparse
 import dataclasses
 import importlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
@@ -30,6 +32,7 @@ class Command:
 
 
 COMMANDS = {
+    "train": Command(module="qlora_jax.commands.train", help="fine-tune a model, or continue a run that was stopped"),
     "init": Command(module="qlora_jax.commands.init", help="write a commented file of all settings, from an example"),
     "plan": Command(
         module="qlora_jax.commands.plan",
@@ -85,10 +88,20 @@ def _explain(prog: str, arguments: Sequence[str]) -> None:
     parser.parse_args(arguments)
 
 
-def console() -> int:
-    """Run the console script `qlora-jax`, and return its exit status."""
-    return main(prog="qlora-jax")
+def train(arguments: Sequence[str], prog: str) -> int:
+    """Run `train` in this process, which does nothing else, and return its exit status."""
+    started = time.perf_counter()
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # until the command itself begins: Ctrl-C in the middle of an import is no news
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # absent: transformers would load it, for seconds and for nothing
+    return importlib.import_module(COMMANDS["train"].module).main(arguments, prog, started)
+
+
+def console(prog: str = "qlora-jax") -> int | None:
+    """Run the console script, and return its exit status."""
+    return train(sys.argv[2:], f"{prog} train") if sys.argv[1:2] == ["train"] else main(prog=prog)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console(AS_MODULE))

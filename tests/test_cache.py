@@ -14,12 +14,12 @@ import pytest
 import safetensors.numpy
 import yaml
 
-import train
 from convert import cache as cache_module
 from convert.adapter import WEIGHTS_FILE
 from convert.cache import cached_folder, entry_of, is_kept, main
 from convert.folder import ModelFolder
 from convert.quantize import quantize
+from qlora_jax.commands import train
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import make_console
 from qlora_jax.errors import EXIT_BAD_INPUT, InputError

@@ -23,7 +23,7 @@ DIES = """
 import gc, itertools, os, pathlib, random, signal, sys, threading, time
 
 out, wanted, gradients, *arguments = sys.argv[1:]
-import train
+from qlora_jax.commands import train
 import matplotlib.figure, matplotlib.backends.backend_agg
 import transformers.models.auto.tokenization_auto, transformers.models.llama.configuration_llama
 from transformers import LlamaConfig, PreTrainedTokenizerFast

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import train
 from convert.adapter import load_adapter
 from convert.cache import cached_folder
 from convert.folder import ModelFolder
@@ -18,6 +17,7 @@ from convert.job import DestinationError
 from convert.load import read_config
 from convert.merge import merge
 from convert.quantize import quantize
+from qlora_jax.commands import train
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.display import make_console
 from qlora_jax.errors import EXIT_BAD_INPUT

@@ -9,12 +9,12 @@ import pytest
 import safetensors.numpy
 import yaml
 
-import train
 from convert import names
 from convert.adapter import WEIGHTS_FILE, save_adapter
 from convert.adapter_config import CONFIG_FILE
 from convert.folder import ModelFolder
 from convert.load import read_config
+from qlora_jax.commands import train
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.errors import EXIT_BAD_INPUT
 from tests import tiny

@@ -351,7 +351,7 @@ def python(text: str, *arguments: str) -> subprocess.Popen[str]:
 
 HANGS = """
 import sys, time
-import train
+from qlora_jax.commands import train
 from qlora_jax.trainer import Trainer
 
 real = Trainer._begun

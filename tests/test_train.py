@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import train
 from convert import names
 from convert.adapter import WEIGHTS_FILE, load_adapter
 from convert.folder import ModelFolder
@@ -29,6 +28,7 @@ from convert.merge import merge
 from convert.quantize import quantize
 from convert.shards import write_json
 from qlora_jax import trainer
+from qlora_jax.commands import train
 from qlora_jax.config import MemorySettings, QuantizationSettings, load_config
 from qlora_jax.engine import Engine
 from qlora_jax.errors import EXIT_BAD_INPUT
