@@ -23,6 +23,8 @@ from qlora_jax.errors import FULL, InputError, disk_full
 PROBLEMS_AT_ONCE = 10
 """So many bad rows are named before reading stops."""
 KEY_DIGITS = 16
+MAX_UNUSED, MAX_NAME = 100, 60
+"""Names of unused fields that are counted, and the characters of one."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Report:
     """By kind of problem."""
     first_skipped: dict[str, str] = field(default_factory=dict)
     """Of each kind the first, in words."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """Rows that have a field, or a message's key, of which nothing was made; by name."""
 
 
 class TokenStore(Sequence[Example]):
@@ -60,7 +64,7 @@ class TokenStore(Sequence[Example]):
             for name, dtype in (("input_ids", np.int32), ("loss_mask", np.bool_), ("wheres", np.uint8))
         )
         values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        self.report = Report(**values | {"skipped": Counter(values["skipped"])})
+        self.report = Report(**values | {name: Counter(values[name]) for name in ("skipped", "unused")})
 
     def __len__(self) -> int:
         """Rows that can be used."""
@@ -101,6 +105,9 @@ class Gate:
         report.num_read += tokens.num_read
         report.num_truncated += tokens.num_truncated
         report.num_split += tokens.num_split
+        for name, count in tokens.unused.items():
+            if name in report.unused or len(report.unused) < MAX_UNUSED:
+                report.unused[name[:MAX_NAME]] += count
         for problem in tokens.problems:
             self._refuse(problem)
         kept = np.ones(len(tokens.lengths), bool)

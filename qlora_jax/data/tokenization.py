@@ -4,7 +4,8 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -25,8 +26,12 @@ from qlora_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # slow to import; a process that tokenizes need not
 
-REVISION = 2
+REVISION = 3
 """Raised whenever the same rows may become other tokens or other masks, so that none that were kept are used again."""
+
+
+MADE_HERE = {("alpaca", "instruction"), ("alpaca", "input")}
+"""Keys that messages of a format have from here, for templates that tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,8 @@ class Tokens:
     num_split: int = 0
     """Rows more than there were, because a template rewrites turns."""
     problems: list[RowError] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
+    """Rows that have a field, or a message's key, of which nothing was made."""
 
 
 class RowTokenizer:
@@ -170,6 +177,7 @@ class RowTokenizer:
         texts: list[Rendered] = []
         samples: list[Sample] = []  # of each text
         numbers: list[int] = []
+        unused: Counter[str] = Counter()
         for number, raw in enumerate(rows):
             try:
                 sample = self.recipe.layout.read(raw.parse())
@@ -177,6 +185,7 @@ class RowTokenizer:
             except RowError as error:
                 problems[number] = error
             else:
+                unused.update(self._unused(sample))
                 texts += rendered
                 samples += [sample] * len(rendered)
                 numbers += [number] * len(rendered)
@@ -203,7 +212,18 @@ class RowTokenizer:
                 int((usable & (encoded.lengths > limit)).sum()),
                 len(numbers) - len(set(numbers)),
                 [problems[number] for number in sorted(problems)],
+                unused,
             )
+        )
+
+    def _unused(self, sample: Sample) -> Iterable[str]:
+        """Fields of a row, and keys of its messages, of which nothing was made."""
+        if not isinstance(sample, Chat):
+            return sample.unused
+        keys = self._renderer.unused_keys(sample)
+        return (
+            *sample.unused,
+            *(f"messages[].{key}" for key in keys if (self.recipe.layout.format, key) not in MADE_HERE),
         )
 
     def _render(self, sample: Sample, where: str) -> list[Rendered]:
