@@ -36,7 +36,7 @@ ROWS = [
     calling("write", {"label": "a", "places": [{"x": 1}, {"y": 2}]}, label="string"),
     {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}], "tools": []},
 ]
-AS_TEXT = [calling("draw", '{"width": 3, "label": null}'), calling("write", '{"label": "a"}')]
+AS_TEXT = [calling("draw", '{"width": 3, "label": null}', n="integer"), calling("write", '{"label": "a"}', m="string")]
 
 
 def from_parquet(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

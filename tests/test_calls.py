@@ -107,12 +107,14 @@ FORMS = {
     "written as it is": ("{{ c.function.name }}({{ c.function.arguments }})", f"weather({TEXT})"),
     "as JSON": ("{{ c.function.name }}({{ c.function.arguments | tojson }})", f"weather({TEXT})"),
     "either": (
-        "{{ c.function.name }}{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}{% endif %}",
+        "{% set a = c.function.arguments %}{{ c.function.name }}{{ a if a is string else a | tojson }}",
         "weather" + TEXT,
     ),
     "bare": ("{{ c.name }}({{ c.arguments | tojson }})", f"weather({TEXT})"),
     "bare, joined": ("{{ c['name'] + c['arguments'] }}", "weather" + TEXT),
-    "one by one": ("{{ c.function.name }}{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}", "weather city=Orléans days=3"),
+    "one by one": ("{{ c.function.name }}{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}",
+        "weather city=Orléans days=3",
+    ),
     "whole": ("{{ c | tojson }}", json.dumps(call(ARGUMENTS), ensure_ascii=False)),
 }  # fmt: skip
 
@@ -164,7 +166,7 @@ def test_calls_that_are_none(fields: dict[str, Any], found: str) -> None:
     with pytest.raises(RowError) as error:
         Layout("chat").read(Row("f:1", {"messages": calling(**fields)}))
     assert found in error.value.found and error.value.fix
-    with pytest.raises(RowError, match="conversations.1.` is null without a call"):
+    with pytest.raises(RowError, match=r"conversations.1.` is null without a call"):
         said = [SHAREGPT[0], {"from": "function_call", "value": "look()"}, *SHAREGPT[1:]]
         Layout("sharegpt").read(Row("f:1", {"conversations": said}))
 

@@ -1,4 +1,4 @@
-"""Fields that change what is learned are honoured, as OpenAI, axolotl, LLaMA-Factory and TRL mean them; all others are named and counted."""
+"""Fields that change what is learned mean what OpenAI, axolotl, LLaMA-Factory and TRL mean; all others are named and counted."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}",
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
 
-def learned(fields: dict[str, Any], template: str = CHATML, loss_on: str = "assistant", **layout: Any) -> list[str]:
-    row = Row("f:1", fields)
+def learned(columns: dict[str, Any], template: str = CHATML, loss_on: str = "assistant", **layout: Any) -> list[str]:
+    row = Row("f:1", columns)
     sample = Layout(detect_format([row]), **layout).read(row)
     rendered = Renderer(template, {}, ["<|im_end|>"]).render(sample, loss_on, "f:1")
     return [text.text[start:end] for text in rendered for start, end in text.spans]
