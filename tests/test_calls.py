@@ -86,7 +86,7 @@ def written(template: str, format: str, fields: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3_1", "qwen2_5", "qwen3", "gptoss", "glm4moe", "qwen3_5_think", "gemma4", "nemotron_3_nano"]
+    "name", ["llama3_1", "qwen2_5", "qwen3", "gptoss", "glm4moe", "qwen3_5_think", "gemma4_v2", "nemotron_3_nano"]
 )
 def test_every_writing_is_what_transformers_writes_of_its_own(name: str) -> None:
     """Templates that write arguments as JSON, one by one, or in a language of their own."""
@@ -157,7 +157,7 @@ def test_calls_that_a_template_does_not_write_whole_are_named(form: str, found: 
         ({"tool_calls": [call("[1]")]}, "are no JSON object: [1]"),
         ({"tool_calls": [{"type": "function"}]}, "`messages[1].tool_calls` names no function"),
         ({"tool_calls": [call({}), {"id": 3}]}, "`messages[1].tool_calls[1]` names no function"),
-        ({"tool_calls": "look()"}, "`messages[1].tool_calls` is null without a call"),
+        ({"tool_calls": "look()"}, "`messages[1].tool_calls` is a string without a call"),
         ({"function_call": {"arguments": "{}"}}, "`messages[1].function_call` names no function"),
         ({"tool_calls": [{"type": "retrieval", "name": "a"}]}, "names no function"),
     ],
@@ -166,7 +166,7 @@ def test_calls_that_are_none(fields: dict[str, Any], found: str) -> None:
     with pytest.raises(RowError) as error:
         Layout("chat").read(Row("f:1", {"messages": calling(**fields)}))
     assert found in error.value.found and error.value.fix
-    with pytest.raises(RowError, match=r"conversations.1.` is null without a call"):
+    with pytest.raises(RowError, match=r"conversations.1.` is a string without a call"):
         said = [SHAREGPT[0], {"from": "function_call", "value": "look()"}, *SHAREGPT[1:]]
         Layout("sharegpt").read(Row("f:1", {"conversations": said}))
 
