@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from convert.companions import MAX_COMPANION_BYTES, OTHER_WEIGHT_SUFFIXES, PICKLE_SUFFIXES, companion_files
 from convert.recognition import not_a_model
 from convert.shapes import refusals
-from convert.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
+from convert.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec, is_inside
 from qlora_jax.errors import InputError
 from qlora_jax.reading import MAX_JSON_BYTES, is_file, kind_of, open_file, read_json_object, reading, refuse_odd_files
 
@@ -186,7 +186,7 @@ class ModelFolder:
             return {}
         bad = set()
         for shard in sorted(set(map(str, weight_map.values()))):
-            if not _is_inside(shard):
+            if not is_inside(shard):
                 bad.add(shard)
                 problems.append(f"{INDEX_NAME}: names {shard!r}, which is not a safetensors file inside the folder")
             elif not is_file(self.path / shard):
@@ -340,13 +340,6 @@ def _quantization_problems(config: dict[str, Any]) -> list[str]:
         f"already quantized ({kind}), and only bitsandbytes' load_in_4bit can be read: give the unquantized model, which is "
         "quantized on the way in"
     ]
-
-
-def _is_inside(shard: str) -> bool:
-    """Whether an index's file name stays in the folder. Links are not followed: the hub's cache is made of them."""
-    path = PurePosixPath(shard.replace("\\", "/"))
-    drive = ":" in shard
-    return not (drive or path.is_absolute() or ".." in path.parts) and path.suffix == ".safetensors"
 
 
 def some(names: list[str]) -> str:

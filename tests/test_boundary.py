@@ -287,6 +287,7 @@ def write_store(place: Path) -> Path:
         "num_duplicates": 0,
         "skipped": {},
         "first_skipped": {},
+        "unused": {},
     }
     (place / "report.json").write_text(json.dumps(report))
     assert len(TokenStore(place)) == 2
