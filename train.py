@@ -252,7 +252,8 @@ def load(
     config: Config, engine: Engine, model: BaseModel, plan: Plan, space: Space, console: Console, phases: Phases
 ) -> Weights:
     """Return the base model in 4 bits, each layer where the plan wants it. Meanwhile a step's functions are compiled."""
-    ahead = compiled_ahead(engine, plan, config)
+    on_gpu = plan.limits.device is not None  # a processor is busy enough, and may never see the longest row's shape
+    ahead = compiled_ahead(engine, plan, config) if on_gpu else None
     with phases.time("quantizing"):
         reserved = space.beside(cache_dir() / "quantized")
         in_4_bits = cached_folder(model.folder, model.name_or_path, config.quantization, console, leave_free=reserved)
@@ -268,8 +269,9 @@ def load(
             lambda nbytes: progress.advance(task, nbytes),
         )
     weights.layers.pace.slots = plan.layout.slots
-    with phases.time("compiling"):
-        ahead.wait()
+    if ahead is not None:
+        with phases.time("compiling"):
+            ahead.wait()
     return weights
 
 
