@@ -24,6 +24,8 @@ from qlora_jax.reading import MAX_JSON_BYTES, is_file, kind_of, open_file, read_
 
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library: a longer header is damage or an attack."""
+PACKED = ".quant_state."
+"""What the name of a tensor in bitsandbytes' 4 bits has, beside that of the weight."""
 SHOWN_NAMES = 5
 MAX_REFUSALS = 20
 XLA_ALIGNMENT = 64
@@ -59,12 +61,12 @@ class ModelFolder:
         refuse_odd_files(self.path)
         problems: list[str] = []
         self.config: dict[str, Any] = _json_object(self.path / "config.json", problems) or {}
-        problems += _quantization_problems(self.config)
         weight_map = self._weight_map(problems)
         self.shards = sorted(set(weight_map.values())) if weight_map else []
         self._headers = {shard: _read_header(self.path / shard, problems) for shard in self.shards}
         self._where = self._locate(weight_map, problems)
         self.names = list(self._where)
+        problems += _quantization_problems(self.config, is_packed=any(PACKED in name for name in self.names))
         if problems:
             problems += self._refusals()
             raise InputError(
@@ -326,14 +328,14 @@ def _json_object(path: Path, problems: list[str], at_most: int = MAX_JSON_BYTES)
     return None
 
 
-def _quantization_problems(config: dict[str, Any]) -> list[str]:
+def _quantization_problems(config: dict[str, Any], *, is_packed: bool) -> list[str]:
     """Only bitsandbytes' 4 bits can be read. Settings that ask for nothing are left over from another model, and none to transformers."""
     if (quantization := config.get("quantization_config")) in (None, {}):
         return []
     settings = quantization if isinstance(quantization, dict) else {}
     flags = [flag for flag in ("load_in_4bit", "load_in_8bit") if settings.get(flag)]
     method = settings.get("quant_method", "bitsandbytes" if flags else "unnamed")  # old transformers did not write it
-    if method == "bitsandbytes" and flags in (["load_in_4bit"], []):
+    if method == "bitsandbytes" and (flags == ["load_in_4bit"] or (not flags and not is_packed)):
         return []
     kind = f"{method}, {' and '.join(flags) or 'without load_in_4bit'}" if method == "bitsandbytes" else method
     return [

@@ -247,13 +247,7 @@ def test_a_bad_folder(nested: Path, tmp_path: Path, damage: Damage, parts: list[
         ({"quant_method": "awq", "load_in_4bit": True}, "already quantized (awq)"),
         ({"load_in_8bit": True, "load_in_4bit": False}, "already quantized (bitsandbytes, load_in_8bit)"),
         ({"load_in_8bit": True}, "(bitsandbytes, load_in_4bit and load_in_8bit)"),
-        pytest.param(
-            {"load_in_4bit": False},
-            "(bitsandbytes, without load_in_4bit)",
-            marks=pytest.mark.xfail(
-                reason="known fault: taken for settings that ask for nothing, although the tensors are packed"
-            ),
-        ),
+        ({"load_in_4bit": False}, "(bitsandbytes, without load_in_4bit)"),
     ],
 )
 def test_other_quantizations(nested: Path, tmp_path: Path, changes: dict[str, Any], part: str) -> None:

@@ -30,9 +30,6 @@ from tests.test_merge import make_adapter
 
 END, TURN_END = 258, 257
 VOCABULARY = 264
-TOOL_CALLS = pytest.mark.xfail(
-    reason="known fault: where a call of tools ends is not found since calls are probed otherwise"
-)
 OTHER = "{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
 """Ends turns with a third token."""
 
@@ -186,19 +183,18 @@ def test_a_tokenizer_that_cannot_be_loaded_is_no_hindrance_to_a_merge(
         ({"eos_token_id": [7, 300, -1]}, None, (7, END)),  # without those that have no row
         ({}, "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}", (END,)),  # no token ends a turn
         ({}, NAMED["alpaca"], (END,)),
-        pytest.param(
+        (
             {},
-            "{% for m in messages %}{% generation %}{{ m.content }}{{ '<|eot|>' if m.tool_calls else '<|im_end|>' }}\n{% endgeneration %}"
-            "{% for c in m.tool_calls or [] %}{% endfor %}{% endfor %}",
+            "{% for m in messages %}{% generation %}{{ m.content }}"
+            "{{ (m.tool_calls | tojson) ~ '<|eot|>' if m.tool_calls else '<|im_end|>' }}\n{% endgeneration %}"
+            "{% endfor %}",
             (END, TURN_END, 259),  # marked, with white space after the end
-            marks=TOOL_CALLS,
         ),
-        pytest.param(
+        (
             {},
-            "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}<|eot|>{% else %}<|im_end|>"
+            "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}<|eot|>{% else %}<|im_end|>"
             "{% endif %}\n{% endfor %}",
             (END, TURN_END, 259),  # calls of tools end with another token
-            marks=TOOL_CALLS,
         ),
     ],
 )
