@@ -299,7 +299,8 @@ def test_a_continued_run_is_planned_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(remembered, "workspace", lambda folder, *job: too_much_for_three(*job))
     assert planned(3).layout.keep == fresh.layout.keep
     pools = [plan.pool_bytes(registered=False) for plan in (fresh, before)]
-    assert limits == [int(PINNED_SLACK * nbytes) for nbytes in (pools[0], max(pools), max(pools))]
+    assert limits[0] >= int(PINNED_SLACK * pools[0])  # a smaller device was asked, too
+    assert limits[1:] == [int(PINNED_SLACK * max(pools))] * 2
     assert pools[0] != pools[1]
 
 
