@@ -32,18 +32,18 @@ def orbax(largest: int) -> Iterator[Any]:
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    try:
-        with context:
-            yield ocp
-    except BaseException:
-        _leave_out_late_errors()
-        raise
+    _leave_out_late_errors()
+    with context:
+        yield ocp
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 
 
 def _leave_out_late_errors() -> None:
-    """Print no traceback of a write that ends after the error has ended the loop that waited for it; tensorstore prints one for each."""
+    """Print no traceback of a write that ends after an error has ended the loop that waited for it; tensorstore prints one for each.
+
+    Installed before the writes begin: the first may end before the error has come back here.
+    """
     report, report_unraisable = sys.excepthook, sys.unraisablehook
     if getattr(report, "leaves_out_late_errors", False):
         return
