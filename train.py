@@ -22,36 +22,36 @@ if __name__ == "__main__":
 import jax
 from rich.console import Console
 
-from convert.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
+from convert.adapters.adapter import Adapter, as_adapters, load_adapter, plain_settings, save_adapter
 from convert.cache import cached_folder, is_kept
+from convert.files.identity import model_identity
+from convert.files.prequantized import settle
 from convert.hub import cache_dir
-from convert.identity import model_identity
 from convert.load import load_weights, total_bytes
 from convert.merge import check_base, merge_with_progress
 from convert.model import BaseModel, open_model
-from convert.prequantized import settle
-from qlora_jax.budget import Plan
-from qlora_jax.changes import check_changes, check_identity, work_changes
-from qlora_jax.checkpoint import Checkpoint
+from qlora_jax.base.console import Phases, byte_bar, make_console
+from qlora_jax.base.errors import InputError, exit_status
 from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained, plan_run, resolved, show
 from qlora_jax.commands.space import show_space, space_of
 from qlora_jax.config import Config, load_config
-from qlora_jax.corpus import Corpus, load_corpus
+from qlora_jax.config.changes import check_changes, check_identity, work_changes
 from qlora_jax.data import Batches, save_template
-from qlora_jax.display import Phases, byte_bar, make_console
-from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.errors import InputError, exit_status
-from qlora_jax.generate import Sampling
-from qlora_jax.llama import LlamaConfig
-from qlora_jax.output_dir import OutputDir
-from qlora_jax.placement import Tree, nbytes, put
-from qlora_jax.plan import make_engine
-from qlora_jax.preview import preview
-from qlora_jax.samples import Samples
-from qlora_jax.space import Space
-from qlora_jax.trackers import check_trackers, open_trackers
-from qlora_jax.trainer import Hooks, Trainer, check_evaluation
+from qlora_jax.data.corpus import Corpus, load_corpus
+from qlora_jax.data.preview import preview
+from qlora_jax.engine.engine import Adapters, Engine, Weights
+from qlora_jax.engine.generation import Sampling
+from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.planning.budget import Plan
+from qlora_jax.planning.disk import Space
+from qlora_jax.planning.search import make_engine
+from qlora_jax.runtime.placement import Tree, nbytes, put
+from qlora_jax.training.checkpoint import Checkpoint
+from qlora_jax.training.output_dir import OutputDir
+from qlora_jax.training.samples import Samples
+from qlora_jax.training.trackers import check_trackers, open_trackers
+from qlora_jax.training.trainer import Hooks, Trainer, check_evaluation
 
 EPILOG = """\
 Any setting of the file can be given on the command line, e.g. training.max_steps=20 lora.r=16.

@@ -25,14 +25,14 @@ from benchmarks.convert import make_model
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.tokenizer import byte_tokenizer
 from convert.model import open_model
+from qlora_jax.base.console import make_console, progress_bar
+from qlora_jax.base.errors import exit_status
 from qlora_jax.commands.compare import make_adapter, ours_of, subject_of
 from qlora_jax.compare.both import Steps, differences, run_theirs
 from qlora_jax.compare.process import require_libraries
 from qlora_jax.compare.report import as_json, plot_layers, show
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.display import make_console, progress_bar
-from qlora_jax.errors import exit_status
 
 DTYPES = ("float32", "bfloat16")
 LEARNING_RATE = 2e-4

@@ -30,12 +30,12 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.machine import write_result
-from convert.adapter import save_adapter
-from convert.folder import ModelFolder
-from convert.shapes import tensor_shapes
-from convert.shards import TensorSpec, write_index, write_json, write_pieces
+from convert.adapters.adapter import save_adapter
+from convert.files.folder import ModelFolder
+from convert.files.shapes import tensor_shapes
+from convert.files.shards import TensorSpec, write_index, write_json, write_pieces
 from qlora_jax.config import LoraSettings, QuantizationSettings
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.model.decoder import LlamaConfig
 
 ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 10**9
@@ -80,8 +80,8 @@ model, adapter, out = sys.argv[1:]
 """
 OURS = """
 import jax
-from convert.adapter import load_adapter
-from convert.folder import ModelFolder
+from convert.adapters.adapter import load_adapter
+from convert.files.folder import ModelFolder
 from convert.load import read_config
 from convert.merge import merge
 from convert.quantize import quantize

@@ -24,18 +24,18 @@ import numpy as np
 
 from benchmarks.machine import describe, process_gpu_gib
 from convert.hub import cache_dir
-from qlora_jax import machine
-from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import Engine, Started, Weights
-from qlora_jax.estimate import Job, Layout, workspace
-from qlora_jax.llama import MLP_TOKENS, LlamaConfig, default_attention
-from qlora_jax.metrics import peak_device_gib, peak_host_gib
-from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import SLOTS, LayerPlace, LayerStore, Tree, keep, put
-from qlora_jax.plan import compiled_workspace, make_engine, make_plan
-from qlora_jax.rates import measured, published
+from qlora_jax.engine.engine import Engine, Started, Weights
+from qlora_jax.engine.optimizer import AdamW
+from qlora_jax.model.decoder import MLP_TOKENS, LlamaConfig, default_attention
+from qlora_jax.planning.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.planning.estimate import Job, Layout, workspace
+from qlora_jax.planning.hardware import measured, published
+from qlora_jax.planning.search import compiled_workspace, make_engine, make_plan
+from qlora_jax.runtime import machine
+from qlora_jax.runtime.placement import SLOTS, LayerPlace, LayerStore, Tree, keep, put
+from qlora_jax.training.metrics import peak_device_gib, peak_host_gib
 
 SHAPES = {
     "7b": {
@@ -273,7 +273,10 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resident", type=int, default=0, help="layers on the device, spread among those on the host")
     parser.add_argument("--keep", type=int, default=0, nargs="?", help="layers not run again; without a number all")
     parser.add_argument(
-        "--no-share-dense", dest="share_dense", action="store_false", help="see qlora_jax.engine.Engine"
+        "--no-share-dense",
+        dest="share_dense",
+        action="store_false",
+        help="see qlora_jax.engine.engine.engine.engine.engine.Engine",
     )
     parser.add_argument("--mlp-tokens", type=int, default=MLP_TOKENS)
     parser.add_argument("--slots", type=int, default=SLOTS)

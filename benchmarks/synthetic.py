@@ -18,13 +18,13 @@ import numpy as np
 
 from benchmarks.step import SHAPES, shape_name
 from benchmarks.tokenizer import byte_tokenizer
-from convert import bitsandbytes, names
-from convert.shards import TensorSpec, write_index, write_json, write_shard
-from qlora_jax import nf4
+from convert.files import bitsandbytes, names
+from convert.files.shards import TensorSpec, write_index, write_json, write_shard
+from qlora_jax.base.console import byte_bar, make_console
+from qlora_jax.base.errors import InputError, exit_status
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
-from qlora_jax.display import byte_bar, make_console
-from qlora_jax.errors import InputError, exit_status
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.ops import nf4
 
 QUANTIZATION = QuantizationSettings()
 DEVIATION = 0.02

@@ -18,17 +18,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from convert.folder import ModelFolder
+from convert.files.folder import ModelFolder
+from convert.files.prequantized import settle
+from convert.files.sizes import companion_bytes, quantized_bytes, tensors_of
 from convert.hub import cache_dir
-from convert.job import DestinationError, in_use
+from convert.jobs.job import DestinationError, in_use
 from convert.load import read_config
-from convert.prequantized import settle
 from convert.quantize import job_of, quantize
-from convert.sizes import companion_bytes, quantized_bytes, tensors_of
+from qlora_jax.base.console import byte_bar, make_console
+from qlora_jax.base.errors import InputError, exit_status
+from qlora_jax.base.files import describe_size
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.display import byte_bar, make_console
-from qlora_jax.errors import InputError, exit_status
-from qlora_jax.files import describe_size
 
 KEY_DIGITS = 16
 

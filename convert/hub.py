@@ -14,11 +14,11 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
-from convert.folder import PICKLE_SUFFIXES
-from convert.shards import INDEX_NAME, SINGLE_NAME
-from convert.smollm2 import MODEL_ID, fetch_smollm2
-from qlora_jax.errors import InputError
-from qlora_jax.files import describe_size
+from convert.files.folder import PICKLE_SUFFIXES
+from convert.files.shards import INDEX_NAME, SINGLE_NAME
+from convert.gguf.smollm2 import MODEL_ID, fetch_smollm2
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.files import describe_size
 
 CONFIG_NAME = "config.json"
 

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
-from convert import bitsandbytes, names, prequantized
-from convert.ahead import in_order
-from convert.folder import ModelFolder, some
-from convert.pieces import on_device, quantized, read_bfloat16
-from convert.shapes import mismatch, tensor_shapes
-from qlora_jax import pinned
+from convert.files import bitsandbytes, names, prequantized
+from convert.files.ahead import in_order
+from convert.files.folder import ModelFolder, some
+from convert.files.pieces import on_device, quantized, read_bfloat16
+from convert.files.shapes import mismatch, tensor_shapes
+from qlora_jax.base.errors import InputError
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
-from qlora_jax.engine import Weights
-from qlora_jax.errors import InputError
-from qlora_jax.linear import Weight
-from qlora_jax.llama import LlamaConfig
-from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, Where, keep, nbytes, put
-from qlora_jax.plan import layer_bytes
+from qlora_jax.engine.engine import Weights
+from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.linear import Weight
+from qlora_jax.planning.search import layer_bytes
+from qlora_jax.runtime import pinned
+from qlora_jax.runtime.placement import LayerPlace, LayerStore, Source, Tree, Where, keep, nbytes, put
 
 Advance = Callable[[int], object]
 LAYER_PARTS = 1 + len(LINEAR_NAMES)

@@ -1,12 +1,12 @@
 """Folds an adapter into its base model: `python -m convert.merge --adapter DIR --out DIR`.
 
-    W' = round_bf16(float32(W) + scaling · B·A)          one rounding, as peft's `merge_and_unload`; DoRA: see `convert.delta`
+    W' = round_bf16(float32(W) + scaling · B·A)          one rounding, as peft's `merge_and_unload`; DoRA: see `convert.adapters.delta`
 
 (peft rounds an embedding's delta before it adds it; here it is one rounding too.)
 
-Piece by piece, in the base's shards and order (`convert.pieces`); stopped and started again it continues (`convert.job`). Tensors without
+Piece by piece, in the base's shards and order (`convert.files.pieces`); stopped and started again it continues (`convert.jobs.job`). Tensors without
 an adapter are copied byte for byte, and those that the adapter stores whole (modules_to_save) take the base's place. Then the merged
-model proves itself (`convert.check`), and only then the folder gets its name.
+model proves itself (`convert.jobs.check`), and only then the folder gets its name.
 """
 
 import argparse
@@ -24,22 +24,22 @@ import ml_dtypes
 import numpy as np
 from rich.console import Console
 
-from convert import names, pieces, prequantized
-from convert.adapter import WEIGHTS_FILE, Adapter, load_adapter
-from convert.adapter_config import CONFIG_FILE, read_adapter_config
-from convert.ahead import in_order
-from convert.check import Differences, check_merge
-from convert.delta import Base, Pair, base_passes, merged_weight
-from convert.derived import Shard, write_derived
-from convert.folder import ModelFolder
+from convert.adapters.adapter import WEIGHTS_FILE, Adapter, load_adapter
+from convert.adapters.config import CONFIG_FILE, read_adapter_config
+from convert.adapters.delta import Base, Pair, base_passes, merged_weight
+from convert.files import names, pieces, prequantized
+from convert.files.ahead import in_order
+from convert.files.derived import Shard, write_derived
+from convert.files.folder import ModelFolder
+from convert.files.shards import Piece, TensorSpec
 from convert.hub import cache_dir, resolve_model
-from convert.job import Log, describe, files_identity, refuse_existing
+from convert.jobs.check import Differences, check_merge
+from convert.jobs.job import Log, describe, files_identity, refuse_existing
 from convert.load import read_config
-from convert.shards import Piece, TensorSpec
-from qlora_jax import machine
-from qlora_jax.display import byte_bar, make_console, progress_bar
-from qlora_jax.errors import InputError, exit_status
-from qlora_jax.placement import put
+from qlora_jax.base.console import byte_bar, make_console, progress_bar
+from qlora_jax.base.errors import InputError, exit_status
+from qlora_jax.runtime import machine
+from qlora_jax.runtime.placement import put
 
 WHICH_BASE = """\
 Which base. QLoRA trains the adapter on weights that went to 4 bits and back. `--base dequantized` (the default) adds the adapter to

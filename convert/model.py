@@ -7,11 +7,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from convert.folder import ModelFolder
+from convert.files.folder import ModelFolder
 from convert.hub import resolve_config, resolve_model
 from convert.load import read_config
-from qlora_jax.errors import InputError
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.base.errors import InputError
+from qlora_jax.model.decoder import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)

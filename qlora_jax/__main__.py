@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
 
+from qlora_jax.base.errors import exit_status
 from qlora_jax.commands import compare, data, generate, plan
-from qlora_jax.errors import exit_status
 
 COMMANDS = {"plan": plan, "data": data, "compare": compare, "generate": generate}
 

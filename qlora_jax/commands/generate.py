@@ -6,18 +6,18 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from convert.adapter import as_adapters, load_adapter
+from convert.adapters.adapter import as_adapters, load_adapter
+from convert.files.prequantized import settle
 from convert.hub import cache_dir
 from convert.load import load_weights, total_bytes
 from convert.model import open_model
-from convert.prequantized import settle
-from qlora_jax import machine
+from qlora_jax.base.console import byte_bar, make_console
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.data.templates import TEMPLATE_FILE
-from qlora_jax.display import byte_bar, make_console
-from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.generate import Sampling, generate
-from qlora_jax.llama import default_attention, default_compute_dtype
+from qlora_jax.data.chat.templates import TEMPLATE_FILE
+from qlora_jax.engine.engine import Adapters, Engine, Weights
+from qlora_jax.engine.generation import Sampling, generate
+from qlora_jax.model.decoder import default_attention, default_compute_dtype
+from qlora_jax.runtime import machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

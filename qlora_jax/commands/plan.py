@@ -13,18 +13,18 @@ from rich.table import Table
 
 from convert.hub import cache_dir
 from convert.model import open_shape
-from qlora_jax import machine
-from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.base.console import make_console
+from qlora_jax.base.errors import InputError
 from qlora_jax.commands.space import local_folder, show_space, space_of, with_guessed_tokens
 from qlora_jax.config import Config, load_config
-from qlora_jax.data.batches import LENGTH_MULTIPLE
-from qlora_jax.display import make_console
-from qlora_jax.errors import InputError
-from qlora_jax.estimate import Job
-from qlora_jax.llama import LlamaConfig, default_attention
-from qlora_jax.metrics import peak_device_gib
-from qlora_jax.plan import compiled_workspace, make_plan
-from qlora_jax.rates import measured, published
+from qlora_jax.data.batching.batches import LENGTH_MULTIPLE
+from qlora_jax.model.decoder import LlamaConfig, default_attention
+from qlora_jax.planning.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.planning.estimate import Job
+from qlora_jax.planning.hardware import measured, published
+from qlora_jax.planning.search import compiled_workspace, make_plan
+from qlora_jax.runtime import machine
+from qlora_jax.training.metrics import peak_device_gib
 
 EPILOG = """\
 The longest row is taken to have data.max_seq_length tokens; train.py takes the longest there is. Without --gpu-memory the plan is for

@@ -12,7 +12,7 @@ from qlora_jax.compare.side import Side, read_reference
 from qlora_jax.compare.stages import Comparison
 from qlora_jax.config import QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import Adapters, Engine, Weights
+from qlora_jax.engine.engine import Adapters, Engine, Weights
 
 
 @dataclasses.dataclass(frozen=True)

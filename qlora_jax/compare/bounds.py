@@ -23,7 +23,7 @@ as a random walk: MARGIN · δ · √(7·L).
 
 import math
 
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.model.decoder import LlamaConfig
 
 UNIT = 2.0**-24
 BFLOAT16_ROUNDING = 2.0**-9

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax import nf4
 from qlora_jax.compare.side import Side, Tensors, read_tensors
 from qlora_jax.config import LINEAR_NAMES, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import LayerPlace, LayerStore, Tree, put
+from qlora_jax.engine.engine import Adapters, Engine, Weights
+from qlora_jax.engine.optimizer import AdamW
+from qlora_jax.ops import nf4
+from qlora_jax.runtime.placement import LayerPlace, LayerStore, Tree, put
 
 PARTS = ("lora_a", "lora_b")
 

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax import kernels, nf4
 from qlora_jax.compare import bounds
 from qlora_jax.compare.ours import read_quantized
 from qlora_jax.compare.side import Side, Tensors, read_tensors
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.ops import dispatch, nf4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def compare_weights(
 @jax.jit
 def nf4_values(weight: nf4.QuantizedTensor) -> jax.Array:
     """Dequantized to bfloat16."""
-    return kernels.dequantize(weight, "bfloat16")
+    return dispatch.dequantize(weight, "bfloat16")
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

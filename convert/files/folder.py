@@ -1,0 +1,347 @@
+"""A Hugging Face model folder, opened and checked without reading a tensor's data.
+
+The safetensors headers are parsed here and not by the safetensors library, so that a damaged file is refused with words
+that say which file, which tensor and what is wrong with it. Everything wrong with a folder is reported at once.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from convert.files.shapes import refusals
+from convert.files.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
+from qlora_jax.base.errors import InputError
+
+MAX_HEADER_BYTES = 100_000_000
+"""As in the safetensors library: a longer header is damage or an attack."""
+MAX_COMPANION_BYTES = 100_000_000
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OTHER_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+SHOWN_NAMES = 5
+MAX_REFUSALS = 20
+XLA_ALIGNMENT = 64
+"""Bytes."""
+READ = 2**21
+"""Bytes asked of the kernel at a time: until it has read them, it may keep other threads from memory that is new to them."""
+MAX_DIMENSIONS, MAX_DIMENSION = 64, 2**63 - 1
+"""Of a shape: numpy's most, and what 64 bits hold. More would be a product without end."""
+
+
+class ModelFolder:
+    """A folder of `config.json` and safetensors: `model.safetensors`, or shards and their index.
+
+    Attributes:
+        path: the folder.
+        config: `config.json`.
+        shards: the safetensors files' names, sorted (which is their order).
+        names: every tensor, shard by shard, in the order of their bytes.
+
+    Raises:
+        InputError: the folder or anything in it cannot be used; the message lists every reason.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            found = "a file" if self.path.is_file() else "no such folder"
+            raise InputError(self.path, found=found, expected="a folder with config.json and safetensors")
+        problems: list[str] = []
+        self.config: dict[str, Any] = _json_object(self.path / "config.json", problems) or {}
+        problems += _quantization_problems(self.config)
+        weight_map = self._weight_map(problems)
+        self.shards = sorted(set(weight_map.values())) if weight_map else []
+        self._headers = {shard: _read_header(self.path / shard, problems) for shard in self.shards}
+        self._where = self._locate(weight_map, problems)
+        self.names = list(self._where)
+        if problems:
+            problems += self._refusals()
+            raise InputError(
+                self.path,
+                found="a model folder that cannot be used\n" + "\n".join(f"    {p}" for p in problems),
+                expected="config.json, and model.safetensors or shards with their index; unquantized, or in bitsandbytes' 4 bits",
+            )
+
+    def specs(self, shard: str) -> list[TensorSpec]:
+        """The tensors of one shard, in the order of their bytes."""
+        return [entry.spec for entry in self._headers[shard].entries.values()]
+
+    def metadata(self, shard: str) -> dict[str, str]:
+        """The `__metadata__` of one shard's header."""
+        return dict(self._headers[shard].metadata)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether `config.json` says that the linears are in bitsandbytes' 4 bits, which `convert.files.bitsandbytes` reads."""
+        return self.config.get("quantization_config") is not None
+
+    def spec(self, name: str) -> TensorSpec:
+        """One tensor's dtype and shape. Raises KeyError for a name that is not in `names`."""
+        return self._headers[self._where[name]].entries[name].spec
+
+    def read(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
+        """One tensor, in the file's dtype (`ml_dtypes.bfloat16` for BF16) and shape. Raises InputError as `elements`."""
+        shape = self.spec(name).shape
+        return self.elements(name, 0, math.prod(shape), into).reshape(shape)
+
+    def read_bytes(self, name: str) -> bytes:
+        """One tensor's bytes as they are in the file."""
+        shard = self._where[name]
+        entry = self._headers[shard].entries[name]
+        with (self.path / shard).open("rb") as file:
+            file.seek(self._headers[shard].data_start + entry.begin)
+            return file.read(entry.spec.nbytes)
+
+    def elements(self, name: str, begin: int, size: int, into: np.ndarray | None = None) -> np.ndarray:
+        """Some of one tensor's elements, row-major, from number `begin`: [size], fewer at its end, in the file's dtype.
+
+        Read, not mapped: pages of a mapped file would count as this process's memory. Into memory that XLA uses without copying it, or
+        that of `into` [at least their bytes] uint8.
+
+        Raises:
+            InputError: the file ends before the tensor does; it was whole when the folder was opened.
+        """
+        shard = self._where[name]
+        entry = self._headers[shard].entries[name]
+        dtype = NUMPY_DTYPES[entry.spec.dtype]
+        skipped = begin * dtype.itemsize
+        nbytes = min(size * dtype.itemsize, entry.spec.nbytes - skipped)
+        piece = aligned(nbytes) if into is None else into[:nbytes]
+        with (self.path / shard).open("rb", buffering=0) as file:
+            file.seek(self._headers[shard].data_start + entry.begin + skipped)
+            if nbytes > READ:
+                _name_all(piece, file)
+            filled = 0
+            while filled < nbytes:
+                read = file.readinto(piece[filled : filled + READ].data)
+                if not read:
+                    raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
+                filled += read
+        return piece.view(dtype)
+
+    def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """One tensor's elements, `size` at a time: see `elements`."""
+        for begin in range(0, math.prod(self.spec(name).shape), size):
+            yield self.elements(name, begin, size)
+
+    def companions(self) -> list[Path]:
+        """The files that go along with the weights (tokenizer, chat template, generation config, licence), sorted."""
+        return [p for p in sorted(self.path.iterdir()) if p.is_file() and _is_companion(p)]
+
+    def _refusals(self) -> list[str]:
+        if not self.config:
+            return []
+        whole = [] if self.is_4bit else [self.spec(name) for name in self.names]
+        return refusals(self.config, whole, self.path / "config.json")[:MAX_REFUSALS]
+
+    def _weight_map(self, problems: list[str]) -> dict[str, str]:
+        """Tensor name -> shard; for a single file, `{"": "model.safetensors"}`. Empty if there is a problem."""
+        if (self.path / SINGLE_NAME).is_file():  # transformers too prefers it to an index
+            return {"": SINGLE_NAME}
+        if (self.path / INDEX_NAME).is_file():
+            index = _json_object(self.path / INDEX_NAME, problems)
+            return {} if index is None else self._checked_map(index.get("weight_map"), problems)
+        files = sorted(p.name for p in self.path.iterdir() if p.is_file())
+        tensors = [name for name in files if name.endswith(".safetensors")]
+        pickles = [name for name in files if name.endswith(PICKLE_SUFFIXES)]
+        if tensors:
+            problems.append(f"neither {SINGLE_NAME} nor {INDEX_NAME}, only {some(tensors)}: which files are the model?")
+        elif pickles:
+            problems.append(
+                f"only pickled weights ({some(pickles)}): refused, because unpickling can run any code; convert them "
+                "to safetensors first, e.g. with transformers' save_pretrained, on a machine where you trust them"
+            )
+        else:
+            problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
+        return {}
+
+    def _checked_map(self, weight_map: Any, problems: list[str]) -> dict[str, str]:
+        if not isinstance(weight_map, dict) or not weight_map:
+            problems.append(f"{INDEX_NAME}: no weight_map of tensor names to files")
+            return {}
+        bad = set()
+        for shard in sorted(set(map(str, weight_map.values()))):
+            if not _is_inside(shard):
+                bad.add(shard)
+                problems.append(f"{INDEX_NAME}: names {shard!r}, which is not a safetensors file inside the folder")
+            elif not (self.path / shard).is_file():
+                bad.add(shard)
+                problems.append(f"{INDEX_NAME}: names {shard}, which is missing; download the model again")
+        return {name: shard for name, shard in weight_map.items() if str(shard) not in bad}
+
+    def _locate(self, weight_map: dict[str, str], problems: list[str]) -> dict[str, str]:
+        where: dict[str, str] = {}
+        for shard, header in self._headers.items():
+            for name in header.entries:
+                if name in where:
+                    problems.append(f"{shard}: holds {name}, as {where[name]} does")
+                where[name] = shard
+        sound = {shard for shard, header in self._headers.items() if header.entries}
+        for shard in sorted(sound):
+            lacking = sorted(
+                n for n, s in weight_map.items() if n and s == shard and n not in self._headers[shard].entries
+            )
+            if lacking:
+                problems.append(f"{shard}: lacks {some(lacking)}, which {INDEX_NAME} says it holds")
+        return where
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor and where its bytes begin, counted from the end of the header."""
+
+    spec: TensorSpec
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """A safetensors header; `entries` in the order of the bytes, `data_start` in bytes from the start of the file."""
+
+    entries: dict[str, _Entry] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    data_start: int = 0
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Memory to fill, [nbytes] uint8, that begins where XLA wants it; it copies arrays that do not."""
+    room = np.empty(nbytes + XLA_ALIGNMENT, np.uint8)
+    return room[-room.ctypes.data % XLA_ALIGNMENT :][:nbytes]
+
+
+def _name_all(memory: np.ndarray, file: BinaryIO) -> None:
+    """Have the kernel see to all of some new memory at once, by naming it in a read of the file's last byte, into its first.
+
+    The kernel of a sandbox (gVisor's) sees to what a read names while no other thread reads, and lets none begin to see to more until that
+    read is over. Piece by piece, threads that fill new memory would take turns.
+    """
+    os.preadv(file.fileno(), [memory.data], max(os.fstat(file.fileno()).st_size - 1, 0))
+
+
+def _read_header(path: Path, problems: list[str]) -> _Header:
+    """Parse and check one file's header; what is wrong with it is appended to `problems`."""
+    complain = functools.partial(_complain, problems, path.name)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+        if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
+            return complain(f"truncated or not safetensors: a header of {length} bytes in a file of {size}")
+        if length > MAX_HEADER_BYTES:
+            return complain(f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return complain(f"damaged: its header is not JSON ({error})")
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        return complain("damaged: its header is not a table of tensors")
+    metadata = header.pop("__metadata__", {})
+    parsed = [_entry(name, value) for name, value in header.items()]
+    wrong = [entry for entry in parsed if isinstance(entry, str)]
+    entries = sorted((e for e in parsed if isinstance(e, _Entry)), key=lambda e: (e.begin, e.end))
+    wrong = wrong or _layout_problems(entries, size - HEADER_LENGTH_BYTES - length)
+    for reason in wrong[:SHOWN_NAMES]:
+        complain(reason)
+    return _Header({e.spec.name: e for e in entries}, metadata, HEADER_LENGTH_BYTES + length)
+
+
+def _complain(problems: list[str], where: str, text: str) -> _Header:
+    problems.append(f"{where}: {text}")
+    return _Header()
+
+
+def _entry(name: str, value: Any) -> _Entry | str:
+    """One tensor of a header, or what is wrong with it."""
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            return f"damaged: {name} has no dtype, shape and data_offsets"
+    if dtype not in NUMPY_DTYPES:
+        return f"{name} has dtype {dtype}, which cannot be read; known: {', '.join(NUMPY_DTYPES)}"
+    if not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape) or len(shape) > MAX_DIMENSIONS or begin < 0:
+        return f"damaged: {name} has shape {shape} at byte {begin}"
+    nbytes = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        return f"damaged: {name} is {dtype}{shape}, {nbytes} bytes, but is given {end - begin}"
+    return _Entry(TensorSpec(name, dtype, tuple(shape)), begin, end)
+
+
+def _layout_problems(entries: list[_Entry], data_bytes: int) -> list[str]:
+    """Tensors must follow one another without gap or overlap and fill the file, as the safetensors library demands."""
+    expected = 0
+    for entry in entries:
+        if entry.end > data_bytes:
+            return [
+                f"truncated: {entry.spec.name} ends at data byte {entry.end}, the file at {data_bytes}; download it again"
+            ]
+        if entry.begin != expected:
+            kind = "overlaps the tensor before it" if entry.begin < expected else "leaves a gap before it"
+            return [f"damaged: {entry.spec.name} {kind} (begins at data byte {entry.begin}, expected {expected})"]
+        expected = entry.end
+    return [f"damaged: {data_bytes - expected} bytes after the last tensor"] if expected != data_bytes else []
+
+
+def _json_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """A JSON file's object; None, and a problem, if it is missing or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"no {path.name}")
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path.name}: not JSON ({error})")
+    else:
+        if isinstance(value, dict):
+            return value
+        problems.append(f"{path.name}: a JSON {type(value).__name__}, not an object")
+    return None
+
+
+def _quantization_problems(config: dict[str, Any]) -> list[str]:
+    """Only bitsandbytes' 4 bits can be read."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return []
+    settings = quantization if isinstance(quantization, dict) else {}
+    flags = [flag for flag in ("load_in_4bit", "load_in_8bit") if settings.get(flag)]
+    method = settings.get("quant_method", "bitsandbytes" if flags else "unnamed")  # old transformers did not write it
+    if method == "bitsandbytes" and flags == ["load_in_4bit"]:
+        return []
+    kind = f"{method}, {' and '.join(flags) or 'without load_in_4bit'}" if method == "bitsandbytes" else method
+    return [
+        f"already quantized ({kind}), and only bitsandbytes' load_in_4bit can be read: give the unquantized model, which is "
+        "quantized on the way in"
+    ]
+
+
+def _is_inside(shard: str) -> bool:
+    """Whether an index's file name stays in the folder. Links are not followed: the hub's cache is made of them."""
+    path = PurePosixPath(shard.replace("\\", "/"))
+    drive = ":" in shard
+    return not (drive or path.is_absolute() or ".." in path.parts) and path.suffix == ".safetensors"
+
+
+def _is_companion(path: Path) -> bool:
+    name = path.name
+    return not (
+        name.startswith((".", "README"))
+        or name == "config.json"
+        or name.endswith((*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES, ".index.json"))
+        or path.stat().st_size > MAX_COMPANION_BYTES
+    )
+
+
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,297 @@
+"""Rows to token ids, and which of them count in the loss."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import tokenizers
+
+from qlora_jax.base.errors import InputError
+from qlora_jax.config.data import DataSettings, LossOn
+from qlora_jax.data.chat.conversation import Rendered, Renderer
+from qlora_jax.data.chat.jinja import agrees_with_transformers
+from qlora_jax.data.chat.templates import ChatTemplate
+from qlora_jax.data.rows.formats import Chat, Layout, Sample, Text
+from qlora_jax.data.rows.messages import check_characters
+from qlora_jax.data.rows.row import RawRow, RowError
+from qlora_jax.data.tokens.encoding import Encoded, Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # slow to import; a process that tokenizes need not
+
+REVISION = 2
+"""Raised whenever the same rows may become other tokens or other masks, so that none that were kept are used again."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenized row; at least one token is supervised."""
+
+    input_ids: np.ndarray
+    """[T] int32."""
+    loss_mask: np.ndarray
+    """[T] bool: the tokens to be predicted, each at its own place (the loss shifts); never the first."""
+    where: str
+    """The row's "file:line"."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides which tokens and which mask a row becomes; small, picklable, without a tokenizer object."""
+
+    layout: Layout
+    tokenizer: str
+    """tokenizer.json's text, without a post-processor."""
+    special_tokens: dict[str, str]
+    end_tokens: tuple[str, ...]
+    start_ids: tuple[int, ...]
+    """What the tokenizer puts before a text: often BOS, or nothing."""
+    eos_id: int
+    template: str
+    loss_on: LossOn
+    max_seq_length: int
+    too_long: Literal["truncate", "skip", "stop"]
+    by_transformers: bool = False
+    """Whether transformers renders every chat, because it renders the template differently."""
+
+    def identity(self) -> str:
+        """Equal for recipes that do the same."""
+        text = json.dumps([REVISION, dataclasses.asdict(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_recipe(
+    tokenizer: "PreTrainedTokenizerBase", layout: Layout, settings: DataSettings, template: ChatTemplate | None
+) -> Recipe:
+    """How rows of one layout become tokens.
+
+    Args:
+        template: for formats that become chats; None where there is none to render.
+
+    Raises:
+        InputError: the tokenizer is not a fast one or lacks EOS, or `data.loss_on` says nothing about such rows.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if not tokenizer.is_fast:
+        fix = "convert it once with transformers, and save it in the model's folder"
+        expected = "a fast tokenizer (tokenizer.json)"
+        raise InputError(name, found="a tokenizer without character offsets", expected=expected, fix=fix)
+    if tokenizer.eos_token_id is None and layout.format in ("text", "prompt_completion"):
+        expected = f"one, to end each row of format `{layout.format}`"
+        fix = "set eos_token in the model's tokenizer_config.json"
+        raise InputError(name, found="a tokenizer without an EOS token", expected=expected, fix=fix)
+    if layout.format == "text" and settings.loss_on not in ("auto", "all"):
+        expected = "auto or all: a text has neither turns nor a completion"
+        raise InputError("data.loss_on", found=f"{settings.loss_on} for rows of format text", expected=expected)
+    special_tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    return Recipe(
+        layout,
+        _plain_tokenizer(tokenizer).to_str(),
+        special_tokens,
+        tuple(token.content for token in tokenizer.added_tokens_decoder.values()),
+        _start_ids(tokenizer),
+        -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
+        template.text if template else "",
+        settings.loss_on,
+        settings.max_seq_length,
+        settings.too_long,
+        by_transformers=template is not None and not agrees_with_transformers(template.text, special_tokens),
+    )
+
+
+def _plain_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> tokenizers.Tokenizer:
+    """A copy of the tokenizer whose offsets cover each token's whole text.
+
+    The post-processor of many byte-level tokenizers leaves spaces out of the offsets (`trim_offsets`), so that a token
+    that starts with the space before a turn would seem to start inside it. Without one no special tokens are added,
+    which is what is wanted here.
+    """
+    backend: tokenizers.Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.post_processor = None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _start_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    special = tokenizer("x")["input_ids"]
+    num_start = next(n for n in range(len(special)) if special[n : n + len(plain)] == plain)
+    return tuple(special[:num_start])
+
+
+@dataclass
+class Tokens:
+    """Some rows, tokenized; flat, so that they travel between processes and to the disk as they are."""
+
+    input_ids: np.ndarray
+    """[all tokens] int32."""
+    loss_mask: np.ndarray
+    """[all tokens] bool."""
+    lengths: np.ndarray
+    """[rows] int64."""
+    hashes: np.ndarray
+    """[rows] uint64, equal for rows that are equal to the token."""
+    wheres: list[str]
+    num_read: int
+    num_truncated: int = 0
+    num_split: int = 0
+    """Rows more than there were, because a template rewrites turns."""
+    problems: list[RowError] = field(default_factory=list)
+
+
+class RowTokenizer:
+    """Does what a recipe says.
+
+    Chats: the template's text, which has its own special tokens; supervised are the assistant's turns (see `chat.py`).
+    Prompt and completion: the recipe's start, prompt and completion as one text, EOS; supervised are the completion and EOS.
+    A token that joins a prompt's end to the start of what follows counts too, or a prompt that ends in a space would lose the answer's
+    first word.
+    Text: the same around the text; supervised is everything but the start.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._encode = Encoder(recipe.tokenizer)
+        self._renderer = Renderer(
+            recipe.template, recipe.special_tokens, recipe.end_tokens, by_transformers=recipe.by_transformers
+        )
+        self._start_ids = np.array(recipe.start_ids, np.int32)
+
+    def __call__(self, rows: Sequence[RawRow]) -> Tokens:
+        """Parse, check, render and tokenize; what cannot be used is in `problems`, in the rows' order."""
+        problems: dict[int, RowError] = {}
+        texts: list[Rendered] = []
+        samples: list[Sample] = []  # of each text
+        numbers: list[int] = []
+        for number, raw in enumerate(rows):
+            try:
+                sample = self.recipe.layout.read(raw.parse())
+                rendered = self._render(sample, raw.where)
+            except RowError as error:
+                problems[number] = error
+            else:
+                texts += rendered
+                samples += [sample] * len(rendered)
+                numbers += [number] * len(rendered)
+        encoded = self._encode(texts)
+        is_chat = np.array([isinstance(sample, Chat) for sample in samples], bool)
+        if not is_chat.all():
+            encoded = self._add_boundaries(encoded, ~is_chat)
+        limit = self.recipe.max_seq_length
+        usable = encoded.lengths <= limit if self.recipe.too_long != "truncate" else np.ones(len(texts), bool)
+        cut = _cut(encoded, limit)
+        usable &= np.add.reduceat(np.append(cut.mask, False), cut.starts, dtype=np.int64) > 0 if len(texts) else True
+        for text in np.flatnonzero(~usable).tolist():
+            here = slice(encoded.starts[text], encoded.starts[text] + encoded.lengths[text])
+            problems[numbers[text]] = self._problem(encoded.mask[here], rows[numbers[text]].where)
+        kept = np.repeat(usable, cut.lengths)
+        return _hashed(
+            Tokens(
+                cut.input_ids[kept],
+                cut.mask[kept],
+                cut.lengths[usable],
+                np.array([], np.uint64),
+                [rows[number].where for number, is_usable in zip(numbers, usable.tolist(), strict=True) if is_usable],
+                len(rows),
+                int((usable & (encoded.lengths > limit)).sum()),
+                len(numbers) - len(set(numbers)),
+                [problems[number] for number in sorted(problems)],
+            )
+        )
+
+    def _render(self, sample: Sample, where: str) -> list[Rendered]:
+        loss_on = self.recipe.loss_on
+        if isinstance(sample, Chat):
+            rendered = self._renderer.render(sample, loss_on, where)
+            for text in rendered:
+                check_characters(where, "what the chat template makes of it", text.text)
+            return rendered
+        if isinstance(sample, Text):
+            return [Rendered(sample.text, ((0, len(sample.text)),))]
+        text = sample.prompt + sample.completion
+        return [Rendered(text, ((0 if loss_on == "all" else len(sample.prompt), len(text)),))]
+
+    def _add_boundaries(self, encoded: Encoded, at: np.ndarray) -> Encoded:
+        """Put the start tokens (unsupervised) and EOS (supervised) around the rows `at` ([rows] bool), unless they spell them."""
+        ids, lengths, starts = encoded.input_ids, encoded.lengths, encoded.starts
+        begin, eos_id = self._start_ids, self.recipe.eos_id
+        spelled = lengths >= len(begin)
+        for place, token in enumerate(begin):
+            spelled[spelled] = ids[starts[spelled] + place] == token
+        num_before = np.where(at & ~spelled, len(begin), 0)
+        # A row without a token ends with what is put before it, if that is anything.
+        last = np.full(len(lengths), begin[-1] if len(begin) else -1, np.int64)
+        last[lengths > 0] = ids[(starts + lengths - 1)[lengths > 0]]
+        no_token = lengths + num_before == 0
+        num_after = (at & ((last != eos_id) | no_token)).astype(np.int64)
+        longer = lengths + num_before + num_after
+        new_starts = np.cumsum(longer) - longer
+        new_ids, mask = np.full(longer.sum(), eos_id, np.int32), np.ones(longer.sum(), bool)
+        places = np.arange(len(ids)) + np.repeat(new_starts + num_before - starts, lengths)
+        new_ids[places], mask[places] = ids, encoded.mask
+        begins = new_starts[at][:, None] + np.arange(len(begin))
+        new_ids[begins], mask[begins] = begin, False
+        return Encoded(new_ids, mask, longer)
+
+    def _problem(self, mask: np.ndarray, where: str) -> RowError:
+        """Why a row cannot be used, from its mask before it is cut."""
+        limit = self.recipe.max_seq_length
+        if len(mask) > limit and self.recipe.too_long != "truncate":
+            fix = "raise data.max_seq_length, or cut such rows with data.too_long=truncate"
+            expected = f"at most {limit} (data.max_seq_length)"
+            return RowError(where, "too long", found=f"{len(mask)} tokens", expected=expected, fix=fix)
+        if mask[1:].any():
+            found = f"{len(mask)} tokens, and none of the first {limit} (data.max_seq_length) counts in the loss"
+            fix = f"raise data.max_seq_length above {int(mask[1:].argmax()) + 1}, shorten the prompt, or drop the row"
+        else:
+            found = f"{len(mask)} tokens, none of which follows another and counts in the loss"
+            fix = "drop the row, or give it text to learn"
+        return RowError(where, "nothing to learn", found=found, expected="at least one token to learn", fix=fix)
+
+
+def _cut(encoded: Encoded, limit: int) -> Encoded:
+    """Cut on the right; labels are shifted by one, so the first token is never predicted."""
+    lengths, mask, ids = np.minimum(encoded.lengths, limit), encoded.mask.copy(), encoded.input_ids
+    mask[encoded.starts[lengths > 0]] = False
+    if (encoded.lengths > limit).any():
+        kept = np.arange(len(ids)) - np.repeat(encoded.starts, encoded.lengths) < limit
+        ids, mask = ids[kept], mask[kept]
+    return Encoded(ids, mask, lengths)
+
+
+def _hashed(tokens: Tokens) -> Tokens:
+    ids, masks = tokens.input_ids.tobytes(), tokens.loss_mask.tobytes()
+    ends = np.cumsum(tokens.lengths).tolist()
+    size = tokens.input_ids.itemsize
+    hashes = [_hash(ids[size * a : size * b] + masks[a:b]) for a, b in pairwise([0, *ends])]
+    return dataclasses.replace(tokens, hashes=np.array(hashes, np.uint64))
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def example_hash(example: Example) -> int:
+    """64 bits that are equal for rows that are equal to the token."""
+    return _hash(example.input_ids.tobytes() + example.loss_mask.tobytes())
+
+
+def tokenize(rows: Sequence[RawRow], recipe: Recipe) -> list[Example]:
+    """A few rows at once, in this process.
+
+    Raises:
+        RowError: the first that cannot be used.
+    """
+    tokens = RowTokenizer(recipe)(rows)
+    if tokens.problems:
+        raise tokens.problems[0]
+    cuts = np.cumsum(tokens.lengths)[:-1]
+    pairs = zip(np.split(tokens.input_ids, cuts), np.split(tokens.loss_mask, cuts), tokens.wheres, strict=True)
+    return [Example(*pair) for pair in pairs]

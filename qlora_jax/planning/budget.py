@@ -1,0 +1,125 @@
+"""What a layout costs, beside what there is."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from qlora_jax.planning.estimate import Item, Job, Layout, Seconds, Workspace, items, seconds, total
+from qlora_jax.planning.hardware import Rates
+
+GIB = 2**30
+
+SPARE_SHARE = 0.04
+"""Of the device's memory, left free: what the estimate may be wrong by."""
+FRAGMENTS_SHARE = 0.25
+"""Of the workspace, left free if that is more: it is one block, and free memory is in pieces. On an H200 with 6 GiB for XLA a plan that
+left 0.3 GiB beside a workspace of 3 GiB did not find room for it; one that left 0.9 GiB of 23 did."""
+HOST_SPARE_SHARE = 0.05
+PINNED_SLACK = 1.03
+"""The limit of the pinned pool over what is to be in it: blocks are lost between others. The pool takes all of its limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Memory a run may take."""
+
+    device: int | None
+    """XLA's share of the card; None where the device is the host's own processor."""
+    host: int
+
+
+def spare_bytes(device: int, job: Job, layout: Layout, work: Workspace) -> float:
+    """What a plan leaves free of the device's memory at its peak; never all of it.
+
+    Where some layers keep their intermediates and others are run again, the larger workspace of the latter is needed when what was kept is
+    gone. But it is one block, and what was kept leaves pieces, gradients between them: so its place is left free from the beginning.
+    """
+    largest = max(vars(work).values())
+    spare = max(SPARE_SHARE * device, FRAGMENTS_SHARE * largest)
+    if 0 < layout.keep < job.config.num_hidden_layers:
+        spare += max(0, work.backward - max(work.kept_forward, work.kept_backward))
+    return min(spare, device / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A layout with what it costs."""
+
+    job: Job
+    layout: Layout
+    work: Workspace
+    limits: Limits
+    rates: Rates | None
+    """None for a processor, whose speed nobody plans with."""
+
+    @functools.cached_property
+    def items(self) -> list[Item]:
+        """What takes memory."""
+        return items(self.job, self.layout, self.work)
+
+    @property
+    def device_bytes(self) -> int:
+        """The predicted peak in XLA's memory."""
+        return total(self.items)[0]
+
+    @property
+    def host_bytes(self) -> int:
+        """The predicted peak of the process."""
+        return total(self.items)[1]
+
+    def pool_bytes(self, *, registered: bool) -> int:
+        """Of it, in XLA's pool of pinned memory; without the weights if those on the host will be `registered` (see pinned.py)."""
+        elsewhere = {"the process"}
+        if registered and self.layout.streamed_from == "host":
+            elsewhere.add("base weights")
+        return sum(item.host for item in self.items if item.name not in elsewhere)
+
+    @property
+    def seconds(self) -> Seconds:
+        """Of a step."""
+        return seconds(self.job, self.layout, self.rates)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it stays within its limits, with something to spare."""
+        return self.excess <= 0
+
+    @property
+    def excess(self) -> float:
+        """By how much it exceeds its limits, in shares of them, device and host added up; 0 if it fits."""
+        on_host = self.host_bytes + (self.device_bytes if self.limits.device is None else 0)
+        host = on_host / (self.limits.host * (1 - HOST_SPARE_SHARE)) - 1
+        if self.limits.device is None:
+            return max(host, 0)
+        device = (
+            self.device_bytes / (self.limits.device - spare_bytes(self.limits.device, self.job, self.layout, self.work))
+            - 1
+        )
+        return max(host, 0) + max(device, 0)
+
+    def as_dict(self, steps: int | None = None) -> dict[str, Any]:
+        """For `--json` and for a run's records."""
+        speed = {} if self.rates is None else self._speed(steps)
+        return {
+            "layout": dataclasses.asdict(self.layout),
+            "layers": self.job.config.num_hidden_layers,
+            "rows": self.job.rows,
+            "length": self.job.length,
+            "micro_batches": self.job.micro_batches,
+            "items": [dataclasses.asdict(item) for item in self.items],
+            "device_bytes": self.device_bytes,
+            "device_limit_bytes": self.limits.device,
+            "host_bytes": self.host_bytes,
+            "host_limit_bytes": self.limits.host,
+            **speed,
+        }
+
+    def _speed(self, steps: int | None) -> dict[str, Any]:
+        spent = self.seconds
+        return {
+            "bus_bytes_per_step": spent.bus_bytes,
+            "seconds_per_step": round(spent.total, 4),
+            "tokens_per_second": round(self.job.tokens * self.job.micro_batches / spent.total, 1),
+            "hours": None if steps is None else round(steps * spent.total / 3600, 3),
+            "card": dataclasses.asdict(self.rates),
+        }
