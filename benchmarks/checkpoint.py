@@ -34,7 +34,7 @@ def save_while_training(case: Case, checkpoints: Checkpoints, step: int) -> tupl
     """Save once, and take steps until it is written: (seconds in the call, seconds until it is written, seconds of the steps)."""
     start = time.perf_counter()
     arrays = {"adapters": case.adapters, "moments": case.optimizer.moments}
-    checkpoints.save(step, arrays, {}, {"metrics.jsonl": b"{}\n"})
+    checkpoints.save(step, arrays, {})
     called = time.perf_counter() - start
     seconds = []
     while not checkpoints.idle():

@@ -1,4 +1,4 @@
-"""How exact the gradient of the cross-entropy is in float32, here and in torch, on the CPU: `python -m benchmarks.cross_entropy`
+"""How exact the gradient of the cross-entropy is in float32, here and in torch, on the CPU: `python -m benchmarks.cross_entropy`.
 
 Both get the same float32 logits, of the head of SmolLM2-135M on normed random states, and are measured from float64: the gradient by the
 logits, and what the head's transpose makes of it. Needs torch. Writes `results/cross-entropy-cpu.json`.

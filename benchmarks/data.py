@@ -1,4 +1,4 @@
-"""The input pipeline on this machine's cores: tokenization, the cache, packing, and what a batch costs. `python -m benchmarks.data`
+"""The input pipeline on this machine's cores: tokenization, the cache, packing, and what a batch costs. `python -m benchmarks.data`.
 
 No GPU is used. Rows are made here: short chats, and conversations with lengths like ShareGPT's; `--path` measures others as well.
 """

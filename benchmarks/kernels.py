@@ -1,4 +1,4 @@
-"""The 4-bit operations against bitsandbytes' and against plain bfloat16 matmuls, on one large matrix. `python -m benchmarks.kernels`
+"""The 4-bit operations against bitsandbytes' and against plain bfloat16 matmuls, on one large matrix. `python -m benchmarks.kernels`.
 
 Each figure is the time of one operation inside a jitted function that does it on `BUFFERS` buffers, none of them twice, called `CALLS`
 times before the device is waited for: neither dispatch nor caches count. Writes `results/kernels-DEVICE.json`. bitsandbytes' side runs

@@ -1,4 +1,4 @@
-"""What 4 bits cost: perplexities of SmolLM2-135M on real text, and QLoRA beside LoRA on the bfloat16 model. `python -m benchmarks.quality`
+"""What 4 bits cost: perplexities of SmolLM2-135M on real text, and QLoRA beside LoRA on the bfloat16 model. `python -m benchmarks.quality`.
 
 The text is the Python documentation that every Python carries (`pydoc_data.topics`), cut into rows of 512 tokens. Measured on it: the
 bfloat16 model and its NF4 form (double quantization), each here and in transformers with bitsandbytes, which quantizes the model itself.

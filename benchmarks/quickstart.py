@@ -1,4 +1,4 @@
-"""The quickstart as a user runs it, measured from outside: minutes, memory, held-out loss. `python -m benchmarks.quickstart`"""
+"""The quickstart as a user runs it, measured from outside: minutes, memory, held-out loss. `python -m benchmarks.quickstart`."""
 
 import json
 import resource
@@ -28,6 +28,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         run = Path(folder) / "run"
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        merged = json.loads((run / "run.json").read_text())["starts"][-1]["merged"]
         samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
     steps = [record for record in records if "loss" in record]
@@ -38,6 +39,7 @@ def main() -> None:
         "steps": steps[-1]["step"],
         "tokens": steps[-1]["tokens"],
         "held_out_loss": held_out,
+        "merged": merged,
         "samples": samples,
     }
     print(log)

@@ -273,10 +273,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resident", type=int, default=0, help="layers on the device, spread among those on the host")
     parser.add_argument("--keep", type=int, default=0, nargs="?", help="layers not run again; without a number all")
     parser.add_argument(
-        "--no-share-dense",
-        dest="share_dense",
-        action="store_false",
-        help="see qlora_jax.engine.engine.engine.engine.engine.Engine",
+        "--no-share-dense", dest="share_dense", action="store_false", help="see qlora_jax.engine.engine.Engine"
     )
     parser.add_argument("--mlp-tokens", type=int, default=MLP_TOKENS)
     parser.add_argument("--slots", type=int, default=SLOTS)

@@ -8,6 +8,9 @@ memory of one; the index comes last, and a folder without it is not a model's.
 """
 
 import argparse
+import concurrent.futures
+import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +30,8 @@ from qlora_jax.model.decoder import LlamaConfig
 from qlora_jax.ops import nf4
 
 QUANTIZATION = QuantizationSettings()
+WRITERS = 4
+"""Files written at a time, each from memory of its own."""
 DEVIATION = 0.02
 """Of the weights; embedding and head exactly, the linears about."""
 
@@ -87,8 +92,13 @@ def vocabulary_tensors(config: LlamaConfig) -> Iterator[tuple[list[TensorSpec], 
     yield [TensorSpec(names.FINAL_NORM, "BF16", ones.shape)], [ones]
 
 
-def write(out: Path, settings: dict[str, Any], advance: Any = lambda nbytes: None) -> None:
-    """Write the folder; `advance` is called with the bytes of each file.
+def write(
+    out: Path, settings: dict[str, Any], advance: Any = lambda nbytes: None, *, distinct: int | None = None
+) -> None:
+    """Write the folder, several files at a time; `advance` is called with the bytes of each file.
+
+    Args:
+        distinct: layers from this number on are the first ones again, which saves making them: 70B then takes as long as the disk does.
 
     Raises:
         InputError: `out` exists.
@@ -97,18 +107,26 @@ def write(out: Path, settings: dict[str, Any], advance: Any = lambda nbytes: Non
         raise InputError(out, found="something there already", fix="name a new folder, or remove this one")
     out.mkdir(parents=True)
     config = LlamaConfig.from_hf(settings)
-    parts = [(layer_tensors, (config, layer)) for layer in range(config.num_hidden_layers)]
-    parts.append((vocabulary_tensors, (config,)))
-    total, weight_map = 0, {}
-    for number, (make, arguments) in enumerate(parts, 1):
-        shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        made = list(make(*arguments))
+    depth = config.num_hidden_layers
+    first = [list(layer_tensors(config, layer)) for layer in range(min(distinct or 0, depth))]
+
+    def write_part(number: int) -> tuple[str, list[TensorSpec]]:
+        shard = f"model-{number + 1:05d}-of-{depth + 1:05d}.safetensors"
+        if number == depth:
+            made = list(vocabulary_tensors(config))
+        else:
+            made = _renamed(first[number % len(first)], number) if first else list(layer_tensors(config, number))
         specs = [spec for some, _ in made for spec in some]
         write_shard(out / shard, specs, (array for _, arrays in made for array in arrays))
-        weight_map |= {spec.name: shard for spec in specs}
-        size = sum(spec.nbytes for spec in specs)
-        total += size
-        advance(size)
+        return shard, specs
+
+    total, weight_map = 0, {}
+    with concurrent.futures.ThreadPoolExecutor(WRITERS) as writers:
+        for shard, specs in writers.map(write_part, range(depth + 1)):
+            weight_map |= {spec.name: shard for spec in specs}
+            size = sum(spec.nbytes for spec in specs)
+            total += size
+            advance(size)
     byte_tokenizer().save_pretrained(out)
     write_json(out / "generation_config.json", {"eos_token_id": settings["eos_token_id"]})
     write_json(
@@ -116,6 +134,17 @@ def write(out: Path, settings: dict[str, Any], advance: Any = lambda nbytes: Non
         {**settings, "quantization_config": bitsandbytes.quantization_config(QUANTIZATION)},
     )
     write_index(out, weight_map, total)
+
+
+def _renamed(
+    made: list[tuple[list[TensorSpec], list[np.ndarray]]], layer: int
+) -> list[tuple[list[TensorSpec], list[np.ndarray]]]:
+    """Return another layer's tensors as this layer's."""
+
+    def rename(spec: TensorSpec) -> TensorSpec:
+        return dataclasses.replace(spec, name=re.sub(r"layers\.\d+\.", f"layers.{layer}.", spec.name))
+
+    return [([rename(spec) for spec in specs], arrays) for specs, arrays in made]
 
 
 def expected_bytes(config: LlamaConfig) -> int:

@@ -1,4 +1,5 @@
-"""Models that a run quantized, kept so that the next run with the same model and quantization need not: `CACHE/quantized/NAME-KEY`.
+"""Models that a run quantized, kept so that the next run with the same model and quantization need not: `CACHE/quantized/NAME-KEY`,
+and their checksums: `CACHE/checksums/NAME-KEY.json`.
 
     python -m convert.cache                       what is kept, and how large it is
     python -m convert.cache --remove NAME ...     removes entries; --all: every one
@@ -7,12 +8,13 @@ Nothing is removed unasked. CACHE is $QLORA_JAX_CACHE, or else ~/.cache/qlora_ja
 """
 
 import argparse
+import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +23,13 @@ from rich.console import Console
 from convert.files.folder import ModelFolder
 from convert.files.prequantized import settle
 from convert.files.sizes import companion_bytes, quantized_bytes, tensors_of
+from convert.files.verified import VerifiedFolder, write_record
 from convert.hub import cache_dir
 from convert.jobs.job import DestinationError, in_use
 from convert.load import read_config
 from convert.quantize import job_of, quantize
 from qlora_jax.base.console import byte_bar, make_console
-from qlora_jax.base.errors import InputError, exit_status
+from qlora_jax.base.errors import InputError, end_process, exit_status
 from qlora_jax.base.files import describe_size
 from qlora_jax.config import QuantizationSettings
 
@@ -44,6 +47,7 @@ def cached_folder(
     """The model in 4 bits: from the cache, quantized into it first if it is not there. To the bit what loading `folder` gives.
 
     A folder that is in 4 bits already is returned as it is; so is `folder` where the cache cannot be written, after a line that says so.
+    What comes from the cache is compared with its checksums when it is read (`convert.files.verified`); then a DamagedError may come.
 
     Args:
         leave_free: bytes of the cache's disk that are for others: if they would not be left over, nothing is written.
@@ -59,19 +63,24 @@ def cached_folder(
         console.print(f"{kind}: quantized by an earlier run, {entry}")
         return found
     total = sum(spec.nbytes for shard in folder.shards for spec in folder.specs(shard))
+    job = job_of(folder, quantization)
     try:
         if leave_free:
             _require_room(entry, folder, quantization, leave_free)
         with byte_bar(console) as progress:
             task = progress.add_task("quantizing", total=total)
-            quantize(folder, entry, quantization, lambda nbytes: progress.advance(task, nbytes), console.print)
+            advance, record = (
+                functools.partial(progress.advance, task),
+                functools.partial(write_record, _record_of(entry), job),
+            )
+            quantize(folder, entry, quantization, advance, console.print, record)
     except (DestinationError, OSError) as error:
         reason = f"{error.found}; {error.expected}" if isinstance(error, DestinationError) else error
         console.print(f"quantizing in memory, for this run only: {entry}: {reason}")
         return folder
     size = f"{_bytes(entry) / 2**30:.2f} GiB, {sum(map(_bytes, entries())) / 2**30:.2f} with all others"
     console.print(f"{kind}: quantized once, kept in {entry} ({size}; see python -m convert.cache)")
-    return ModelFolder(entry)
+    return VerifiedFolder(entry, _record_of(entry), job)
 
 
 def is_kept(folder: ModelFolder, name_or_path: str, quantization: QuantizationSettings) -> bool:
@@ -111,6 +120,7 @@ def remove(names: Sequence[str]) -> None:
         raise InputError(_place(), found="; ".join(problems), expected="entries of the cache", fix=fix)
     for name in names:
         shutil.rmtree(there[name])
+        _record_of(there[name]).unlink(missing_ok=True)
 
 
 def _require_room(entry: Path, folder: ModelFolder, quantization: QuantizationSettings, leave_free: int) -> None:
@@ -131,6 +141,11 @@ def _place() -> Path:
     return cache_dir() / "quantized"
 
 
+def _record_of(entry: Path) -> Path:
+    """Where an entry's checksums are: not in it, so that it is what `convert.quantize` makes."""
+    return cache_dir() / "checksums" / f"{entry.name}.json"
+
+
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -138,29 +153,32 @@ def _bytes(folder: Path) -> int:
 def _opened(
     entry: Path, source: ModelFolder, quantization: QuantizationSettings, console: Console
 ) -> ModelFolder | None:
-    """The entry if it is there and sound; a damaged one is removed."""
+    """The entry if it is there, sound and made of this model in this way; any other is removed."""
     if not entry.exists():
         return None
     try:
-        found = ModelFolder(entry)
+        found = VerifiedFolder(entry, _record_of(entry), job_of(source, quantization))
         if found.is_4bit and read_config(found) == read_config(source):
             settle(found, quantization, where=entry, fix="")
             return found
         reason = "another model"
     except InputError as error:
         reason = error.found
-    console.print(f"{entry}: damaged, made again ({reason.replace(chr(10), ' ')})")
-    try:
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    except OSError:
-        return None  # quantizing will say that something is there already
+    discard(entry, reason, console)
     return None
 
 
+def discard(entry: Path, reason: str, console: Console) -> None:
+    """Remove an entry that cannot be used, and say why; where it cannot be removed, quantizing will say that something is there."""
+    console.print(f"{entry}: damaged, made again ({reason.replace(chr(10), ' ')})")
+    with contextlib.suppress(OSError):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 @exit_status
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.cache") -> None:
     """The command; see `--help`."""
-    parser = argparse.ArgumentParser(prog="python -m convert.cache", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--remove", nargs="+", default=[], metavar="NAME", help="entries to delete, as they are listed")
     parser.add_argument("--all", action="store_true", help="delete every entry")
@@ -179,4 +197,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -4,7 +4,6 @@ Cache, token and mirrors are huggingface_hub's own (`HF_HOME`, `HF_TOKEN`, `HF_E
 the cache is used as it is, without asking the hub: the weights do not change between two runs, and it works offline.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,11 +13,14 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
-from convert.files.folder import PICKLE_SUFFIXES
+from convert.files.companions import PICKLE_SUFFIXES
+from convert.files.folder import MAX_HEADER_BYTES
+from convert.files.recognition import not_a_model
 from convert.files.shards import INDEX_NAME, SINGLE_NAME
 from convert.gguf.smollm2 import MODEL_ID, fetch_smollm2
 from qlora_jax.base.errors import InputError
 from qlora_jax.base.files import describe_size
+from qlora_jax.base.reading import is_folder, kind_of, read_json_object, reading, user_path
 
 CONFIG_NAME = "config.json"
 
@@ -36,7 +38,15 @@ WANTED_FILES = [
     "USE_POLICY*",
 ]
 TOKENIZER_FILES = [pattern for pattern in WANTED_FILES if pattern != "*.safetensors"]
-UNWANTED_FILES = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
+BELOW = ".jinja"
+"""What is wanted of folders: additional chat templates."""
+UNWANTED_FILES = [
+    *(f"*/*[!{BELOW[place]}]{BELOW[place + 1 :]}" for place in range(len(BELOW))),  # all that does not end so
+    "consolidated*",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+]
 """Folders (`original/`, `onnx/`) and `consolidated.safetensors` hold the same weights again; pickles are not read."""
 
 HUB_ERRORS = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
@@ -49,7 +59,10 @@ OFFLINE_ADVICE = "check the connection, or give the path of a folder with the mo
 def cache_dir() -> Path:
     """Folder of converted models: `$QLORA_JAX_CACHE`, else `$XDG_CACHE_HOME/qlora_jax`, else `~/.cache/qlora_jax`."""
     if own := os.environ.get("QLORA_JAX_CACHE"):
-        return Path(own).expanduser()
+        try:
+            return user_path(own)
+        except ValueError as error:
+            raise InputError("QLORA_JAX_CACHE", found=str(error), expected="a folder's path") from None
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "qlora_jax"
 
@@ -65,13 +78,16 @@ def resolve_model(name_or_path: str, *, weights: bool = True, log: Callable[[str
     Raises:
         InputError: no such folder; no such model or no access to it; the hub cannot be reached; no room for the download.
     """
-    path = Path(name_or_path).expanduser()
-    if name_or_path and path.is_dir():  # Path("") is the current folder
+    path = _expanded(name_or_path)
+    kind = kind_of(path) if name_or_path else "nothing"  # Path("") is the current folder
+    if kind == "a folder":
         return path
-    if path.is_file():
+    if kind not in ("a file", "nothing"):
         raise InputError(
-            name_or_path, found="a file", expected="a model folder or a hub id", fix="give the folder it is in"
+            name_or_path, found=kind, expected="a model folder or a hub id", fix="give the folder it is in"
         )
+    if (other := not_a_model(path) if name_or_path else None) is not None:  # a file; of folders `ModelFolder` asks
+        raise other
     if _looks_like_a_path(name_or_path):
         raise InputError(name_or_path, found="no such folder", expected="a model folder or a hub id such as org/name")
     if (cached := _cached(name_or_path)) is not None:
@@ -96,8 +112,11 @@ def resolve_config(name_or_path: str, *, log: Callable[[str], object] = print) -
     Raises:
         InputError: as `resolve_model`.
     """
-    if Path(name_or_path).expanduser().is_dir() or _looks_like_a_path(name_or_path) or name_or_path == MODEL_ID:
-        return resolve_model(name_or_path, log=log) / CONFIG_NAME
+    if is_folder(_expanded(name_or_path)) or _looks_like_a_path(name_or_path) or name_or_path == MODEL_ID:
+        folder = resolve_model(name_or_path, log=log)
+        if (other := not_a_model(folder)) is not None:
+            raise other
+        return folder / CONFIG_NAME
     try:
         return Path(huggingface_hub.hf_hub_download(name_or_path, CONFIG_NAME, local_files_only=True))
     except errors.HFValidationError:
@@ -113,6 +132,13 @@ def resolve_config(name_or_path: str, *, log: Callable[[str], object] = print) -
     except HUB_ERRORS as error:
         _raise_if_refused(name_or_path, error)
         raise InputError(name_or_path, found=f"the download failed: {_first_line(error)}", fix=OFFLINE_ADVICE) from None
+
+
+def _expanded(name_or_path: str) -> Path:
+    try:
+        return user_path(name_or_path) if name_or_path else Path()
+    except ValueError as error:
+        raise InputError(ascii(name_or_path), found=str(error), expected="a model folder or a hub id") from None
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -143,9 +169,10 @@ def _is_whole(folder: Path) -> bool:
     if (folder / SINGLE_NAME).is_file():
         return True
     try:
-        shards = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
-        return all((folder / shard).is_file() for shard in shards)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        index = read_json_object(folder / INDEX_NAME, at_most=MAX_HEADER_BYTES)
+        with reading(folder / INDEX_NAME, "no map of weights"):
+            return all((folder / shard).is_file() for shard in index["weight_map"].values())
+    except InputError:
         return False
 
 

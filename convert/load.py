@@ -1,16 +1,18 @@
 """Reads a Hugging Face model folder into the engine's trees: each linear quantized on the way, or as it is if it is in 4 bits already."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
-from convert.files import bitsandbytes, names, prequantized
+from convert.files import bitsandbytes, head, names, prequantized
 from convert.files.ahead import in_order
 from convert.files.folder import ModelFolder, some
 from convert.files.pieces import on_device, quantized, read_bfloat16
 from convert.files.shapes import mismatch, tensor_shapes
+from convert.files.shards import FLOATS
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine.engine import Weights
@@ -21,23 +23,29 @@ from qlora_jax.runtime import pinned
 from qlora_jax.runtime.placement import LayerPlace, LayerStore, Source, Tree, Where, keep, nbytes, put
 
 Advance = Callable[[int], object]
+BFLOAT16_BYTES = 2
 LAYER_PARTS = 1 + len(LINEAR_NAMES)
 """The norms, and each linear."""
 
 
 def read_config(folder: ModelFolder) -> LlamaConfig:
-    """The folder's model shape; every tensor it calls for is there with that shape, and no other is.
+    """The folder's model shape; every tensor it calls for is there with that shape and in floats, and no other is.
+
+    A head that is stored although `config.json` says that it is the embedding makes the two different: see `convert.files.head`.
 
     Raises:
-        InputError: the config is not supported, or tensors are missing, unknown or of another shape (all named at once).
+        InputError: the config is not supported, or tensors are missing, unknown, of another shape or no floats (all
+            named at once).
     """
     config = LlamaConfig.from_hf(folder.config, folder.path / "config.json")
+    if head.has_own_head(folder):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     wanted = tensor_shapes(config)
     linears = {name: shape for name, shape in wanted.items() if names.parse_linear(name) is not None}
     companions = {name: weight for name in folder.names if (weight := bitsandbytes.companion_of(name)) is not None}
     found = {name for name in folder.names if not names.is_ignored(name)} - companions.keys()
     if config.tie_word_embeddings:
-        found.discard(names.LM_HEAD)  # a copy of the embedding that some tied checkpoints store all the same
+        found.discard(names.LM_HEAD)  # a copy of the embedding, which some tied checkpoints store all the same
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - found)]
     problems += [f"unknown: {name}" for name in sorted(found - wanted.keys())]
     in_4_bits = set(linears) if folder.is_4bit else set(companions.values())
@@ -48,15 +56,26 @@ def read_config(folder: ModelFolder) -> LlamaConfig:
             f"{len(in_4_bits)} weights in 4 bits ({some(sorted(in_4_bits))}), but config.json has no quantization_config"
         )
     for name in sorted((wanted.keys() & found) - in_4_bits):
-        if folder.spec(name).shape != wanted[name]:
-            problems.append(mismatch(folder.spec(name), wanted[name]))
+        spec = folder.spec(name)
+        if spec.shape != wanted[name]:
+            problems.append(mismatch(spec, wanted[name]))
+        if spec.dtype not in FLOATS:
+            problems.append(f"{name}: dtype {spec.dtype}; weights are {', '.join(sorted(FLOATS))}")
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        fix = "fetch the model again"
+        if (
+            folder.is_4bit
+            and not companions
+            and all(folder.spec(name).shape == wanted[name] for name in wanted.keys() & found)
+        ):
+            fix = (
+                "remove quantization_config from its config.json: the weights are not quantized, a merge left it there"
+            )
+        elif in_4_bits:
+            fix += ", or give the unquantized one, which is quantized on the way in"
         raise InputError(
-            folder.path,
-            found="tensors that do not match config.json\n    " + "\n    ".join(shown),
-            fix="fetch the model again"
-            + (", or give the unquantized one, which is quantized on the way in" if in_4_bits else ""),
+            folder.path, found="tensors that do not match config.json\n    " + "\n    ".join(shown), fix=fix
         )
     return config
 
@@ -76,15 +95,15 @@ def load_weights(
 
     Args:
         quantization: what to quantize to; a folder that is in 4 bits already keeps its own (see `prequantized.settle`). None leaves
-            the linears of one that is not as they are, in bfloat16: for comparisons.
+            the linears of one that is not as they are, in bfloat16.
         where: one place for all layers, or each layer's own.
         advance: called with the bytes of each layer that is in its place, in order, and of embedding and head; all in all `total_bytes`.
 
     Raises:
-        InputError: a weight or a scale holds a value that is not finite; or layers are to stay on disk, and are not in 4 bits there.
+        InputError: a weight or a scale holds a value that is not finite; or layers are to be quantized, and to stay on disk.
     """
     places = [where] * config.num_hidden_layers if isinstance(where, str) else list(where)
-    if "disk" in places and not folder.is_4bit:
+    if "disk" in places and not folder.is_4bit and quantization is not None:
         found = "a model that is not in 4 bits, whose layers are to be read from disk as they are needed"
         fix = (
             "quantize it with `python -m convert.quantize`, or make room for the cache, or set memory.base_weights=host"
@@ -93,7 +112,8 @@ def load_weights(
 
     parts = [layer_parts(folder, layer, quantization, place) for layer, place in enumerate(places) if place != "disk"]
     tasks = [functools.partial(_vocabulary, folder, config), *itertools.chain.from_iterable(parts)]
-    done = in_order(tasks) if folder.is_4bit else (task() for task in tasks)  # quantizing keeps all cores busy
+    is_read = folder.is_4bit or quantization is None
+    done = in_order(tasks) if is_read else (task() for task in tasks)  # quantizing keeps all cores busy
     embedding, lm_head, final_norm = next(done)
     advance(nbytes((embedding, final_norm)) + (0 if config.tie_word_embeddings else nbytes(lm_head)))
 
@@ -113,11 +133,19 @@ def load_weights(
     )
 
 
-def total_bytes(config: LlamaConfig, quantization: QuantizationSettings, where: LayerPlace) -> int:
+def total_bytes(config: LlamaConfig, quantization: QuantizationSettings | None, where: LayerPlace) -> int:
     """What `load_weights` brings to its place."""
     vocabulary = config.vocab_size * (1 if config.tie_word_embeddings else 2) + 1
-    layers = 0 if where == "disk" else config.num_hidden_layers * layer_bytes(config, quantization)
+    layers = 0 if where == "disk" else config.num_hidden_layers * frozen_bytes(config, quantization)
     return 2 * config.hidden_size * vocabulary + layers
+
+
+def frozen_bytes(config: LlamaConfig, quantization: QuantizationSettings | None) -> int:
+    """Bytes of one decoder layer's frozen weights; with None its linears are in bfloat16."""
+    if quantization is not None:
+        return layer_bytes(config, quantization)
+    linears = sum(rows * columns for rows, columns in config.linear_shapes().values())
+    return BFLOAT16_BYTES * (linears + len(names.NORM_NAMES) * config.hidden_size)
 
 
 def read_layer(folder: ModelFolder, layer: int, quantization: QuantizationSettings | None) -> Tree:
@@ -152,7 +180,7 @@ def _joined(parts: Iterable[Tree]) -> Tree:
 def read_linear(
     folder: ModelFolder, name: str, quantization: QuantizationSettings | None, place: Where | None = None
 ) -> Weight:
-    """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device). With None: only cast.
+    """A linear in 4 bits: as it is (numpy's arrays), or cast to bfloat16 and quantized (on the device). With None: only cast (numpy's).
 
     Where it is to be on the host, numpy's arrays are in registered memory already, if there can be such.
     """
@@ -160,7 +188,7 @@ def read_linear(
         read = functools.partial(bitsandbytes.read, folder, name)
         return pinned.filled(read) if place == "host" else read()
     if quantization is None:
-        return put(read_bfloat16(folder, name), "device")
+        return read_bfloat16(folder, name)
     return put(quantized(folder, name, quantization), "device")
 
 

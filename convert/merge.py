@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,27 +25,33 @@ from rich.console import Console
 
 from convert.adapters.adapter import WEIGHTS_FILE, Adapter, load_adapter
 from convert.adapters.config import CONFIG_FILE, read_adapter_config
-from convert.adapters.delta import Base, Pair, base_passes, merged_weight
+from convert.adapters.delta import Base, Pair, base_passes, merged_weight, resolve_base
+from convert.adapters.quantization import base_remark, needed_base
 from convert.files import names, pieces, prequantized
 from convert.files.ahead import in_order
 from convert.files.derived import Shard, write_derived
 from convert.files.folder import ModelFolder
+from convert.files.head import is_tied
 from convert.files.shards import Piece, TensorSpec
 from convert.hub import cache_dir, resolve_model
 from convert.jobs.check import Differences, check_merge
 from convert.jobs.job import Log, describe, files_identity, refuse_existing
+from convert.jobs.requantize import check_requantize, read_note, write_note
 from convert.load import read_config
+from convert.stops import merged_companions
 from qlora_jax.base.console import byte_bar, make_console, progress_bar
-from qlora_jax.base.errors import InputError, exit_status
+from qlora_jax.base.errors import InputError, end_process, exit_status
+from qlora_jax.config.arguments import path_argument, text_argument
 from qlora_jax.runtime import machine
 from qlora_jax.runtime.placement import put
 
 WHICH_BASE = """\
-Which base. QLoRA trains the adapter on weights that went to 4 bits and back. `--base dequantized` (the default) adds the adapter to
-exactly those weights: the merged model computes what was trained, up to bfloat16 rounding, and its size is that of any bf16 model.
-`--base original` adds it to the weights as they were before quantization, which is what peft, unsloth and LLaMA-Factory do: the base
-is the better one, but the adapter was not fitted to it. Compare the two on your task if you can. An adapter that was trained on
-unquantized weights (LoRA, not QLoRA) belongs to `--base original`."""
+Which base. `--base original` adds the adapter to the weights as they were before quantization, as the published recipe, peft, unsloth and
+LLaMA-Factory do: the base is the better one, and the merged model can be quantized again. It is the default (`auto`) wherever those
+weights are at hand. `--base dequantized` adds it to what QLoRA trained it on, weights that went to 4 bits and back: the merged model
+computes what was trained, up to bfloat16 rounding. But its weights lie so near to the 4-bit levels that quantizing it again undoes most
+of the training; the folder says so (in config.json), and what would quantize it refuses. `auto` takes it for a model that is in 4 bits
+and has no other weights. An adapter that was trained on unquantized weights (LoRA, not QLoRA) belongs to `--base original`."""
 
 
 def merge(
@@ -60,6 +65,8 @@ def merge(
 ) -> None:
     """Write base + adapter as a Hugging Face folder; `out` appears whole or not at all, and a stopped run is continued.
 
+    With the dequantized base its `config.json` says what another quantization would leave of the adapter: see `convert.jobs.requantize`.
+
     Args:
         advance: called with the bytes of each tensor written, or of each shard that a stopped run wrote.
         log: told, in a line each, what is continued.
@@ -72,8 +79,7 @@ def merge(
     """
     check_base(folder, base)
     if folder.is_4bit:
-        fix = "give the model that the adapter was trained on"
-        prequantized.settle(folder, adapter.quantization, where=adapter.path, fix=fix)
+        prequantized.settle(folder, adapter.quantization, where=adapter.path, fix=needed_base(adapter.quantization))
     unmet = adapter.pairs.keys() - {names.parse_target(name) for name in folder.names}
     if unmet:
         raise RuntimeError(f"no weights for {len(unmet)} of {len(adapter.pairs)} adapted weights")
@@ -85,9 +91,22 @@ def merge(
         return Shard(specs, (piece for piece in made if piece is not None), work)
 
     files = files_identity((adapter.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)), adapter.path)
-    settings = {"base": base, "adapter": {"path": str(adapter.path.resolve()), "files": files}}
+    trained_on = adapter.quantization.model_dump()
+    settings = {
+        "base": base,
+        "adapter": {"path": str(adapter.path.resolve()), "files": files, "trained_on": trained_on},
+    }
     job = describe("merge", folder, **settings)
-    write_derived(folder, out, change, job, past_cache=True, advance=advance, log=log, verify=verify)
+    companions = merged_companions(folder, adapter.path, read_config(folder).vocab_size, log)
+
+    def finish(written: Path) -> None:
+        if base == "dequantized":
+            write_note(folder, adapter, written)
+        verify(written)
+
+    write_derived(
+        folder, out, change, job, companions=companions, past_cache=True, advance=advance, log=log, verify=finish
+    )
 
 
 def check_base(folder: ModelFolder, base: Base) -> None:
@@ -106,15 +125,20 @@ def check_base(folder: ModelFolder, base: Base) -> None:
 
 def _changes(name: str, adapter: Adapter, base: Base) -> bool:
     """Whether a tensor of the base is another one in the merged model."""
-    target = names.parse_target(name)
     through_4_bits = base == "dequantized" and names.parse_linear(name) is not None
-    return name in adapter.saved or target in adapter.pairs or through_4_bits
+    name = adapter.of(name)
+    return (
+        through_4_bits or name in adapter.saved or name in adapter.tokens or names.parse_target(name) in adapter.pairs
+    )
 
 
 def _merged_specs(folder: ModelFolder, shard: str, adapter: Adapter, base: Base) -> list[TensorSpec]:
+    """A head that is a copy of the embedding is left out where the adapter replaces the embedding: it would be another head."""
+    replaced = names.EMBEDDING in adapter.saved and names.LM_HEAD not in adapter.saved
     return [
         TensorSpec(spec.name, "BF16", spec.shape) if _changes(spec.name, adapter, base) else spec
         for spec in prequantized.plain_specs(folder, shard)
+        if not (replaced and spec.name == names.LM_HEAD and is_tied(folder))
     ]
 
 
@@ -146,9 +170,10 @@ def _passes(
         return iter(()), (functools.partial(folder.elements, spec.name, begin, pieces.PIECE) for begin in cuts)
     if len(spec.shape) == 1:
         return iter(()), iter([functools.partial(_bfloat16, adapter.saved[spec.name])])
-    stored = adapter.saved.get(spec.name)
-    first, rows = base_passes(folder, spec.name, adapter.quantization, base, stored)
-    return first, _merged_rows(rows, adapter.pairs.get(names.parse_target(spec.name)))
+    name = adapter.of(spec.name)
+    stored, tokens = adapter.saved.get(name), adapter.tokens.get(name)
+    first, rows = base_passes(folder, spec.name, adapter.quantization, base, stored, tokens)
+    return first, _merged_rows(rows, adapter.pairs.get(names.parse_target(name)))
 
 
 def _merged_rows(rows: pieces.Rows, pair: Pair | None) -> Iterator[Callable[[], np.ndarray]]:
@@ -167,21 +192,29 @@ def _bfloat16(values: np.ndarray | jax.Array) -> np.ndarray:
 
 
 @exit_status
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.merge") -> None:
     """The command; see `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.merge", description=__doc__.split("\n\n")[0], epilog=WHICH_BASE
-    )
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0], epilog=WHICH_BASE)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="the adapter, in PEFT's format")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="the merged model's folder; must not exist"
+        "--adapter", required=True, type=path_argument, metavar="DIR", help="the adapter, in PEFT's format"
     )
     parser.add_argument(
-        "--model", metavar="ID_OR_DIR", help="the base model (default: the one named in adapter_config.json)"
+        "--out", required=True, type=path_argument, metavar="DIR", help="the merged model's folder; must not exist"
     )
     parser.add_argument(
-        "--base", choices=("original", "dequantized"), default="dequantized", help="default: dequantized; see below"
+        "--model",
+        type=text_argument,
+        metavar="ID_OR_DIR",
+        help="the base model (default: the one named in adapter_config.json)",
+    )
+    parser.add_argument(
+        "--base", choices=("auto", "original", "dequantized"), default="auto", help="default: auto; see below"
+    )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="with --base dequantized: take a model that another adapter was merged into, though 4 bits undo that adapter",
     )
     parser.add_argument(
         "--check",
@@ -199,15 +232,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.adapter, found="no base_model_name_or_path in its adapter_config.json", fix="say which with --model"
         )
     folder = ModelFolder(resolve_model(name, log=console.print))
-    adapter = load_adapter(options.adapter, read_config(folder))
-    if options.base == "dequantized" and not adapter.quantization.model_fields_set:
-        console.print(
-            "the adapter does not say in what it was trained: taken for NF4 with double quantization; if its base was not quantized, "
-            "use --base original"
-        )
+    adapter = load_adapter(options.adapter, read_config(folder), folder)
+    base = resolve_base(options.base, folder)
+    if base == "dequantized" and (remark := base_remark(adapter.stated, folder, name)):
+        console.print(remark)
     if adapter.base_model not in (None, name):
         console.print(f"the adapter says that it was trained on {adapter.base_model}")
-    merge_with_progress(folder, adapter, options.out, options.base, console, check=options.check)
+    if base == "dequantized":
+        check_requantize(
+            folder, adapter.quantization, accepted=options.requantize, accept="--requantize", log=console.print
+        )
+    merge_with_progress(folder, adapter, options.out, base, console, check=options.check)
 
 
 def merge_with_progress(
@@ -234,9 +269,13 @@ def merge_with_progress(
         merge(folder, adapter, out, base, advance, console.print, verify if check else lambda written: None)
     stored = [name for name in adapter.saved if names.parse_target(name) not in adapter.pairs]
     whole = f" and {len(stored)} whole tensor{'s'[: len(stored) > 1]}" if stored else ""
+    whole += "".join(f", {rows.indices.size} rows of {name}" for name, rows in adapter.tokens.items())
     beyond = [name for layer, name in adapter.pairs if layer is None]
     linears = f"{len(adapter.pairs) - len(beyond)} adapted linears{''.join(f', {name}' for name in beyond)}"
     console.print(f"merged {linears}{whole} into the {base} base: {out}")
+    if base == "dequantized" and (note := read_note(ModelFolder(out))) is not None:
+        better = "python -m convert.merge --model UNQUANTIZED_MODEL --base original merges into weights that can be"
+        console.print(f"{note}; {better}")
     for differences in found:
         console.print(f"checked: {differences}")
 
@@ -246,4 +285,4 @@ def _linears(folder: ModelFolder) -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

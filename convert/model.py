@@ -1,17 +1,27 @@
 """Opens a base model by hub id or folder: its files, its shape, its tokenizer. Nothing of a model folder is ever run or unpickled."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from convert.files.folder import ModelFolder
-from convert.hub import resolve_config, resolve_model
+from convert.files.remarks import limits_of, remarks, tokens_without_row
+from convert.hub import CONFIG_NAME, resolve_config, resolve_model
 from convert.load import read_config
+from qlora_jax.base import bounded
+from qlora_jax.base.bounded import Limits, ProgramError, explained
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import PASSED_ON, is_file, read_json_object, reason_of, refuse_odd_files
+from qlora_jax.data import ModelLimits
+from qlora_jax.data.chat.codec import try_tokenizer
 from qlora_jax.model.decoder import LlamaConfig
+
+UNLOADABLE = "a tokenizer that cannot be loaded"
+MAX_TOKENIZER_BYTES = 2**28
+TRYING_SECONDS, MEMORY_A_BYTE = 8.0, 32
+"""Limits for trying a tokenizer: seconds, and one more for each MiB of its file; bytes of memory for each of its file's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +33,24 @@ class BaseModel:
     folder: ModelFolder
     config: LlamaConfig
     tokenizer: PreTrainedTokenizerBase
+    limits: ModelLimits
 
 
 def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> BaseModel:
-    """Find, check and describe a base model.
+    """Find, check and describe a base model; what is odd about it but can be used is told to `log`.
 
     Raises:
         InputError: it cannot be found, is damaged or is not supported.
     """
+    bounded.companion().start()  # so that it is ready when the tokenizer is to be tried
     path = resolve_model(name_or_path, log=log)
     folder = ModelFolder(path)
     from_hub = not Path(name_or_path).exists() and "snapshots" in path.parts
-    return BaseModel(
-        name_or_path if from_hub else str(path.resolve()), folder, read_config(folder), _load_tokenizer(path)
-    )
+    config, tokenizer = read_config(folder), load_tokenizer(path)
+    for line in remarks(folder, config, tokenizer):
+        log(line)
+    name = name_or_path if from_hub else str(path.resolve())
+    return BaseModel(name, folder, config, tokenizer, limits_of(folder.config, tokenizer))
 
 
 def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> LlamaConfig:
@@ -46,13 +60,7 @@ def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> Ll
         InputError: it cannot be found or is not supported.
     """
     path = resolve_config(name_or_path, log=log)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(path, found=f"not JSON: {error}", fix="fetch the model again") from None
-    if not isinstance(config, dict):
-        raise InputError(path, found="JSON that is not an object", fix="fetch the model again")
-    return LlamaConfig.from_hf(config, path)
+    return LlamaConfig.from_hf(read_json_object(path, fix="fetch the model again"), path)
 
 
 def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -> PreTrainedTokenizerBase:
@@ -61,14 +69,38 @@ def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -
     Raises:
         InputError: it cannot be found or loaded.
     """
-    return _load_tokenizer(resolve_model(name_or_path, weights=False, log=log))
+    return open_tokens(name_or_path, log=log)[0]
 
 
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def open_tokens(
+    name_or_path: str, *, log: Callable[[str], object] = print
+) -> tuple[PreTrainedTokenizerBase, ModelLimits]:
+    """A model's tokenizer, and the limits that its `config.json` and the tokenizer state.
+
+    Raises:
+        InputError: either cannot be found or loaded.
+    """
+    path = resolve_model(name_or_path, weights=False, log=log)
+    tokenizer = load_tokenizer(path)
+    config = read_json_object(path / CONFIG_NAME) if is_file(path / CONFIG_NAME) else {}
+    limits = limits_of(config, tokenizer)
+    for line in tokens_without_row(path, limits.vocab_size, tokenizer):
+        log(line)
+    return tokenizer, limits
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; no code of its own is run.
+
+    Raises:
+        InputError: it cannot be loaded, does not work or has no EOS.
+    """
+    refuse_odd_files(path)
+    _try_in_child(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         _try(tokenizer)
-    except (KeyboardInterrupt, SystemExit):
+    except PASSED_ON:
         raise
     except (
         BaseException
@@ -81,10 +113,36 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _try_in_child(path: Path) -> None:
+    """A tokenizer is a program: loading it already normalizes its tokens.
+
+    Raises:
+        InputError: it takes too long or too much memory, or crashes.
+    """
+    if (size := _size(path / "tokenizer.json")) is None:
+        return
+    limits = Limits(seconds=TRYING_SECONDS + size / 2**20, memory=2**30 + MEMORY_A_BYTE * size)
+    try:
+        bounded.companion().ask(try_tokenizer, str(path), limits=limits)
+    except ProgramError as error:
+        raise explained(error, path, UNLOADABLE, "fetch the model again") from None
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a tokenizer's file; None where there is none. Raises InputError if it is too large to be one."""
+    if not is_file(path):
+        return None
+    size = path.stat().st_size
+    if size > MAX_TOKENIZER_BYTES:
+        expected = f"a tokenizer of at most {MAX_TOKENIZER_BYTES:,}"
+        raise InputError(path, found=f"{size:,} bytes", expected=expected, fix="fetch the model again")
+    return size
+
+
 def _cannot_be_loaded(path: Path, error: BaseException) -> InputError:
     """Without transformers' advice to trust the code of a tokenizer that needs its own: there is no such setting here."""
     if "trust_remote_code" not in str(error):
-        return InputError(path, found=f"a tokenizer that cannot be loaded: {error}", fix="fetch the model again")
+        return InputError(path, found=f"{UNLOADABLE}: {reason_of(error)}", fix="fetch the model again")
     return InputError(
         path,
         found="a tokenizer that needs Python code of its own (auto_map): refused, no code of a model's is run",

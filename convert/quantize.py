@@ -5,7 +5,6 @@ Piece by piece, in the model's shards and order (`convert.files.pieces`); stoppe
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,15 @@ from convert.files.ahead import in_order
 from convert.files.derived import Shard, write_derived
 from convert.files.folder import ModelFolder
 from convert.files.shards import Piece, TensorSpec
+from convert.files.verified import Sums
 from convert.hub import cache_dir, resolve_model
 from convert.jobs.job import Log, describe, refuse_existing
+from convert.jobs.requantize import check_requantize
 from convert.load import read_config
 from qlora_jax.base.console import byte_bar, make_console
-from qlora_jax.base.errors import InputError, exit_status
+from qlora_jax.base.errors import InputError, end_process, exit_status
 from qlora_jax.config import QuantizationSettings
+from qlora_jax.config.arguments import path_argument, text_argument
 from qlora_jax.ops import nf4
 from qlora_jax.runtime import machine
 
@@ -28,7 +30,7 @@ EPILOG = """\
 The folder can be given to train.py (model.name_or_path), `python -m qlora_jax generate` and `python -m convert.merge`, which use it
 as it is, and to transformers with bitsandbytes. A run on it is, bit for bit, the run on the unquantized model with the same
 quantization, without the time to quantize. The original weights are not in it: merging with `--base original` needs the unquantized
-model."""
+model, and merging into this one gives a model that cannot be quantized again without losing the adapter. Such a model is refused."""
 
 
 def quantize(
@@ -37,12 +39,14 @@ def quantize(
     quantization: QuantizationSettings,
     advance: Callable[[int], object] = lambda nbytes: None,
     log: Log = lambda line: None,
+    record_sums: Callable[[Sums], object] | None = None,
 ) -> None:
     """Write an unquantized model in 4 bits; `out` appears whole or not at all, and a stopped run is continued.
 
     Args:
         advance: called with the bytes of each tensor read, or of each shard that a stopped run wrote.
         log: told, in a line each, what is continued.
+        record_sums: called with the new tensors' checksums before the folder appears.
 
     Raises:
         InputError: `folder` is quantized already, or a weight is not finite.
@@ -58,7 +62,9 @@ def quantize(
 
     block = bitsandbytes.quantization_config(quantization)
     job = job_of(folder, quantization)
-    write_derived(folder, out, change, job, quantization_config=block, advance=advance, log=log)
+    write_derived(
+        folder, out, change, job, quantization_config=block, record_sums=record_sums, advance=advance, log=log
+    )
 
 
 def job_of(folder: ModelFolder, quantization: QuantizationSettings) -> dict[str, Any]:
@@ -104,17 +110,24 @@ def _pieces(
 
 
 @exit_status
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.quantize") -> None:
     """The command; see `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.quantize", description=__doc__.split("\n\n")[0], epilog=EPILOG
-    )
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0], epilog=EPILOG)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the model: a hub id or a folder")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder; must not exist")
+    parser.add_argument(
+        "--model", required=True, type=text_argument, metavar="ID_OR_DIR", help="the model: a hub id or a folder"
+    )
+    parser.add_argument(
+        "--out", required=True, type=path_argument, metavar="DIR", help="the new folder; must not exist"
+    )
     parser.add_argument("--quant-type", choices=tuple(nf4.CODEBOOKS), default="nf4", help="default: nf4")
     parser.add_argument(
         "--no-double-quant", action="store_true", help="keep the scales in float32: 4.5 bits a weight instead of 4.127"
+    )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="take a model that an adapter was merged into after quantization, though this undoes most of the adapter's update",
     )
     options = parser.parse_args(arguments)
     console = make_console(stderr=True)
@@ -124,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = ModelFolder(resolve_model(options.model, log=console.print))
     refuse_quantized(folder)
     read_config(folder)  # refuses what is not a supported Llama, before hours are spent on it
+    check_requantize(folder, quantization, accepted=options.requantize, accept="--requantize", log=console.print)
     total = sum(spec.nbytes for shard in folder.shards for spec in folder.specs(shard))
     with byte_bar(console) as progress:
         task = progress.add_task("quantizing", total=total)
@@ -134,4 +148,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

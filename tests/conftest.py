@@ -15,6 +15,26 @@ from tests.helpers import tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+CORE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("test_architecture", "test_batches", "test_commands", "test_config", "test_errors", "test_formats"), ("",)
+    ),
+    **dict.fromkeys(
+        ("test_feed_forward", "test_linear", "test_llama", "test_loss", "test_nf4", "test_optimizer"), ("",)
+    ),
+    **dict.fromkeys(("test_order", "test_packing", "test_tokenization", "test_trl"), ("",)),
+    "test_adapter": ("peft", "logits", "round"),
+    "test_checkpoint": ("every_bit", "newest", "one_before"),
+    "test_docs": ("links", "files_are", "modules", "settings", "prose", "readme"),
+    "test_engine": ("gradient", "streamed", "micro"),
+    "test_merge": ("one_rounding", "pefts_bits", "logits", "two_bases"),
+    "test_plan": ("70b", "as_measured", "remedy"),
+    "test_prequantized": ("bits", "same"),
+    "test_resume": ("killed_and_continued", "other_settings"),
+    "test_train": ("what_a_run_leaves", "test_metrics", "the_model_learns", "merged_is_what"),
+}
+"""The most telling tests, `-m core`: their modules, and what of their names picks them; `""` picks all."""
+
 WORKER_BYTES = 4 * GIB
 """Host memory for a process of tests; they take up to 3.3 GiB."""
 
@@ -31,6 +51,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     alone = options.usepdb or options.capture == "no" or options.collectonly or os.environ["JAX_PLATFORMS"] != "cpu"
     if options.numprocesses is None and options.dist == "no" and workers > 1 and not alone:
         options.numprocesses, options.dist = workers, "worksteal"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the core; what is slow is no part of it."""
+    for item in items:
+        names = CORE.get(item.path.stem, ())
+        if any(part in item.name for part in names) and item.get_closest_marker("slow") is None:
+            item.add_marker("core")
 
 
 USERS_CACHE = os.environ.get("QLORA_JAX_CACHE")

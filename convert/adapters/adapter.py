@@ -1,28 +1,34 @@
 """Adapters in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`, out and in."""
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-import pydantic
 import safetensors
 
+from convert.adapters.advice import unfit
 from convert.adapters.config import CONFIG_FILE, AdapterConfig, Target, read_adapter_config
-from convert.adapters.delta import Pair
-from convert.adapters.tensors import read_tensor, saveable, tensor_problems
+from convert.adapters.delta import Pair, TokenRows
+from convert.adapters.file import read_rows, read_tensor, row_slices
+from convert.adapters.quantization import Stated, stated_quantization
+from convert.adapters.tensors import DAMAGED, DAMAGED_FIX, tensor_problems
+from convert.adapters.whole import Whole, whole_tensors
 from convert.files import names
-from convert.files.folder import some
+from convert.files.folder import ModelFolder, some
+from convert.files.recognition import not_an_adapter
 from convert.files.shards import PT_METADATA, TensorSpec, write_json, write_shard
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.files import replacing_folder
+from qlora_jax.base.reading import kind_of, open_file, reading
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Adapters
 from qlora_jax.model.decoder import LlamaConfig
-from qlora_jax.runtime.placement import Tree, put
+from qlora_jax.runtime.placement import Tree, Where, fetch, put
 
-WEIGHTS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS_FILE = "adapter_model.safetensors"
 QUANTIZATION_KEY = "quantization"
 """Our own entry in the file's metadata: what the adapter was trained on, which a merge into that needs to know. PEFT ignores it."""
 
@@ -81,21 +87,35 @@ def _read32(path: Path, name: str) -> np.ndarray:
     return read_tensor(path, name).astype(np.float32, copy=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
     """An adapter's folder, read and checked against a model's shape; its tensors stay in the file until they are asked for."""
 
     path: Path
     config: AdapterConfig
-    quantization: QuantizationSettings
+    stated: Stated
+    """What it was trained on, as far as anything says."""
     targets: Mapping[names.Target, Target]
     pairs: Pairs
     saved: Saved
+    tokens: Mapping[str, TokenRows]
+    """Hugging Face's name of the embedding's or head's tensor → the rows of it that were trained one by one."""
+    is_tied: bool
+    """Whether the model's head is its embedding: whatever the adapter does to the one it does to the other."""
+
+    @property
+    def quantization(self) -> QuantizationSettings:
+        """What the base was quantized to; by default, where nothing says so, what ours would be."""
+        return self.stated.quantization
 
     @property
     def base_model(self) -> str | None:
         """What the adapter says it was trained on: a hub id or a folder."""
         return self.config.base_model
+
+    def of(self, tensor: str) -> str:
+        """The tensor whose changes are this one's too: the embedding, of a head that is one with it."""
+        return names.EMBEDDING if self.is_tied and tensor == names.LM_HEAD else tensor
 
 
 def save_adapter(
@@ -106,21 +126,29 @@ def save_adapter(
     base_model_name_or_path: str,
 ) -> None:
     """Write an adapter that PEFT loads. The folder appears whole or not at all; one that is there is replaced."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tensors: dict[str, np.ndarray] = {}
-    for layer, tree in enumerate(adapters):
-        for name in lora.targets:
-            for part in names.ADAPTER_PARTS:
-                tensors[names.adapter(layer, name, part)] = np.asarray(tree[name]["adapter"][part], np.float32)
-    specs = [TensorSpec(name, "F32", tensor.shape) for name, tensor in tensors.items()]
-    write_shard(
-        aside / WEIGHTS_FILE, specs, tensors.values(), {**PT_METADATA, QUANTIZATION_KEY: quantization.model_dump_json()}
-    )
-    write_json(aside / CONFIG_FILE, _peft_config(lora, base_model_name_or_path))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with replacing_folder(folder) as aside:
+        write_adapter(aside, adapters, lora, quantization, base_model_name_or_path)
+
+
+def write_adapter(
+    folder: Path,
+    adapters: Adapters,
+    lora: LoraSettings,
+    quantization: QuantizationSettings,
+    base_model_name_or_path: str,
+) -> None:
+    """Write an adapter's files into a folder that is there."""
+    arrays = {
+        names.adapter(layer, name, part): tree[name]["adapter"][part]
+        for layer, tree in enumerate(adapters)
+        for name in lora.targets
+        for part in names.ADAPTER_PARTS
+    }
+    specs = [TensorSpec(name, "F32", array.shape) for name, array in arrays.items()]
+    metadata = {**PT_METADATA, QUANTIZATION_KEY: quantization.model_dump_json()}
+    tensors = (fetch(array).astype(np.float32, copy=False) for array in arrays.values())  # one at a time
+    write_shard(folder / WEIGHTS_FILE, specs, tensors, metadata)
+    write_json(folder / CONFIG_FILE, _peft_config(lora, base_model_name_or_path))
 
 
 def _peft_config(lora: LoraSettings, base_model_name_or_path: str) -> dict[str, Any]:
@@ -145,8 +173,12 @@ def _peft_config(lora: LoraSettings, base_model_name_or_path: str) -> dict[str, 
     }
 
 
-def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
+def load_adapter(folder: str | Path, config: LlamaConfig, model: ModelFolder | None = None) -> Adapter:
     """Read and check an adapter for a model of this shape.
+
+    Args:
+        model: the model's folder, where the caller has it. What the adapter stores of the base unchanged is then not its own, and advice
+            can name the model.
 
     Raises:
         InputError: files are missing or damaged, the kind of adapter is not supported, or tensors do not fit the model or
@@ -155,43 +187,66 @@ def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
     folder = Path(folder)
     settings = read_adapter_config(folder)
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickled = " but adapter_model.bin, which is never unpickled" if (folder / PICKLE_FILE).exists() else ""
-        raise InputError(
-            folder, found=f"no {WEIGHTS_FILE}{pickled}", expected=f"a PEFT adapter: {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
+    if kind_of(path) == "nothing":
+        raise not_an_adapter(folder, settings.settings)
     targets = settings.targets(config)
-    try:
+    open_file(path, expected="an adapter's tensors").close()  # the library opens anything
+    with reading(path, DAMAGED, fix=DAMAGED_FIX):
         with safetensors.safe_open(path, framework="numpy") as file:
-            note = (file.metadata() or {}).get(QUANTIZATION_KEY, "{}")
+            note = (file.metadata() or {}).get(QUANTIZATION_KEY)
             held = set(file.keys())
-        problems = tensor_problems(path, settings, targets, config)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(path, found=f"a damaged safetensors file: {error}", fix="save the adapter again") from None
-    if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise InputError(
-            path,
-            found="\n    ".join(["tensors that do not fit the model or adapter_config.json", *shown]),
-            fix=f"give the model this adapter was trained on ({settings.base_model or 'it does not say which'})",
+        wholes = whole_tensors(settings, targets, config, held)
+        problems = tensor_problems(path, settings, targets, wholes, config)
+        if problems:
+            raise unfit(path, problems, settings, config, model)
+        return Adapter(
+            path=folder,
+            config=settings,
+            stated=stated_quantization(folder, settings.base_model, path, note),
+            targets=targets,
+            pairs=Pairs(path, targets, settings.use_dora),
+            saved=Saved(path, _changed(path, wholes, held, config, model)),
+            tokens=_tokens(path, settings, config),
+            is_tied=config.tie_word_embeddings,
         )
-    stored = ((name, key) for name in saveable(config) for key in (names.saved(name), names.stored_base(name)))
-    saved = Saved(path, {name: key for name, key in stored if key in held})
-    return Adapter(
-        folder, settings, _quantization(folder, note), targets, Pairs(path, targets, settings.use_dora), saved
+
+
+def _changed(
+    path: Path, wholes: Mapping[str, Whole], held: set[str], config: LlamaConfig, model: ModelFolder | None
+) -> dict[str, str]:
+    """The tensors that are stored whole, and are not what the model has already: Hugging Face's name → the file's."""
+    stored = {tensor: whole.key for tensor, whole in wholes.items() if whole.key in held}
+    if config.tie_word_embeddings:
+        stored.pop(names.LM_HEAD, None)  # the embedding's values again
+    return {
+        tensor: key
+        for tensor, key in stored.items()
+        if model is None or tensor not in names.VOCABULARY.values() or not _is_the_models(path, key, tensor, model)
+    }
+
+
+def _is_the_models(path: Path, key: str, tensor: str, model: ModelFolder) -> bool:
+    """Whether a stored embedding or head has the values that the model's has."""
+    shape = model.spec(tensor).shape
+    columns = shape[1]
+    return all(
+        np.array_equal(
+            read_rows(path, key, rows),
+            model.elements(tensor, rows.start * columns, (rows.stop - rows.start) * columns)
+            .astype(np.float32)
+            .reshape(-1, columns),
+        )
+        for rows in row_slices(shape)
     )
 
 
-def _quantization(folder: Path, text: str) -> QuantizationSettings:
-    try:
-        return QuantizationSettings.model_validate_json(text)
-    except pydantic.ValidationError:
-        raise InputError(
-            folder / WEIGHTS_FILE,
-            found=f"metadata {QUANTIZATION_KEY!r} that cannot be used: {text}",
-            expected=f"settings such as {QuantizationSettings().model_dump_json()}",
-            fix="save the adapter again",
-        ) from None
+def _tokens(path: Path, settings: AdapterConfig, config: LlamaConfig) -> dict[str, TokenRows]:
+    found = {
+        tensor: TokenRows(indices=np.array(ids, np.int64), values=_read32(path, names.token_rows(tensor)))
+        for tensor, ids in settings.token_ids().items()
+        if not (config.tie_word_embeddings and tensor == names.LM_HEAD)
+    }
+    return {tensor: rows for tensor, rows in found.items() if rows.indices.size}
 
 
 def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
@@ -207,6 +262,7 @@ def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
     reasons += [f"LoRA on {' and '.join(beyond)}"] if beyond else []
     saved = [name for name in adapter.saved if names.parse_target(name) not in adapter.targets]
     reasons += [f"modules_to_save ({some(saved)})"] if saved else []
+    reasons += [f"trainable_token_indices ({some(list(adapter.tokens))})"] if adapter.tokens else []
     reasons += ["rank_pattern or alpha_pattern"] if len(kinds) > 1 else []
     if len(adapter.targets) - len(beyond) != len(names_of) * config.num_hidden_layers or not kinds:
         reasons.append("linears adapted in some layers only")
@@ -226,18 +282,24 @@ def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
     return lora
 
 
-def as_adapters(adapter: Adapter, config: LlamaConfig) -> tuple[LoraSettings, Adapters]:
-    """A plain adapter in the engine's form: its settings (see `plain_settings`), and one tree a layer on the device.
+def as_adapters(
+    adapter: Adapter, config: LlamaConfig, where: Where = "device", dtype: str = "float32"
+) -> tuple[LoraSettings, Adapters]:
+    """Return a plain adapter in the engine's form: its settings (see `plain_settings`), and one tree a layer, brought there layer by layer.
+
+    Args:
+        where: where the adapters are to live.
+        dtype: the dtype that they are trained in.
 
     Raises:
         InputError: it is of a kind that can only be merged.
     """
     lora = plain_settings(adapter, config)
-    return lora, [
-        {name: {"adapter": _pair_on_device(adapter.pairs[layer, name])} for name in lora.targets}
-        for layer in range(config.num_hidden_layers)
-    ]
 
+    def matrices(pair: Pair) -> Tree:
+        return {part: np.asarray(getattr(pair, part)).astype(dtype) for part in names.ADAPTER_PARTS}
 
-def _pair_on_device(pair: Pair) -> Tree:
-    return put({"lora_a": pair.lora_a, "lora_b": pair.lora_b}, "device")
+    def layer_tree(layer: int) -> Tree:
+        return {name: {"adapter": matrices(adapter.pairs[layer, name])} for name in lora.targets}
+
+    return lora, [jax.block_until_ready(put(layer_tree(layer), where)) for layer in range(config.num_hidden_layers)]

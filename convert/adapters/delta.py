@@ -19,6 +19,7 @@ from convert.files.folder import ModelFolder
 from qlora_jax.config import QuantizationSettings
 
 Base = Literal["original", "dequantized"]
+AskedBase = Literal["auto", "original", "dequantized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,38 @@ class Pair:
         """The part that changes these rows of the weight."""
         magnitude = None if self.magnitude is None else self.magnitude[rows]
         return Pair(self.lora_a, self.lora_b[rows], self.scaling, magnitude)
+
+
+def resolve_base(asked: AskedBase, folder: ModelFolder | None) -> Base:
+    """Return the base that `auto` stands for: the original weights, or the dequantized ones of a folder that is in 4 bits.
+
+    Args:
+        folder: the base model's; None where it is not here, and is taken for an unquantized one.
+    """
+    if asked != "auto":
+        return asked
+    return "dequantized" if folder is not None and folder.is_4bit else "original"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Rows of an embedding or head [vocabulary, hidden] that take the base's place: `indices` [n], `values` [n, hidden] float32."""
+
+    indices: np.ndarray
+    values: np.ndarray
+
+    def into(self, rows: pieces.Rows) -> pieces.Rows:
+        """The base's rows, those of the tokens replaced, in the dtype they come in."""
+        return ((some, functools.partial(self._replaced, some, values)) for some, values in rows)
+
+    def _replaced(self, some: slice, values: pieces.Values) -> np.ndarray | jax.Array:
+        base = values()
+        inside = (self.indices >= some.start) & (self.indices < some.stop)
+        if not inside.any():
+            return base
+        replaced = np.array(base)
+        replaced[self.indices[inside] - some.start] = self.values[inside].astype(replaced.dtype)
+        return replaced
 
 
 def adapted(weight: np.ndarray | jax.Array, pair: Pair) -> np.ndarray:
@@ -69,23 +102,37 @@ def _rounded_sum(weight: jax.Array, lora_b: jax.Array, lora_a: jax.Array, scalin
 
 
 def base_rows(
-    folder: ModelFolder, name: str, quantization: QuantizationSettings, base: Base, stored: np.ndarray | None = None
+    folder: ModelFolder,
+    name: str,
+    quantization: QuantizationSettings,
+    base: Base,
+    stored: np.ndarray | None = None,
+    tokens: TokenRows | None = None,
 ) -> pieces.Rows:
     """A weight [out, in] before the adapter, some rows at a time: bfloat16; `dequantized`, a layer's linear: in what 4 bits round to.
 
     Args:
         stored: the values that take the base's place, if there are any.
+        tokens: rows of an embedding or head that do, whatever the others are.
     """
-    first, rows = base_passes(folder, name, quantization, base, stored)
+    first, rows = base_passes(folder, name, quantization, base, stored, tokens)
     for _ in in_order(first):
         pass
     return rows
 
 
 def base_passes(
-    folder: ModelFolder, name: str, quantization: QuantizationSettings, base: Base, stored: np.ndarray | None = None
+    folder: ModelFolder,
+    name: str,
+    quantization: QuantizationSettings,
+    base: Base,
+    stored: np.ndarray | None = None,
+    tokens: TokenRows | None = None,
 ) -> tuple[pieces.FirstPass, pieces.Rows]:
     """`base_rows`, the work that comes before any values left to the caller."""
+    if tokens is not None:
+        first, rows = base_passes(folder, name, quantization, base, stored)
+        return first, tokens.into(rows)
     if stored is not None:
         some = pieces.row_slices(*stored.shape)
         copies = ((rows, functools.partial(np.ndarray.astype, stored[rows], ml_dtypes.bfloat16)) for rows in some)

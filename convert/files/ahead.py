@@ -75,6 +75,7 @@ class Shared(Generic[Item]):
     def __call__(self) -> None:
         """Run it; once."""
         make, self._make = self._make, None  # with whatever it holds
+        assert make is not None
         try:
             self._made.set_result(make())
         except BaseException as error:

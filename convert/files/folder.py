@@ -15,15 +15,23 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from convert.files.companions import MAX_COMPANION_BYTES, OTHER_WEIGHT_SUFFIXES, PICKLE_SUFFIXES, companion_files
+from convert.files.recognition import not_a_model
 from convert.files.shapes import refusals
 from convert.files.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import (
+    MAX_JSON_BYTES,
+    is_file,
+    kind_of,
+    open_file,
+    read_json_object,
+    reading,
+    refuse_odd_files,
+)
 
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library: a longer header is damage or an attack."""
-MAX_COMPANION_BYTES = 100_000_000
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-OTHER_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 SHOWN_NAMES = 5
 MAX_REFUSALS = 20
 XLA_ALIGNMENT = 64
@@ -49,9 +57,14 @@ class ModelFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            found = "a file" if self.path.is_file() else "no such folder"
+        if (kind := kind_of(self.path)) not in ("a folder", "a file", "nothing"):
+            raise InputError(self.path, found=kind, expected="a folder with config.json and safetensors")
+        if (other := not_a_model(self.path)) is not None:
+            raise other
+        if kind != "a folder":
+            found = "no such folder" if kind == "nothing" else kind
             raise InputError(self.path, found=found, expected="a folder with config.json and safetensors")
+        refuse_odd_files(self.path)
         problems: list[str] = []
         self.config: dict[str, Any] = _json_object(self.path / "config.json", problems) or {}
         problems += _quantization_problems(self.config)
@@ -82,7 +95,8 @@ class ModelFolder:
     @property
     def is_4bit(self) -> bool:
         """Whether `config.json` says that the linears are in bitsandbytes' 4 bits, which `convert.files.bitsandbytes` reads."""
-        return self.config.get("quantization_config") is not None
+        quantization = self.config.get("quantization_config")
+        return isinstance(quantization, dict) and bool(quantization.get("load_in_4bit"))
 
     def spec(self, name: str) -> TensorSpec:
         """One tensor's dtype and shape. Raises KeyError for a name that is not in `names`."""
@@ -97,7 +111,7 @@ class ModelFolder:
         """One tensor's bytes as they are in the file."""
         shard = self._where[name]
         entry = self._headers[shard].entries[name]
-        with (self.path / shard).open("rb") as file:
+        with open_file(self.path / shard) as file, reading(self.path / shard, f"{name} cannot be read"):
             file.seek(self._headers[shard].data_start + entry.begin)
             return file.read(entry.spec.nbytes)
 
@@ -116,17 +130,25 @@ class ModelFolder:
         skipped = begin * dtype.itemsize
         nbytes = min(size * dtype.itemsize, entry.spec.nbytes - skipped)
         piece = aligned(nbytes) if into is None else into[:nbytes]
-        with (self.path / shard).open("rb", buffering=0) as file:
+        with open_file(self.path / shard, buffering=0) as file:
             file.seek(self._headers[shard].data_start + entry.begin + skipped)
             if nbytes > READ:
                 _name_all(piece, file)
             filled = 0
             while filled < nbytes:
-                read = file.readinto(piece[filled : filled + READ].data)
+                end = min(filled - filled % READ + READ, nbytes)
+                with reading(self.path / shard, f"{name} cannot be read"):
+                    read = file.readinto(piece[filled:end].data)
                 if not read:
                     raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
                 filled += read
+                if filled == end:
+                    begun = (end - 1) // READ * READ
+                    self.check_part(name, skipped + begun, piece[begun:end])
         return piece.view(dtype)
+
+    def check_part(self, name: str, start: int, part: np.ndarray) -> None:
+        """Do with [bytes] uint8, up to `READ`, of a tensor, from its byte `start`, what is to be done once they are read: here nothing."""
 
     def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
         """One tensor's elements, `size` at a time: see `elements`."""
@@ -134,8 +156,8 @@ class ModelFolder:
             yield self.elements(name, begin, size)
 
     def companions(self) -> list[Path]:
-        """The files that go along with the weights (tokenizer, chat template, generation config, licence), sorted."""
-        return [p for p in sorted(self.path.iterdir()) if p.is_file() and _is_companion(p)]
+        """The files that go along with the weights (tokenizer, chat templates, generation config, licence), some of them below, sorted."""
+        return companion_files(self.path, MAX_COMPANION_BYTES)
 
     def _refusals(self) -> list[str]:
         if not self.config:
@@ -145,10 +167,10 @@ class ModelFolder:
 
     def _weight_map(self, problems: list[str]) -> dict[str, str]:
         """Tensor name -> shard; for a single file, `{"": "model.safetensors"}`. Empty if there is a problem."""
-        if (self.path / SINGLE_NAME).is_file():  # transformers too prefers it to an index
+        if is_file(self.path / SINGLE_NAME):  # transformers too prefers it to an index
             return {"": SINGLE_NAME}
-        if (self.path / INDEX_NAME).is_file():
-            index = _json_object(self.path / INDEX_NAME, problems)
+        if is_file(self.path / INDEX_NAME):
+            index = _json_object(self.path / INDEX_NAME, problems, MAX_HEADER_BYTES)
             return {} if index is None else self._checked_map(index.get("weight_map"), problems)
         files = sorted(p.name for p in self.path.iterdir() if p.is_file())
         tensors = [name for name in files if name.endswith(".safetensors")]
@@ -161,7 +183,9 @@ class ModelFolder:
                 "to safetensors first, e.g. with transformers' save_pretrained, on a machine where you trust them"
             )
         else:
-            problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
+            others = [name for name in files if name.endswith(OTHER_WEIGHT_SUFFIXES)]
+            instead = f"; formats that are not read: {some(others)}" if others else ""
+            problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}{instead}")
         return {}
 
     def _checked_map(self, weight_map: Any, problems: list[str]) -> dict[str, str]:
@@ -173,7 +197,7 @@ class ModelFolder:
             if not _is_inside(shard):
                 bad.add(shard)
                 problems.append(f"{INDEX_NAME}: names {shard!r}, which is not a safetensors file inside the folder")
-            elif not (self.path / shard).is_file():
+            elif not is_file(self.path / shard):
                 bad.add(shard)
                 problems.append(f"{INDEX_NAME}: names {shard}, which is missing; download the model again")
         return {name: shard for name, shard in weight_map.items() if str(shard) not in bad}
@@ -232,7 +256,7 @@ def _read_header(path: Path, problems: list[str]) -> _Header:
     """Parse and check one file's header; what is wrong with it is appended to `problems`."""
     complain = functools.partial(_complain, problems, path.name)
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file, reading(path, "cannot be read"):
         length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
         if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
             return complain(f"truncated or not safetensors: a header of {length} bytes in a file of {size}")
@@ -240,9 +264,10 @@ def _read_header(path: Path, problems: list[str]) -> _Header:
             return complain(f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
         text = file.read(length)
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return complain(f"damaged: its header is not JSON ({error})")
+        with reading(path, "damaged: its header is not JSON"):
+            header = json.loads(text)
+    except InputError as error:
+        return complain(error.found)
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         return complain("damaged: its header is not a table of tensors")
     metadata = header.pop("__metadata__", {})
@@ -268,7 +293,12 @@ def _entry(name: str, value: Any) -> _Entry | str:
         case _:
             return f"damaged: {name} has no dtype, shape and data_offsets"
     if dtype not in NUMPY_DTYPES:
-        return f"{name} has dtype {dtype}, which cannot be read; known: {', '.join(NUMPY_DTYPES)}"
+        kind = (
+            "8-bit floats: give the model in bfloat16"
+            if dtype.startswith("F8")
+            else f"known: {', '.join(NUMPY_DTYPES)}"
+        )
+        return f"{name} has dtype {dtype}, which cannot be read; {kind}"
     if not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape) or len(shape) > MAX_DIMENSIONS or begin < 0:
         return f"damaged: {name} has shape {shape} at byte {begin}"
     nbytes = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
@@ -292,30 +322,27 @@ def _layout_problems(entries: list[_Entry], data_bytes: int) -> list[str]:
     return [f"damaged: {data_bytes - expected} bytes after the last tensor"] if expected != data_bytes else []
 
 
-def _json_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
+def _json_object(path: Path, problems: list[str], at_most: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     """A JSON file's object; None, and a problem, if it is missing or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if kind_of(path) == "nothing":
         problems.append(f"no {path.name}")
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{path.name}: not JSON ({error})")
-    else:
-        if isinstance(value, dict):
-            return value
-        problems.append(f"{path.name}: a JSON {type(value).__name__}, not an object")
+        return None
+    try:
+        return read_json_object(path, at_most=at_most)
+    except InputError as error:
+        problems.append(f"{path.name}: {error.found}")
     return None
 
 
 def _quantization_problems(config: dict[str, Any]) -> list[str]:
-    """Only bitsandbytes' 4 bits can be read."""
+    """Only bitsandbytes' 4 bits can be read. Settings that ask for nothing are left over from another model, and none to transformers."""
     quantization = config.get("quantization_config")
-    if quantization is None:
+    if quantization is None or quantization == {}:
         return []
     settings = quantization if isinstance(quantization, dict) else {}
     flags = [flag for flag in ("load_in_4bit", "load_in_8bit") if settings.get(flag)]
     method = settings.get("quant_method", "bitsandbytes" if flags else "unnamed")  # old transformers did not write it
-    if method == "bitsandbytes" and flags == ["load_in_4bit"]:
+    if method == "bitsandbytes" and flags in (["load_in_4bit"], []):
         return []
     kind = f"{method}, {' and '.join(flags) or 'without load_in_4bit'}" if method == "bitsandbytes" else method
     return [
@@ -329,16 +356,6 @@ def _is_inside(shard: str) -> bool:
     path = PurePosixPath(shard.replace("\\", "/"))
     drive = ":" in shard
     return not (drive or path.is_absolute() or ".." in path.parts) and path.suffix == ".safetensors"
-
-
-def _is_companion(path: Path) -> bool:
-    name = path.name
-    return not (
-        name.startswith((".", "README"))
-        or name == "config.json"
-        or name.endswith((*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES, ".index.json"))
-        or path.stat().st_size > MAX_COMPANION_BYTES
-    )
 
 
 def some(names: list[str]) -> str:

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from convert.files.folder import ModelFolder
+from qlora_jax.base.reading import open_file, read_bytes, reading
 
 SAMPLES = 16
 SAMPLE_BYTES = 2**16
@@ -14,7 +15,7 @@ def model_identity(folder: ModelFolder) -> str:
 
     Not of every byte: that would take a 70B model's 140 GB a minute of reading. Another fine-tune of a model differs everywhere.
     """
-    digest = hashlib.sha256((folder.path / "config.json").read_bytes())
+    digest = hashlib.sha256(read_bytes(folder.path / "config.json"))
     for shard in sorted(folder.shards):
         _add(folder.path / shard, digest)
     return digest.hexdigest()
@@ -23,7 +24,7 @@ def model_identity(folder: ModelFolder) -> str:
 def _add(path: Path, digest: "hashlib._Hash") -> None:
     size = path.stat().st_size
     digest.update(f"\0{path.name}\0{size}\0".encode())
-    with path.open("rb") as file:
+    with open_file(path) as file, reading(path, "cannot be read"):
         for index in range(SAMPLES):
             file.seek(index * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))

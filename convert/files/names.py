@@ -83,7 +83,36 @@ def magnitude(layer: int | None, name: str) -> str:
 
 def stored_base(tensor: str) -> str:
     """PEFT's name of a copy of the base's tensor, beside whose adapter it is stored: of an adapted embedding or head."""
-    return f"{_SAVED}{tensor.removesuffix('weight')}base_layer.weight"
+    return _beside(tensor, "base_layer.weight")
+
+
+def trained_copy(tensor: str) -> str:
+    """PEFT's second name of a tensor that is in modules_to_save, which it writes with `save_embedding_layers`."""
+    return _beside(tensor, "modules_to_save.weight")
+
+
+def untrained_copy(tensor: str) -> str:
+    """PEFT's name of the base's tensor that one in modules_to_save took the place of: nothing uses it."""
+    return _beside(tensor, "original_module.weight")
+
+
+def token_rows(tensor: str) -> str:
+    """PEFT's name of the rows of an embedding or head that were trained one by one (trainable_token_indices)."""
+    return _beside(tensor, "token_adapter.trainable_tokens_delta")
+
+
+def token_base(tensor: str) -> str:
+    """PEFT's name of a copy of the base's tensor, some rows of which were trained one by one."""
+    return _beside(tensor, "token_adapter.base_layer.weight")
+
+
+def _beside(tensor: str, name: str) -> str:
+    return f"{_SAVED}{tensor.removesuffix('weight')}{name}"
+
+
+def velora(layer: int | None, name: str) -> str:
+    """PEFT's name of what VeLoRA's gradients are computed with."""
+    return f"{_SAVED}{target(layer, name).removesuffix('.weight')}.lora_velora_embed"
 
 
 def saved(tensor: str) -> str:

@@ -71,7 +71,7 @@ def check(folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]) -> list[st
     plain = sorted(name for name in shapes if name not in companions and name in folder)
     if plain:
         problems.append(f"{len(plain)} of {len(shapes)} linears are not in 4 bits ({some(plain)}): all or none must be")
-    kinds = set()
+    kinds: set[tuple[str, bool]] = set()
     for name in companions.keys() & shapes.keys():
         state = parse_state(folder, name, [tensor for tensor in companions[name] if STATE in tensor])
         if isinstance(state, str):

@@ -46,6 +46,9 @@ NUMPY_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 )
 """safetensors' dtype names, as numpy dtypes: those that its numpy reader can read (no 8-bit floats)."""
 
+FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+"""Of these the dtypes that weights can have; integers are codes of some quantization, or no weights."""
+
 Piece = np.ndarray | bytes
 """Consecutive bytes of a file: an array's, row-major and little-endian, or as they are."""
 

@@ -9,8 +9,7 @@ Matched to transformers' own GGUF reader, with one departure, on purpose: that r
 model was trained on. See `convert/gguf_tokenizer.py`.
 """
 
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import numpy as np
 from convert.files.shards import SINGLE_NAME, TensorSpec, write_json, write_shard
 from convert.gguf.tokenizer import write_tokenizer
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.files import Scratch, replace_folder
+from qlora_jax.base.reading import is_unicode, open_file, reading, shown
 
 NAMES = {
     "attn_norm": "input_layernorm",
@@ -72,12 +73,14 @@ def write_model_folder(gguf_path: str | Path, out_dir: str | Path) -> None:
     if out_dir.exists():
         raise InputError(out_dir, found="already there", fix="remove it, or name another folder")
     reader = _open(gguf_path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    with reading(gguf_path, "settings that cannot be read", fix="download it again"):
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    _check_types(gguf_path, fields)
     config = _config(gguf_path, fields, tied="output.weight" not in {t.name for t in reader.tensors})
     tensors = _tensors(gguf_path, reader, config)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as scratch:
-        folder = Path(scratch) / out_dir.name
+    with Scratch(out_dir.parent, f".{out_dir.name}.writing-") as scratch:
+        folder = scratch / out_dir.name
         folder.mkdir()
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", _generation_config(config))
@@ -85,19 +88,16 @@ def write_model_folder(gguf_path: str | Path, out_dir: str | Path) -> None:
         specs = [TensorSpec(name, "BF16", shape) for name, (_, shape) in tensors.items()]
         write_shard(folder / SINGLE_NAME, specs, _bfloat16_tensors(gguf_path, tensors, config))
         try:
-            folder.rename(out_dir)
-        except OSError:
+            replace_folder(folder, out_dir, overwrite=False)
+        except FileExistsError:
             if not (out_dir / SINGLE_NAME).is_file():  # else another process was first, and its folder is as good
-                raise
+                raise InputError(out_dir, found="already there", fix="remove it, or name another folder") from None
 
 
 def _open(path: Path) -> gguf.GGUFReader:
-    if not path.is_file():
-        raise InputError(path, found="no such file", expected="a GGUF file")
-    try:
+    open_file(path, expected="a GGUF file").close()  # the library opens anything
+    with reading(path, "not a whole GGUF file", fix="download it again"):
         return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise InputError(path, found=f"not a whole GGUF file: {error}", fix="download it again") from None
 
 
 def _config(path: Path, fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
@@ -109,6 +109,13 @@ def _config(path: Path, fields: dict[str, Any], *, tied: bool) -> dict[str, Any]
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = fields.get("llama.attention.head_count_kv", heads)
     config["head_dim"] = fields.get("llama.attention.key_length", config["hidden_size"] // heads)
+    if (
+        ("llama.attention.key_length" not in fields and config["hidden_size"] % heads)
+        or heads % config["num_key_value_heads"]
+        or config["head_dim"] % 2
+    ):
+        found = f"{config['hidden_size']} dimensions, {heads} heads, {config['num_key_value_heads']} of keys, of {config['head_dim']}"
+        raise InputError(path, found=found, expected="multiples of one another", fix="download it again")
     for name in ("attention.value_length", "rope.dimension_count"):
         if fields.get(f"llama.{name}", config["head_dim"]) != config["head_dim"]:
             found = f"llama.{name} = {fields[f'llama.{name}']}"
@@ -133,13 +140,71 @@ def _config(path: Path, fields: dict[str, Any], *, tied: bool) -> dict[str, Any]
     }
 
 
+def _check_types(path: Path, fields: dict[str, Any]) -> None:
+    """Refuse values of other types than these settings have."""
+    tokens = fields.get("tokenizer.ggml.tokens")
+    number = len(tokens) if isinstance(tokens, list) else 0
+    problems = [
+        f"{name} is {shown(value)}, expected {kind}"
+        for name, value in fields.items()
+        if (kind := _kind(name)) and not _IS[kind](value)
+    ]
+    problems += [
+        f"{name} is {value}, and there are {number} tokens"
+        for name, value in fields.items()
+        if name.endswith("_token_id") and isinstance(value, int) and not 0 <= value < number
+    ]
+    kinds = fields.get("tokenizer.ggml.token_type", tokens)
+    if not problems and tokens is not None and len(kinds) != number:
+        problems.append(f"{len(kinds)} tokenizer.ggml.token_type for {number} tokens")
+    if problems:
+        raise InputError(path, found="; ".join(problems[:20]), fix="download it again")
+
+
+def _kind(name: str) -> str | None:
+    """The kind of value that a setting has; None for settings that are not used."""
+    if name in _KINDS:
+        return _KINDS[name]
+    known = {f"llama.{key}" for key in (*SHAPE_KEYS.values(), *OTHER_KEYS)}
+    return "a size" if name in known else "a token's number" if name.endswith("_token_id") else None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_KINDS = {
+    "general.architecture": "a text",
+    "llama.attention.layer_norm_rms_epsilon": "a positive number",
+    "llama.rope.freq_base": "a positive number",
+    "llama.rope.scaling.type": "a text",
+    "split.count": "a size",
+    "tokenizer.chat_template": "a text",
+    "tokenizer.ggml.merges": "a list of pairs",
+    "tokenizer.ggml.model": "a text",
+    "tokenizer.ggml.pre": "a text",
+    "tokenizer.ggml.token_type": "a list of numbers",
+    "tokenizer.ggml.tokens": "a list of texts",
+}
+_IS: dict[str, Callable[[Any], bool]] = {
+    "a size": lambda value: _is_whole(value) and 0 < value <= MAX_SIZE,
+    "a token's number": _is_whole,
+    "a positive number": lambda value: isinstance(value, int | float) and 0 < value < MAX_NUMBER,
+    "a text": lambda value: isinstance(value, str) and is_unicode(value),
+    "a list of texts": lambda value: isinstance(value, list) and all(map(_IS["a text"], value)),
+    "a list of pairs": lambda value: _IS["a list of texts"](value) and all(text.count(" ") == 1 for text in value),
+    "a list of numbers": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
+}
+MAX_SIZE, MAX_NUMBER = 2**27, 1e30
+
+
 def _check_settings(path: Path, fields: dict[str, Any]) -> None:
     """Refuse what would change the model and is not carried over."""
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise InputError(path, found=f"architecture {architecture!r}", expected="'llama'")
+        raise InputError(path, found=f"architecture {shown(architecture)}", expected="'llama'")
     known = {f"llama.{name}" for name in (*SHAPE_KEYS.values(), *OTHER_KEYS)}
-    unknown = [f"{n} = {v!r}" for n, v in fields.items() if n not in known and not n.startswith(FEEDS_NO_MODEL)]
+    unknown = [f"{n} = {shown(v)}" for n, v in fields.items() if n not in known and not n.startswith(FEEDS_NO_MODEL)]
     if fields.get("llama.rope.scaling.type", "none") != "none":
         unknown.append(f"llama.rope.scaling.type = {fields['llama.rope.scaling.type']!r}")
     if fields.get("split.count", 1) > 1:
@@ -225,10 +290,8 @@ def _bfloat16_tensors(
 
 
 def _bfloat16(path: Path, tensor: gguf.ReaderTensor, heads: int | None) -> np.ndarray:
-    try:
+    with reading(path, f"{tensor.name} is {tensor.tensor_type.name}, which cannot be read"):
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError:
-        raise InputError(path, found=f"{tensor.name} is {tensor.tensor_type.name}, which cannot be read") from None
     if heads is not None:
         weight = _unpermute(weight, heads)
     return weight.astype(ml_dtypes.bfloat16)

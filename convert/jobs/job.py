@@ -21,9 +21,10 @@ import numpy as np
 
 from convert.files.folder import ModelFolder, some
 from qlora_jax.base.errors import FULL, InputError
-from qlora_jax.base.files import describe_size, publish, try_lock, write_json
+from qlora_jax.base.files import describe_size, replace_folder, try_lock, write_json
+from qlora_jax.base.reading import kind_of, open_file, read_json
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the same job makes other bytes or checksums: what an older version left is then not continued."""
 
 NOTE = "job.json"
@@ -93,7 +94,10 @@ def filling(out: Path, job: dict[str, Any], log: Log) -> Iterator[Path]:
         try:
             _claim(partial, job, log)
             yield folder
-            publish(folder, out)
+            replace_folder(folder, out, overwrite=False)
+        except FileExistsError:
+            refuse_existing(out)
+            raise
         except BaseException as error:
             at_fault = isinstance(error, InputError) and not isinstance(error, DestinationError)
             if at_fault or not any(folder.rglob("*.safetensors")):
@@ -109,9 +113,13 @@ def refuse_existing(out: Path) -> None:
     """Nothing is overwritten.
 
     Raises:
-        DestinationError: `out` exists.
+        DestinationError: `out` exists, as a link that leads nowhere too, or cannot be a folder's name.
     """
-    if out.exists():
+    try:
+        taken = kind_of(out) != "nothing" or out.is_symlink()
+    except InputError as error:
+        raise DestinationError(out, found=error.found, fix="name another folder") from None
+    if taken:
         raise DestinationError(out, found="something there already", fix="name a new folder, or remove this one")
 
 
@@ -144,9 +152,9 @@ def _raise_if_full(error: BaseException, out: Path) -> None:
 def in_use(partial: Path) -> bool:
     """Whether a process is filling this folder's `out` (it is the `.NAME.partial` of a conversion at work)."""
     try:
-        with (partial / "lock").open("rb") as lock:
+        with open_file(partial / "lock") as lock:
             return not try_lock(lock.fileno())
-    except FileNotFoundError:
+    except InputError:  # there is none
         return False
 
 
@@ -172,8 +180,8 @@ def _claim(partial: Path, job: dict[str, Any], log: Log) -> None:
     """Make the folder this job's: keep it if it was, empty it if not."""
     note, folder = partial / NOTE, partial / "folder"
     try:
-        ours = json.loads(note.read_text(encoding="utf-8")) == job
-    except (OSError, ValueError):
+        ours = read_json(note) == job
+    except InputError:
         ours = False
     if not ours:
         others = [path for path in partial.iterdir() if path.name != "lock"]

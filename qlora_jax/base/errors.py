@@ -2,13 +2,22 @@
 
 import errno
 import functools
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_SIGNAL = 128
 """A command that a signal ended has this plus the signal's number as its exit status: 130 for Ctrl-C, 143 for SIGTERM."""
+
+EXIT_FAILED = 1
+"""Exit status after a fault of our own, which ends in a traceback."""
+EXIT_GRACE = 10.0
+"""Seconds that threads have to end by themselves after a command has failed."""
 
 MAX_LINES, MAX_LINE = 80, 2000
 """Of a message."""
@@ -41,6 +50,14 @@ class InputError(Exception):
             lines.append(f"  do:       {fix}")
         super().__init__(_clipped("\n".join(lines)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles: processes of ours hand errors over."""
+        return _input_error, (type(self), self.where, self.found, self.expected, self.fix)
+
+
+def _input_error(kind: type[InputError], where: str, found: str, expected: str, fix: str) -> InputError:
+    return kind(where, found=found, expected=expected, fix=fix)
+
 
 def _clipped(text: str) -> str:
     """A file may have a name of a megabyte in it, or a thousand faults: what no one would read is left out, and counted."""
@@ -59,11 +76,24 @@ def _clipped(text: str) -> str:
     )  # half of a surrogate pair cannot be printed
 
 
+MAX_SHOWN = 300
+"""Characters of a value in a message."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its `repr`, cut where it is long; one of any depth or size will do."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError, MemoryError):  # nested too deeply, or an integer of too many digits
+        return f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} [... {len(text) - MAX_SHOWN} more characters]"
+
+
 def disk_full(error: OSError, where: object = None) -> InputError:
     """Of a file that could not be written, because the disk takes no more (`FULL`)."""
     place = where or error.filename or "writing a file"
     fix = "make room and run the same command again: a run goes on from what was saved"
-    return InputError(place, found=f"{FULL[error.errno]}: {error.strerror}", fix=fix)
+    return InputError(place, found=f"{FULL[error.errno or 0]}: {error.strerror}", fix=fix)
 
 
 class InterruptedRunError(Exception):
@@ -97,3 +127,32 @@ def exit_status(main: Callable[..., int | None]) -> Callable[..., int]:
             return EXIT_INTERRUPTED
 
     return wrapped
+
+
+def end_process(main: Callable[[], int]) -> NoReturn:
+    """Call a command's `main` and end the process with the exit status that it returns.
+
+    After a failure threads may wait for what will not come, a library's writers for a folder that is gone: `EXIT_GRACE` seconds later
+    the process ends without them.
+    """
+    try:
+        status = main()
+    except SystemExit:  # argparse's, before anything has begun
+        raise
+    except BaseException:
+        _end_later(EXIT_FAILED)
+        raise
+    if status:
+        _end_later(status)
+    sys.exit(status)
+
+
+def _end_later(status: int) -> None:
+    threading.Thread(target=_end_without_threads, args=(status,), daemon=True).start()
+
+
+def _end_without_threads(status: int) -> None:
+    time.sleep(EXIT_GRACE)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)

@@ -15,17 +15,22 @@ from rich.console import Console
 from convert.adapters.adapter import as_adapters, load_adapter, plain_settings, save_adapter
 from convert.files import names
 from convert.files.prequantized import settle
+from convert.jobs.job import refuse_existing
+from convert.jobs.requantize import check_requantize
 from convert.load import load_weights
 from convert.model import BaseModel, open_model
 from qlora_jax.base.console import make_console, progress_bar
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import shown
 from qlora_jax.compare.both import Ours, Steps, Subject, compare
 from qlora_jax.compare.ours import PARTS, linear_key
 from qlora_jax.compare.process import require_libraries
 from qlora_jax.compare.report import as_json, show, write
 from qlora_jax.compare.stages import Comparison
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings, TrainingSettings
-from qlora_jax.data import Batch, Batches, RawRow
+from qlora_jax.config.arguments import path_argument, text_argument
+from qlora_jax.config.section import MAX_WHOLE
+from qlora_jax.data import Batch, Batches, RawRow, padding_id
 from qlora_jax.data.corpus import read_examples, tokenize_rows
 from qlora_jax.engine.engine import Adapters, Engine
 from qlora_jax.model.decoder import default_attention
@@ -56,9 +61,15 @@ from that than 1.5 times PyTorch's bfloat16. The exit status is 1 if a bound is 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.epilog = EPILOG
-    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the base model: a hub id or a folder")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter in PEFT's format; else one is made up")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL rows, as for training; else four short texts")
+    parser.add_argument(
+        "--model", required=True, type=text_argument, metavar="ID_OR_DIR", help="the base model: a hub id or a folder"
+    )
+    parser.add_argument(
+        "--adapter", type=path_argument, metavar="DIR", help="an adapter in PEFT's format; else one is made up"
+    )
+    parser.add_argument(
+        "--data", type=path_argument, metavar="FILE", help="JSONL rows, as for training; else four short texts"
+    )
     parser.add_argument("--max-seq-length", type=int, default=128, metavar="N", help="tokens a row; default: 128")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="rows an optimizer step; default: 2")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="optimizer steps; 0 for none; default: 3")
@@ -74,7 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-double-quant", action="store_true", help="the same: scales stay in float32")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="the report's folder; must not exist; default: runs/compare-N"
+        "--requantize",
+        action="store_true",
+        help="take a model that 4 bits would rob of an adapter that was merged into it",
+    )
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="the report's folder; must not exist; default: runs/compare-N"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
 
@@ -86,9 +102,10 @@ def run(options: argparse.Namespace) -> int:
     require_libraries()
     refuse_bad_numbers(options)
     model = open_model(options.model, log=console.print)
-    adapter = load_adapter(options.adapter, model.config) if options.adapter else None
+    adapter = load_adapter(options.adapter, model.config, model.folder) if options.adapter else None
     lora = plain_settings(adapter, model.config) if adapter else LoraSettings(r=options.r, lora_dropout=0.0)
     quantization = settle_quantization(options, model)
+    check_requantize(model.folder, quantization, accepted=options.requantize, accept="--requantize", log=console.print)
     batches = make_batches(options, model)
     out = make_folder(options.out)
     refuse_small_disk(out, model)
@@ -124,6 +141,11 @@ def refuse_bad_numbers(options: argparse.Namespace) -> None:
         for name, value in least.items()
         if getattr(options, name) < value
     ]
+    problems += [
+        f"--{name.replace('_', '-')} {shown(getattr(options, name))} is more than {MAX_WHOLE}"
+        for name in least
+        if getattr(options, name) > MAX_WHOLE
+    ]
     if not 0 < options.learning_rate < float("inf"):
         problems.append(f"--learning-rate {options.learning_rate} is not a positive number")
     if problems:
@@ -147,9 +169,9 @@ def make_batches(options: argparse.Namespace, model: BaseModel) -> list[Batch]:
     """
     if options.data is None:
         rows = [RawRow(f"passage {number}", {"text": text}) for number, text in enumerate(PASSAGES, 1)]
-        examples = tokenize_rows(rows, model.tokenizer, options.max_seq_length)
+        examples = tokenize_rows(rows, model.tokenizer, options.max_seq_length, vocab_size=model.config.vocab_size)
     else:
-        examples = read_examples(options.data, model.tokenizer, options.max_seq_length)
+        examples = read_examples(options.data, model.tokenizer, options.max_seq_length, model.config.vocab_size)
     batches = Batches(
         examples,
         micro_batch_size=options.rows,
@@ -163,9 +185,8 @@ def make_batches(options: argparse.Namespace, model: BaseModel) -> list[Batch]:
 
 
 def pad_token_id(model: BaseModel) -> int:
-    """The tokenizer's, or its EOS."""
-    tokenizer = model.tokenizer
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """The id of the token that fills lines up."""
+    return padding_id(model.tokenizer, model.config.vocab_size)
 
 
 def make_folder(out: Path | None) -> Path:
@@ -177,8 +198,7 @@ def make_folder(out: Path | None) -> Path:
     if out is None:
         number = next(n for n in range(1, 10**6) if not Path(f"runs/compare-{n}").exists())
         out = Path(f"runs/compare-{number}")
-    if out.exists():
-        raise InputError(out, found="something there already", fix="name a new folder, or remove this one")
+    refuse_existing(out)
     try:
         out.mkdir(parents=True)
     except OSError as error:
@@ -283,6 +303,6 @@ def ours_of(
         return Engine(model.config, lora, quantization, compute_dtype=jnp.dtype(dtype), attention=attention)
 
     def start() -> Adapters:
-        return as_adapters(load_adapter(adapter, model.config), model.config)[1]
+        return as_adapters(load_adapter(adapter, model.config, model.folder), model.config)[1]
 
     return Ours(engine, lambda: load_weights(model.folder, model.config, quantization, "device"), start)

@@ -3,9 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -16,13 +19,16 @@ from convert.model import open_shape
 from qlora_jax.base.console import make_console
 from qlora_jax.base.errors import InputError
 from qlora_jax.commands.space import local_folder, show_space, space_of, with_guessed_tokens
-from qlora_jax.config import Config, load_config
+from qlora_jax.config import Config, MemorySettings, load_config
+from qlora_jax.config.arguments import path_argument
 from qlora_jax.data.batching.batches import LENGTH_MULTIPLE
 from qlora_jax.model.decoder import LlamaConfig, default_attention
+from qlora_jax.planning import remembered
 from qlora_jax.planning.budget import GIB, PINNED_SLACK, Limits, Plan
 from qlora_jax.planning.estimate import Job
-from qlora_jax.planning.hardware import measured, published
-from qlora_jax.planning.search import compiled_workspace, make_plan
+from qlora_jax.planning.hardware import Rates, published
+from qlora_jax.planning.search import choose, make_plan
+from qlora_jax.planning.shortage import explain
 from qlora_jax.runtime import machine
 from qlora_jax.training.metrics import peak_device_gib
 
@@ -32,6 +38,8 @@ this machine's GPU, and the workspace is that of the compiled layer; with it, fo
 cache takes of the disk is not counted, nor the tokens of its datasets: 5 bytes each."""
 
 
+SMALLER = 0.9
+"""Share of the device's memory for which the pool of pinned memory must be large enough too."""
 SIZES = ("gpu-memory", "host-memory", "disk-space")
 """Options that are a number of bytes."""
 
@@ -39,7 +47,9 @@ SIZES = ("gpu-memory", "host-memory", "disk-space")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.epilog = EPILOG
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of settings; see configs/")
+    parser.add_argument(
+        "--config", required=True, type=path_argument, metavar="FILE", help="a YAML file of settings; see configs/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="plan for a card with so much memory, e.g. 24GiB")
     parser.add_argument(
@@ -109,33 +119,86 @@ def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -
 
 
 def plan_run(
-    config: Config, shape: LlamaConfig, length: int, host_bytes: int | None = None, *, on_disk: bool = False
+    config: Config,
+    shape: LlamaConfig,
+    length: int,
+    host_bytes: int | None = None,
+    *,
+    on_disk: bool = False,
+    kept_before: int | None = None,
 ) -> Plan:
     """The plan for this machine; JAX's backend is started by it, with the memory that the plan needs.
 
     Args:
         on_disk: whether the model is in 4 bits on the disk already.
+        kept_before: the layers whose intermediates a continued run kept until now. It goes on with as many where they fit and the
+            settings do not say otherwise.
 
     Raises:
         InputError: the run does not fit, or the GPU cannot be asked for.
     """
     gpu = machine.find_gpu()
     job = make_job(config, shape, length, on_gpu=gpu is not None)
-    memory, checkpointing = config.memory, config.training.gradient_checkpointing
+    wishes, checkpointing = _wishes(config.memory, kept_before), config.training.gradient_checkpointing
     host_bytes = host_bytes or machine.available_host_bytes()
     cache = cache_dir() / "compiled"
     if gpu is None:
         machine.prepare(None, None, 0, cache)
-        return make_plan(job, memory, checkpointing, Limits(None, host_bytes), None)
-    asked = None if memory.device_memory == "auto" else machine.parse_bytes(memory.device_memory)
+        return next(_plans(job, wishes, checkpointing, Limits(None, host_bytes), None))
+    device_memory = config.memory.device_memory
+    asked = None if device_memory == "auto" else machine.parse_bytes(device_memory)
     limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
-    guess = make_plan(job, memory, checkpointing, limits, published(gpu.name))
     # A model that is yet to be quantized may have to be in memory, for want of disk: its weights then come from the device, to the pool.
-    registered = on_disk and machine.registers_host_memory()
-    machine.prepare(gpu, limits.device, int(PINNED_SLACK * guess.pool_bytes(registered=registered)), cache)
+    limits = dataclasses.replace(limits, registered=on_disk and machine.registers_host_memory())
+    pool = guessed_pool(job, wishes, checkpointing, limits, published(gpu.name))
+    pool = machine.prepare(gpu, limits.device, int(PINNED_SLACK * pool), cache)  # settled here, the plan below
     stats = jax.devices()[0].memory_stats()
-    limits = dataclasses.replace(limits, device=min(limits.device, stats["bytes_limit"]) if stats else limits.device)
-    return make_plan(job, memory, checkpointing, limits, measured(), compiled_workspace)
+    device = min(limits.device, stats["bytes_limit"]) if stats else limits.device
+    limits = dataclasses.replace(limits, device=device, pool=pool)
+    folder = cache_dir() / "planned"
+    workspace_of = functools.partial(remembered.workspace, folder)
+    return next(_plans(job, wishes, checkpointing, limits, remembered.rates(folder), workspace_of))
+
+
+def guessed_pool(job: Job, wishes: Sequence[MemorySettings], checkpointing: str, limits: Limits, rates: Rates) -> int:
+    """Return bytes that the pool of pinned memory has to have room for, before the backend starts and the plan can be made.
+
+    The plan is made from the compiled functions' own workspaces, which may leave less room on the device than the estimate does. Then more
+    lives on the host: so the plans for a smaller device are asked too.
+
+    Raises:
+        InputError: the run does not fit.
+    """
+    guesses = list(_plans(job, wishes, checkpointing, limits, rates))
+    smaller = dataclasses.replace(limits, device=int(SMALLER * limits.device))
+    tighter = [choose(job, memory, checkpointing, smaller, rates) for memory in wishes]
+    plans = [*guesses, *(plan for plan in tighter if plan.fits)]
+    return max(plan.pool_bytes(registered=limits.registered) for plan in plans)
+
+
+def _wishes(memory: MemorySettings, kept_before: int | None) -> list[MemorySettings]:
+    """The settings as they are to be tried, in this order."""
+    if kept_before is None or memory.kept_layers != "auto":
+        return [memory]
+    return [memory.model_copy(update={"kept_layers": kept_before}), memory]
+
+
+def _plans(job: Job, wishes: Sequence[MemorySettings], *how: Any) -> Iterator[Plan]:
+    """A plan for each of the wishes but those that do not fit, in their order; `how`: the rest of `make_plan`'s arguments.
+
+    Raises:
+        InputError: none of them fits; of the last.
+    """
+    fitting = 0
+    for number, memory in enumerate(wishes, 1):
+        try:
+            plan = make_plan(job, memory, *how)
+        except InputError:
+            if number == len(wishes) and not fitting:
+                raise
+            continue  # another machine may have less room than the one before
+        fitting += 1
+        yield plan
 
 
 def resolved(config: Config, plan: Plan) -> Config:
@@ -159,26 +222,33 @@ def resolved(config: Config, plan: Plan) -> Config:
 
 
 @contextlib.contextmanager
-def memory_explained(plan: Plan, output_dir: Path) -> Iterator[None]:
-    """Turns XLA's out-of-memory into an answer for people.
+def memory_explained(
+    plan: Plan, memory: MemorySettings, gradient_checkpointing: str, output_dir: Path
+) -> Iterator[None]:
+    """Turn a failed allocation within the block into an answer for people: which memory, and a setting that the planner has tried.
 
     Raises:
-        InputError: the device's memory ran out within the block.
+        InputError: memory of the device, pinned memory or the host's ran out within the block.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
+        text = str(error)
+        if (
+            isinstance(error, jax.errors.JaxRuntimeError)
+            and "RESOURCE_EXHAUSTED" not in text
+            and "Out of memory" not in text
+        ):
+            raise
+        shortage = explain(plan, memory, gradient_checkpointing, error)
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        found = f"out of {shortage.memory}: {first_line}"
         peak, limit = peak_device_gib(), plan.limits.device
-        found = f"out of memory: {(str(error).strip() or 'RESOURCE_EXHAUSTED').splitlines()[0][:200]}"
         if peak is not None and limit is not None:
-            found += f"; the peak before was {peak:.1f} GiB, the plan expected {plan.device_bytes / GIB:.1f} of {limit / GIB:.1f}"
-        lower = max(1, round(0.85 * (limit or plan.limits.host) / GIB))
-        fix = (
-            f"plan with less, memory.device_memory={lower}GiB, so that more lives on the host; or lower data.max_seq_length or "
-            "training.per_device_train_batch_size. What was saved before is intact"
-        )
+            found += f"; the GPU's peak before was {peak:.1f} GiB, the plan expected {plan.device_bytes / GIB:.1f} of {limit / GIB:.1f}"
+        fix = "; or ".join(shortage.remedies) + ". What was saved before is intact"
         raise InputError(output_dir, found=found, fix=fix) from None
 
 
@@ -205,11 +275,11 @@ def show(plan: Plan, console: Console, steps: int | None) -> None:
         if any(figures):
             table.add_row(name, *(f"{figure / GIB:.2f}" if figure else "" for figure in figures))
     if on_gpu:
-        table.add_row("together", f"{plan.device_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.2f}", style="bold")
-        table.add_row("there is", f"{plan.limits.device / GIB:.2f}", f"{plan.limits.host / GIB:.2f}")
+        table.add_row("total", f"{plan.device_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.2f}", style="bold")
+        table.add_row("available", f"{plan.limits.device / GIB:.2f}", f"{plan.limits.host / GIB:.2f}")
     else:
-        table.add_row("together", f"{(plan.device_bytes + plan.host_bytes) / GIB:.2f}", style="bold")
-        table.add_row("there is", f"{plan.limits.host / GIB:.2f}")
+        table.add_row("total", f"{(plan.device_bytes + plan.host_bytes) / GIB:.2f}", style="bold")
+        table.add_row("available", f"{plan.limits.host / GIB:.2f}")
     rows = f"{job.micro_batches} x {job.rows} rows of up to {job.length} tokens a step"
     console.print(f"plan: {rows}")
     console.print(table)

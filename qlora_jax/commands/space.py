@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from convert.adapters.delta import resolve_base
 from convert.cache import entry_of, unfinished_bytes
 from convert.files.folder import ModelFolder
 from convert.files.sizes import companion_bytes, merged_bytes, quantized_bytes, tensors_for, tensors_of
@@ -33,7 +34,8 @@ def space_of(config: Config, job: Job, steps: int | None, folder: ModelFolder | 
     """
     tensors = tensors_for(job.config) if folder is None else tensors_of(folder)
     companions = 0 if folder is None else companion_bytes(folder)
-    merged = companions + merged_bytes(tensors, config.lora.targets, config.training.merge_base)
+    merge_base = resolve_base(config.training.merge_base, folder)
+    merged = companions + merged_bytes(tensors, config.lora.targets, merge_base)
     others = ()
     if folder is None or not folder.is_4bit:
         size = companions + quantized_bytes(tensors, config.quantization)
@@ -79,6 +81,6 @@ def show_space(space: Space, console: Console) -> None:
             figure = f"{need.missing / GIB:.2f}" if kept else "no room"
             table.add_row(need.name, *(figure if need in disk.needs else "" for disk in disks))
     together = [sum(need.missing for need in disk.needs if disk.has_room(need)) for disk in disks]
-    table.add_row("together", *(f"{nbytes / GIB:.2f}" for nbytes in together), style="bold")
-    table.add_row("there is", *(f"{disk.free / GIB:.2f}" for disk in disks))
+    table.add_row("total", *(f"{nbytes / GIB:.2f}" for nbytes in together), style="bold")
+    table.add_row("available", *(f"{disk.free / GIB:.2f}" for disk in disks))
     console.print(table)

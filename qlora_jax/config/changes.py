@@ -8,7 +8,7 @@ from qlora_jax.base.errors import InputError
 
 FREE = {
     "memory": None,
-    "model": {"name_or_path"},
+    "model": {"name_or_path", "requantize"},
     "lora": {"init_from"},
     "data": {"path", "name", "split", "streaming", "num_proc", "preview_rows"},
     "training": {
@@ -98,4 +98,5 @@ def _differences(before: Settings, now: Settings) -> Iterator[tuple[str, str, An
 
 
 def _is_in(table: Mapping[str, set[str] | None], section: str, key: str) -> bool:
-    return section in table and (table[section] is None or key in table[section])
+    keys = table.get(section, set())
+    return keys is None or key in keys

@@ -1,25 +1,30 @@
 """The `data` settings: where rows come from, how they are read, what of them is learned."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 import pydantic
 
-from qlora_jax.config.section import Section
+from qlora_jax.config.section import Section, UserText
 
 Format = Literal["text", "alpaca", "prompt_completion", "chat", "sharegpt", "openassistant"]
 AutoFormat = Literal["auto", Format]
 LossOn = Literal["auto", "assistant", "last_assistant", "completion", "all"]
 
+MAX_ROW_BYTES = 2**22
+"""Bytes of a row, unless data.max_row_bytes says otherwise: some million tokens."""
+
 
 class SourceSettings(Section):
     """One source of rows, where several are mixed."""
 
-    path: str
+    path: UserText
     """A file (JSONL, JSON, CSV, TSV, Parquet, text), a folder of files, or the id of a dataset on the Hugging Face hub."""
     name: str | None = None
-    """A hub dataset's configuration, where it has several."""
+    """The configuration of a hub dataset, or of a local copy of one, where it has several."""
     split: str = "train"
-    """A hub dataset's split, as `datasets` reads it: `train`, `train[:5%]`."""
+    """A split, as `datasets` reads it: `train`, `train[:5%]`, `train+test`. A folder's splits are those that `datasets` finds by its
+    README and its files' names; a file is `train`."""
     format: AutoFormat = "auto"
     fields: dict[str, str] = pydantic.Field(default_factory=dict)
     """The data's own names: {prompt: question, completion: answer}; for messages also {role: speaker, content: said}."""
@@ -32,22 +37,25 @@ class SourceSettings(Section):
 class DataSettings(SourceSettings):
     """What to train on, and how it becomes tokens. One source is named here; several are listed in `sources`."""
 
-    path: str | None = None
+    path: UserText | None = None  # type: ignore[assignment]
     weight: None = None
     sources: tuple[SourceSettings, ...] = ()
-    eval_path: str | None = None
-    """Held-out rows: another source, in the same format and split unless `eval_split` says otherwise."""
+    """Several sources in place of `path`, each with settings of its own: [{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]."""
+    eval_path: UserText | None = None
+    """Held-out rows: another source, in the same format and split unless `eval_split` says otherwise; all of it, if it is a file."""
     eval_split: str | None = None
     """A split of `eval_path`, or of `path` where that is not given."""
     eval_fraction: float = pydantic.Field(default=0.0, ge=0, lt=1)
     """Hold this share of the training rows out, chosen by `training.seed`."""
     streaming: bool = False
-    """Read a hub dataset as it arrives, without a copy of it on the disk: only its tokens are kept there."""
+    """Read a hub dataset as it arrives, without a copy of it on the disk: only its tokens are kept there. Files are always read so."""
     max_rows: pydantic.PositiveInt | None = None
     """Read only so many rows of each source."""
+    max_row_bytes: pydantic.PositiveInt = MAX_ROW_BYTES
+    """Rows of more bytes are bad rows, and are not read whole: tokenizing one takes up to two hundred times its bytes."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What a row of a text file is."""
-    chat_template: str = "auto"
+    chat_template: UserText = "auto"
     """`auto`: the model's own, or for one without: alpaca's for alpaca rows, Llama 2's otherwise. Or model, chatml, llama-2, alpaca,
     or a file with a Jinja template."""
     loss_on: LossOn = "auto"
@@ -92,16 +100,19 @@ class DataSettings(SourceSettings):
     @property
     def all_sources(self) -> tuple[SourceSettings, ...]:
         """Every source to train on."""
-        return self.sources or (self._source(self.path, self.split),)
+        return self.sources or (self._source(self.path, self.split, self.name),)
 
     @property
     def eval_source(self) -> SourceSettings | None:
         """The held-out rows' source, if they have one of their own."""
         if not (self.eval_path or self.eval_split):
             return None
-        return self._source(self.eval_path or self.path, self.eval_split or self.split)
+        if self.eval_path and Path(self.eval_path).is_file():  # which has neither splits nor configurations
+            return self._source(self.eval_path, self.eval_split or "train", None)
+        return self._source(self.eval_path or self.path, self.eval_split or self.split, self.name)
 
-    def _source(self, path: str, split: str) -> SourceSettings:
+    def _source(self, path: str | None, split: str, name: str | None) -> SourceSettings:
+        assert path is not None, "`_one_way_to_say_it` has seen to that"
         return SourceSettings(
-            path=path, name=self.name, split=split, format=self.format, fields=self.fields, roles=self.roles
+            path=path, name=name, split=split, format=self.format, fields=self.fields, roles=self.roles
         )

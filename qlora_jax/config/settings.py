@@ -4,8 +4,9 @@ A YAML file and `section.key=value` overrides meet in one frozen `Config`; whate
 """
 
 import difflib
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ import pydantic
 import yaml
 
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import is_unicode, parse_yaml, read_text, shown
 from qlora_jax.config.data import DataSettings
-from qlora_jax.config.section import Section
+from qlora_jax.config.section import Section, UserPath, UserText
 from qlora_jax.runtime.machine import parse_bytes
 
+MAX_SETTINGS_BYTES = 2**20
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Where = Literal["auto", "device", "host"]
@@ -26,10 +29,13 @@ Tracker = Literal["tensorboard", "wandb"]
 class ModelSettings(Section):
     """The base model."""
 
-    name_or_path: str
+    name_or_path: UserText
     """A Hugging Face hub id, or a folder with `config.json`, safetensors and a tokenizer; unquantized, or in bitsandbytes' 4 bits."""
     dtype: Literal["bfloat16"] = "bfloat16"
     """The dtype a weight is cast to before it is quantized, and rounded to when it is dequantized."""
+    requantize: bool = False
+    """Allow a model that an adapter was merged into after quantization to be quantized again, which undoes most of that adapter's update;
+    refused otherwise, see `convert.jobs.requantize`."""
 
 
 class QuantizationSettings(Section):
@@ -50,7 +56,7 @@ class LoraSettings(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of adapters and their gradients between steps. bfloat16, peft's `autocast_adapter_dtype=False`, takes half the memory and traffic;
     the update is computed in float32 and rounded, so that steps under 1/256 of a value are lost. Micro-batches are summed in float32."""
-    init_from: Path | None = None
+    init_from: UserPath | None = None
     """An adapter's folder, ours or a plain one of PEFT's, to train further. r, lora_alpha, target_modules, use_rslora and the
     quantization it was trained on then come from it."""
 
@@ -76,7 +82,7 @@ class LoraSettings(Section):
 class TrainingSettings(Section):
     """The run; names and meaning as in transformers' TrainingArguments."""
 
-    output_dir: Path
+    output_dir: UserPath
     per_device_train_batch_size: pydantic.PositiveInt = 1
     per_device_eval_batch_size: pydantic.PositiveInt = 4
     gradient_accumulation_steps: pydantic.PositiveInt = 16
@@ -125,8 +131,9 @@ class TrainingSettings(Section):
     run_name: str | None = None
     """The run's name in Weights & Biases; by default that of `output_dir`."""
     export_merged: bool = False
-    merge_base: Literal["original", "dequantized"] = "dequantized"
-    """What `export_merged` adds the adapter to; see `python -m convert.merge --help`."""
+    merge_base: Literal["auto", "original", "dequantized"] = "auto"
+    """Weights that `export_merged` adds the adapter to: `auto` is the original ones, or the dequantized ones where the model is in 4 bits
+    and has no others; see `python -m convert.merge --help`."""
     gradient_checkpointing: Literal["auto", "full", "none"] = "auto"
     """`full` runs each layer again in the backward walk (but the last, if its intermediates find room where others work), `none` keeps them
     instead; `auto`: the plan decides how many layers do."""
@@ -212,25 +219,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: the file is missing or not YAML, or any setting is unknown, missing or of the wrong type (all at once).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            path, found="no such file", expected="a YAML file of settings", fix="see configs/ for examples"
-        )
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad UTF-8, or a number of too many digits
-        raise InputError(path, found=f"not YAML: {error}", fix="mend the file; see configs/quickstart.yaml") from None
+    expected, fix = "a YAML file of settings", "see configs/ for examples"
+    text = read_text(path, at_most=MAX_SETTINGS_BYTES, expected=expected, fix=fix)
+    settings = parse_yaml(text, path, fix="mend the file; see configs/quickstart.yaml")
     if not isinstance(settings, dict):
         raise InputError(
             path, found=f"a {type(settings).__name__}", expected="sections such as `model:` and `training:`"
         )
     for override in overrides:
         _apply(settings, override)
+    for text in filter(lambda text: not is_unicode(text) or "\0" in text, _texts(settings)):
+        raise InputError(path, found=f"{shown(text)}, which has halves of characters or zero bytes", expected="text")
     try:
         return Config.model_validate(settings)
     except pydantic.ValidationError as error:
         raise InputError(path, found="settings that cannot be used\n" + "\n".join(_explain(error))) from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in the settings, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in itertools.chain(value, value.values()) if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
@@ -246,11 +258,10 @@ def _apply(settings: dict[str, Any], override: str) -> None:
             override, found=f"`{section}` is not a section", expected=f"one of {', '.join(Config.model_fields)}"
         )
     try:
-        group[key] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise InputError(
-            override, found=f"{value!r} is not a YAML value", fix="quote it, e.g. key='\"text\"'"
-        ) from None
+        group[key] = parse_yaml(value, override)
+    except InputError:
+        fix = "quote it, e.g. key='\"text\"'"
+        raise InputError(override, found=f"{value!r} is not a YAML value", fix=fix) from None
 
 
 def _explain(error: pydantic.ValidationError) -> list[str]:
@@ -263,7 +274,7 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
         problems.setdefault(name, []).append(_problem(one, location))
         is_section = isinstance(one["input"], dict) and one["type"] == "value_error"
         if one["type"] not in ("extra_forbidden", "missing") and not is_section:
-            found[name] = f", found {one['input']!r}"
+            found[name] = f", found {shown(one['input'])}"
     return [
         f"    {name}: {' or '.join(dict.fromkeys(messages))}{found.get(name, '')}"
         for name, messages in problems.items()

@@ -14,6 +14,7 @@ from qlora_jax.base.errors import InputError
 from qlora_jax.config import Config
 from qlora_jax.config.data import DataSettings, Format, SourceSettings
 from qlora_jax.data import (
+    NO_LIMITS,
     Batch,
     Batches,
     ChatTemplate,
@@ -21,6 +22,7 @@ from qlora_jax.data import (
     Kept,
     Layout,
     Mix,
+    ModelLimits,
     RawRow,
     Recipe,
     Row,
@@ -33,8 +35,9 @@ from qlora_jax.data import (
     eval_batches,
     make_recipe,
     open_source,
-    tokenize,
+    padding_id,
     tokenize_all,
+    tokenize_few,
 )
 from qlora_jax.data.rows.formats import SEEN_FOR_DETECTION
 from qlora_jax.data.rows.row import RowError
@@ -55,6 +58,7 @@ class Corpus:
     template: ChatTemplate | None
     """What wrote the chats; None where there are none."""
     tokenizer: PreTrainedTokenizerBase
+    limits: ModelLimits = NO_LIMITS
 
     def batches(self, *, packing: bool | None = None) -> Batches:
         """The training batches.
@@ -69,7 +73,7 @@ class Corpus:
             micro_batch_size=training.per_device_train_batch_size,
             grad_accum_steps=training.gradient_accumulation_steps,
             seed=training.seed,
-            pad_token_id=self._pad_token_id,
+            pad_token_id=self.padding,
             max_seq_length=data.max_seq_length,
             num_epochs=training.num_train_epochs,
             max_steps=training.max_steps,
@@ -83,21 +87,38 @@ class Corpus:
         data, size = self.config.data, self.config.training.per_device_eval_batch_size
         if self.held_out is None:
             return []
-        return eval_batches(self.held_out, size, self._pad_token_id, data.max_seq_length, packing=data.packing)
+        return eval_batches(self.held_out, size, self.padding, data.max_seq_length, packing=data.packing)
+
+    def remarks(self) -> list[str]:
+        """A line for each limit of the model's that rows, or packed lines, exceed."""
+        lengths = np.concatenate([some.lengths for some in (self.rows, self.held_out) if some is not None])
+        longest = int(lengths.max())
+        return [
+            f"{int((lengths > limit).sum()):,} of {len(lengths):,} rows are longer than the model's {limit:,} tokens ({name}), the longest "
+            f"{longest:,}: what lies beyond them the model was not made for; data.max_seq_length={limit} cuts rows there"
+            for name, limit in self.limits.lengths
+            if longest > limit
+        ]
 
     @property
-    def _pad_token_id(self) -> int:
-        """Equal to EOS in many models: harmless, since labels and not ids say what counts."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+    def padding(self) -> int:
+        """The id of the token that fills lines up."""
+        return padding_id(self.tokenizer, self.limits.vocab_size)
 
 
-def load_corpus(config: Config, tokenizer: PreTrainedTokenizerBase, cache: Path, console: Console) -> Corpus:
+def load_corpus(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    console: Console,
+    limits: ModelLimits = NO_LIMITS,
+) -> Corpus:
     """Read and tokenize everything, with a line about each source.
 
     Args:
         tokenizer: given the chat template that was chosen, if it has none of its own.
         cache: the folder where tokenized rows are kept for the next run.
+        limits: of the model; rows with tokens that it has no row for cannot be used, longer ones than it has positions are remarked upon.
 
     Raises:
         InputError: a source, a setting or (unless they are to be skipped) rows that cannot be used.
@@ -107,6 +128,9 @@ def load_corpus(config: Config, tokenizer: PreTrainedTokenizerBase, cache: Path,
     held_out_source = None if data.eval_source is None else open_source(data.eval_source, data)
     opened = [*sources, *([held_out_source] if held_out_source else [])]
     asked = [*data.all_sources, *([data.eval_source] if data.eval_source else [])]
+    _check_settings_are_read(data, opened)
+    for note in dict.fromkeys(note for source in opened for note in source.notes):
+        console.print(note)
     layouts, chats = zip(
         *(
             _settle(source.name, source.rows(), settings, skips=data.bad_rows == "skip")
@@ -119,10 +143,10 @@ def load_corpus(config: Config, tokenizer: PreTrainedTokenizerBase, cache: Path,
         formats = [layout.format for layout in layouts[: len(sources)]]
         template = choose_template(data.chat_template, tokenizer, formats, console.print)
         tokenizer.chat_template = template.text
-    recipes = [make_recipe(tokenizer, layout, data, template) for layout in layouts]
+    recipes = [make_recipe(tokenizer, layout, data, template, limits.vocab_size) for layout in layouts]
     if template:
         check_template(recipes[chats.index(True)], template, console.print)
-    kept = Kept(cache)
+    kept = Kept(cache, console.print)
     stores = [_tokenized(source, recipe, data, kept, console) for source, recipe in zip(opened, recipes, strict=True)]
     rows, held_out = Selection(stores[: len(sources)]), None
     if held_out_source:
@@ -132,10 +156,15 @@ def load_corpus(config: Config, tokenizer: PreTrainedTokenizerBase, cache: Path,
     if held_out is not None and (seen := int(np.isin(held_out.hashes, rows.hashes).sum())):
         console.print(f"{seen:,} of {len(held_out):,} held-out rows are training rows too, to the token")
     settled = config.model_copy(update={"data": _settled(data, layouts, chats, template)})
-    return Corpus(settled, rows, held_out, template, tokenizer)
+    corpus = Corpus(settled, rows, held_out, template, tokenizer, limits)
+    for line in corpus.remarks():
+        console.print(line)
+    return corpus
 
 
-def read_examples(path: Path | str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> list[Example]:
+def read_examples(
+    path: Path | str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, vocab_size: int | None = None
+) -> list[Example]:
     """All rows of one source as a run with default settings has them, in memory: for comparisons, which need no cache.
 
     Raises:
@@ -143,18 +172,30 @@ def read_examples(path: Path | str, tokenizer: PreTrainedTokenizerBase, max_seq_
     """
     data = DataSettings(path=str(path), max_seq_length=max_seq_length)
     (settings,) = data.all_sources
-    return tokenize_rows(list(open_source(settings, data).rows()), tokenizer, max_seq_length, name=str(path))
+    return tokenize_rows(list(open_source(settings, data).rows()), tokenizer, max_seq_length, str(path), vocab_size)
 
 
 def tokenize_rows(
-    rows: Sequence[RawRow], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, name: str = "rows"
+    rows: Sequence[RawRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    name: str = "rows",
+    vocab_size: int | None = None,
 ) -> list[Example]:
     """The same of rows that are here already."""
     data = DataSettings(path=name, max_seq_length=max_seq_length)
     (settings,) = data.all_sources
     layout, is_chat = _settle(name, rows, settings)
     template = choose_template(data.chat_template, tokenizer, [layout.format], print) if is_chat else None
-    return tokenize(rows, make_recipe(tokenizer, layout, data, template))
+    return tokenize_few(rows, make_recipe(tokenizer, layout, data, template, vocab_size))
+
+
+def _check_settings_are_read(data: DataSettings, sources: Sequence[Source]) -> None:
+    """Check that every setting that is for one sort of source has such a source."""
+    if data.sample_by != "line" and not any(source.reads_sample_by for source in sources):
+        expected = "line, for no source has text files (.txt)"
+        fix = "take it out; the rows of other files are as they were written"
+        raise InputError("data.sample_by", found=data.sample_by, expected=expected, fix=fix)
 
 
 def _settle(

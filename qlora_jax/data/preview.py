@@ -8,6 +8,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qlora_jax.data import Example
+from qlora_jax.data.chat.codec import decode
 from qlora_jax.data.corpus import Corpus
 
 SUPERVISED_STYLE = "bold green"
@@ -37,11 +38,12 @@ def preview(corpus: Corpus, console: Console, num_rows: int) -> None:
 def decoded(example: Example, tokenizer: PreTrainedTokenizerBase, *, in_colour: bool) -> Text:
     """A row's text, special tokens and all, its supervised parts in colour or in ⟦ ⟧."""
     ids, mask = example.input_ids[:MAX_TOKENS_SHOWN], example.loss_mask[:MAX_TOKENS_SHOWN]
-    text, shown, end = Text(), "", 0
-    for supervised, run in itertools.groupby(mask.tolist()):
-        end += len(list(run))
-        # From the start each time: a tokenizer may write a token differently at the start of a text.
-        so_far = tokenizer.decode(ids[:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    runs = [(supervised, len(list(run))) for supervised, run in itertools.groupby(mask.tolist())]
+    # From the start each time: a tokenizer may write a token differently at the start of a text.
+    starts = [ids[:end] for end in itertools.accumulate(length for _, length in runs)]
+    texts = decode(tokenizer, starts, skip_special_tokens=False, clean_up=False)
+    text, shown = Text(), ""
+    for (supervised, _), so_far in zip(runs, texts, strict=True):
         part, shown = so_far[len(shown) :], so_far
         if not supervised:
             text.append(part)

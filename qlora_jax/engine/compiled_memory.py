@@ -1,4 +1,8 @@
-"""What the compiled functions of a training step take while they run, asked of the compiler before there is anything to run them on."""
+"""The compiled functions of a training step before anything runs: the memory they take, and all of them compiled ahead."""
+
+import concurrent.futures
+import contextlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -7,37 +11,125 @@ from qlora_jax.engine import programs
 from qlora_jax.engine.engine import Engine
 from qlora_jax.runtime.placement import Tree, sharding
 
+COMPILERS = 4
+"""Functions compiled at a time, each by a thread: XLA's compiler for a GPU uses little more than one core for most of its time."""
+
+Lowered = Iterator[tuple[str, jax.stages.Lowered]]
+"""Names of functions, each with the function lowered for a step's shapes; lowered when it is asked for."""
+
+
+class StepShapes:
+    """What a step's functions are called with, as shapes on the device.
+
+    A function that is lowered and compiled for these is not traced, lowered or compiled again by the run, if it is of the same process.
+    """
+
+    def __init__(self, engine: Engine, rows: int, length: int, *, packed: bool = False, micro_batches: int = 1) -> None:
+        """`rows` and `length` are a micro-batch's; `packed`: whether it has positions and segments."""
+        self.engine, self.rows, self.length = engine, rows, length
+        self._device, self.micro_batches = sharding("device"), micro_batches
+        self.hidden = self.array(rows, length, engine.config.hidden_size, dtype=engine.compute_dtype)
+        dropout = engine.lora is not None and engine.lora.lora_dropout > 0
+        key = self.described(jax.eval_shape(lambda: jax.random.key(0))) if dropout else None
+        packing = (self.array(rows, length), self.array(rows, length)) if packed else None
+        self._drawn = (key, self.array(), self.array(), packing)
+        self._summed = jax.tree.map(lambda x: self.array(*x.shape, dtype=np.float32), engine.abstract_adapter)
+        self._weights = tuple(map(self.described, (engine.abstract_adapter, engine.abstract_layer)))
+        self.adapter = self._weights[0]
+
+    def array(self, *shape: int, dtype: jax.typing.DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
+        """Describe one array on the device."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._device)
+
+    def described(self, tree: Tree) -> Tree:
+        """Describe a tree's arrays on the device."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._device), tree)
+
+    @property
+    def gradients(self) -> Tree:
+        """Describe a layer's finished gradient."""
+        dtype = self.engine.adapter_dtype
+        return jax.tree.map(lambda x: self.array(*x.shape, dtype=dtype), self.adapter)
+
+    def layer(self, *, keep: bool, first: bool = False) -> Lowered:
+        """Yield `forward` and `backward` of a layer that keeps its intermediates, or is run again.
+
+        Args:
+            first: `backward_first` too, the backward function of the model's first layer.
+        """
+        definition = self.engine.keeping_def if keep else self.engine.layer_def
+        h, more = self.hidden, ()
+        forward = (programs.forward_keeping if keep else programs.forward).lower(
+            definition, *self._weights, h, *self._drawn
+        )
+        yield "forward", forward
+        if keep:
+            more = (self.described(forward.out_info[2]),)
+        grads = self._summed if self.micro_batches > 1 else None
+        arguments = (definition, *self._weights, grads, h, h, *more, *self._drawn)
+        yield "backward", (programs.backward_kept if keep else programs.backward).lower(*arguments)
+        if first:
+            yield (
+                "backward_first",
+                (programs.backward_kept_first if keep else programs.backward_first).lower(*arguments),
+            )
+
+    def head(self) -> Lowered:
+        """Yield the head with its loss and gradient."""
+        engine, labels = self.engine, self.array(self.rows, self.length)
+        weight = self.array(dtype=np.float32)
+        head = self.described(engine.abstract_head)
+        yield "head", programs.loss_and_grad.lower(engine.head_def, head, self.hidden, labels, weight)
+
+    def rest(self) -> Lowered:
+        """Yield what else of a step has one function for all layers."""
+        if self.micro_batches > 1:
+            yield "zeros", programs.zeros_like().lower(self.adapter)
+        yield "finish", programs.finish.lower(self._summed, self.engine.adapter_dtype)
+
 
 def temporary_bytes(
-    engine: Engine, rows: int, length: int, *, packed: bool, keep: bool, micro_batches: int = 1
+    engine: Engine, rows: int, length: int, *, packed: bool, keeps: tuple[bool, ...], micro_batches: int = 1
 ) -> dict[str, int]:
-    """Bytes that the compiled functions of a training step take while they run, besides arguments and results.
+    """Return bytes that the compiled functions of a training step take while they run, besides arguments and results.
 
-    Nothing is run, but they are compiled, and found again in the compilation cache by the run: all but what the first layer needs.
+    Nothing runs, but the functions are compiled, beside each other, and found again by the run.
+
+    Args:
+        keeps: which layers are asked about: those that are run again (False), that keep their intermediates (True), or both.
+
+    Returns:
+        bytes of `forward` and `backward`, of `kept_forward` and `kept_backward`, and of `head`
     """
-    device = sharding("device")
+    shapes = StepShapes(engine, rows, length, packed=packed, micro_batches=micro_batches)
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as compilers:
+        # Lowering is Python's work and compiling XLA's: one function is compiled while the next is lowered.
+        compiling = {name: compilers.submit(lowered.compile) for name, lowered in shapes.head()}
+        for keep in keeps:
+            for name, lowered in shapes.layer(keep=keep):
+                compiling[f"kept_{name}" if keep else name] = compilers.submit(lowered.compile)
+        return {name: each.result().memory_analysis().temp_size_in_bytes for name, each in compiling.items()}
 
-    def describe(tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
-    def array(*shape: int, dtype: jax.typing.DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+class Ahead:
+    """The functions of a training step, compiled by threads while the weights are being loaded.
 
-    adapter, frozen, head = map(describe, (engine.abstract_adapter, engine.abstract_layer, engine.abstract_head))
-    grads = None
-    if micro_batches > 1:
-        grads = jax.tree.map(lambda x: array(*x.shape, dtype=np.float32), engine.abstract_adapter)
-    h = array(rows, length, engine.config.hidden_size, dtype=engine.compute_dtype)
-    dropout = engine.lora is not None and engine.lora.lora_dropout > 0
-    key = describe(jax.eval_shape(lambda: jax.random.key(0))) if dropout else None
-    drawn = (key, array(), array(), (array(rows, length), array(rows, length)) if packed else None)
-    if keep:
-        forward = programs.forward_keeping.lower(engine.keeping_def, adapter, frozen, h, *drawn)
-        arguments = (adapter, frozen, grads, h, h, describe(forward.out_info[2]), *drawn)
-        backward = programs.backward_kept.lower(engine.keeping_def, *arguments)
-    else:
-        forward = programs.forward.lower(engine.layer_def, adapter, frozen, h, *drawn)
-        backward = programs.backward.lower(engine.layer_def, adapter, frozen, grads, h, h, *drawn)
-    last = programs.loss_and_grad.lower(engine.head_def, head, h, array(rows, length), array(dtype=np.float32))
-    lowered = {"forward": forward, "backward": backward, "head": last}
-    return {name: each.compile().memory_analysis().temp_size_in_bytes for name, each in lowered.items()}
+    What fails here is left to the step that needs it, which then fails in the same way, where it can be explained.
+    """
+
+    def __init__(self, shapes: StepShapes, keeps: tuple[bool, ...], more: Lowered) -> None:
+        """Begin. `keeps` as in `temporary_bytes`; `more`: other functions that the run will call."""
+        self._compilers = concurrent.futures.ThreadPoolExecutor(1 + COMPILERS, thread_name_prefix="compiler")
+        self._lowering = self._compilers.submit(self._lower, shapes, keeps, more)
+
+    def wait(self) -> None:
+        """Return when all functions are compiled: a step that begins before would compile them a second time."""
+        self._lowering.result()
+        self._compilers.shutdown()
+
+    def _lower(self, shapes: StepShapes, keeps: tuple[bool, ...], more: Lowered) -> None:
+        with contextlib.suppress(Exception):
+            parts = [shapes.layer(keep=keep, first=True) for keep in keeps]
+            for part in (*parts, shapes.head(), shapes.rest(), more):
+                for _, lowered in part:
+                    self._compilers.submit(lowered.compile)

@@ -124,7 +124,7 @@ class Engine:
         self.activations, self.adapters, self.keep = activations, adapters, keep
         self._noise_alpha = put(np.float32(neftune_noise_alpha), "device") if neftune_noise_alpha else None
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self._adapter_dtype = lora.dtype if lora else "float32"
+        self.adapter_dtype = lora.dtype if lora else "float32"
         self._layer_settings = (config, lora, quantization, attention)
         self.layer_def, self.abstract_adapter, self.abstract_layer = programs.describe(
             DecoderLayer, *self._layer_settings, share_dense=share_dense, mlp_tokens=mlp_tokens
@@ -216,7 +216,7 @@ class Engine:
                 del h, more
             pace.dispatched(token)
             observe(f"the gradient of layer {layer}", (hidden_grads, grad))
-            grad, grads.square_sums[layer] = programs.finish(grad, self._adapter_dtype)
+            grad, grads.square_sums[layer] = programs.finish(grad, self.adapter_dtype)
             grads.layers[layer] = put(grad, self.adapters)
             del frozen, adapter, grad
         return programs.total(losses), grads

@@ -15,7 +15,7 @@ kernel does all of that to a tensor in one pass.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from qlora_jax.config import TrainingSettings
 from qlora_jax.engine.engine import Gradients
 from qlora_jax.ops import blockwise, dispatch
 from qlora_jax.ops.blockwise import BlockwiseTensor
-from qlora_jax.runtime.placement import SLOTS, Pace, Tree, Where, lives, put, visits
+from qlora_jax.runtime.placement import SLOTS, Pace, Tree, Where, lives, put, sharding, visits
 
 Schedule = Callable[[int], float]
 
@@ -59,14 +59,10 @@ class AdamW:
     def __init__(self, settings: TrainingSettings, params: list[Tree], where: Where) -> None:
         """Moments start at zero; `params` is only described, not kept."""
         self.where, self.max_norm = where, settings.max_grad_norm
-        self._rule, self._pack = _rule(settings), _packing(settings)
-        self._adam = dispatch.Adam(
-            settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.weight_decay
-        )
-        init = jax.jit(lambda layer: self._pack(self._rule.init(_float32(layer))))
+        self._rule = _rule_of(settings)
         pace = Pace(SLOTS)
         self.moments = [
-            jax.block_until_ready(put(init(layer), where))
+            jax.block_until_ready(put(self._rule.init(layer), where))
             for layer in visits(params.__getitem__, range(len(params)), pace)
         ]
 
@@ -101,44 +97,76 @@ class AdamW:
         homes: list[Where] = ["device" if lives(layer, "device") else "host" for layer in params]
         for layer in range(len(params)):  # not `enumerate`, which holds on to the last item while it asks for the next
             here = next(coming)
-            new, moments, token = self._update_layer(*here, factor, rate, made)
+            new, moments, token = self._rule.update(*here, factor, rate, made)
             pace.dispatched(token)
             params[layer], self.moments[layer] = put(new, homes[layer]), put(moments, self.where)
             grads.layers[layer] = None
             del here, new, moments
         return params, norm
 
-    @functools.cached_property
-    def _update_layer(self) -> Callable[..., Any]:
-        def update(
-            params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array, made: jax.Array
-        ) -> tuple[Tree, Any, jax.Array]:
-            leaves, structure = jax.tree.flatten(params)
-            adam, *rest = moments
-            found = zip(leaves, *map(structure.flatten_up_to, (grads, adam.mu, adam.nu)), strict=True)
-            by_kernel, others = {}, {}
-            for i, leaf in enumerate(found):
-                (by_kernel if dispatch.updates_8bit(leaf[0], leaf[2]) else others)[i] = leaf
-            plain, plain_grads, mu, nu = ({i: leaf[part] for i, leaf in others.items()} for part in range(4))
-            moments = adam._replace(mu=mu, nu=nu), *rest
-            plain, (adam, *rest) = self._plain(plain, plain_grads, moments, factor, rate, made)
-            shares = (1 - beta**adam.count for beta in (self._adam.beta1, self._adam.beta2))
-            numbers = jnp.stack([factor, rate, *shares, made]).astype(jnp.float32)
-            new = {i: dispatch.adamw_8bit(*leaf, numbers, self._adam) for i, leaf in by_kernel.items()}
-            new |= {i: (param, adam.mu[i], adam.nu[i]) for i, param in plain.items()}
-            params, mu, nu = (structure.unflatten(new[i][part] for i in range(len(leaves))) for part in range(3))
-            return params, (adam._replace(mu=mu, nu=nu), *rest), jnp.ravel(jax.tree.leaves(params)[0])[0]
 
-        return jax.jit(update, donate_argnames=("params", "moments"))
+class _Rule:
+    """The compiled functions of AdamW for one layer: fresh moments, and a step. One for each set of numbers, see `_rule_of`."""
+
+    def __init__(self, settings: TrainingSettings) -> None:
+        self._rule, self._pack = _rule(settings), _packing(settings)
+        self._adam = _numbers(settings)
+        self.init = jax.jit(lambda layer: self._pack(self._rule.init(_float32(layer))))
+        self.update = jax.jit(self._update, donate_argnames=("params", "moments"))
+
+    def _update(
+        self, params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array, made: jax.Array
+    ) -> tuple[Tree, Any, jax.Array]:
+        leaves, structure = jax.tree.flatten(params)
+        adam, *rest = moments
+        found = zip(leaves, *map(structure.flatten_up_to, (grads, adam.mu, adam.nu)), strict=True)
+        by_kernel, others = {}, {}
+        for i, leaf in enumerate(found):
+            (by_kernel if dispatch.updates_8bit(leaf[0], leaf[2]) else others)[i] = leaf
+        plain, plain_grads, mu, nu = ({i: leaf[part] for i, leaf in others.items()} for part in range(4))
+        moments = adam._replace(mu=mu, nu=nu), *rest
+        plain, (adam, *rest) = self._plain(plain, plain_grads, moments, factor, rate, made)
+        shares = (1 - beta**adam.count for beta in (self._adam.beta1, self._adam.beta2))
+        numbers = jnp.stack([factor, rate, *shares, made]).astype(jnp.float32)
+        new = {i: dispatch.adamw_8bit(*leaf, numbers, self._adam) for i, leaf in by_kernel.items()}
+        new |= {i: (param, adam.mu[i], adam.nu[i]) for i, param in plain.items()}
+        params, mu, nu = (structure.unflatten(new[i][part] for i in range(len(leaves))) for part in range(3))
+        return params, (adam._replace(mu=mu, nu=nu), *rest), jnp.ravel(jax.tree.leaves(params)[0])[0]
 
     def _plain(
         self, params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array, made: jax.Array
     ) -> tuple[Tree, Any]:
-        """The update in XLA's operations: (new params, new moments)."""
+        """Return (new params, new moments), by XLA's operations."""
         grads = jax.tree.map(lambda g: g * factor, _float32(grads))
         steps, state = self._rule.update(grads, _unpack(moments), _float32(params))
         new = jax.tree.map(lambda p, step: (p - rate * step).astype(p.dtype), params, steps)
         return jax.tree.map(functools.partial(jnp.where, made), (new, self._pack(state)), (params, moments))
+
+
+def _rule_of(settings: TrainingSettings) -> _Rule:
+    """Return the compiled functions for these settings, the same each time: what was compiled ahead is what `AdamW` calls."""
+    key = _numbers(settings), settings.optim.endswith("8bit")
+    if key not in _RULES:
+        _RULES[key] = _Rule(settings)
+    return _RULES[key]
+
+
+_RULES: dict[Any, _Rule] = {}
+
+
+def _numbers(settings: TrainingSettings) -> dispatch.Adam:
+    return dispatch.Adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.weight_decay)
+
+
+def lowered(settings: TrainingSettings, adapter: Tree, grads: Tree, number: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the functions of an update, lowered for a layer's adapter and gradients as described, and `number`, a described scalar."""
+    rule, device = _rule_of(settings), sharding("device")
+    moments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract_moments(settings, adapter)
+    )
+    yield "moments", rule.init.lower(adapter)
+    made = jax.ShapeDtypeStruct(number.shape, bool, sharding=device)
+    yield "update", rule.update.lower(adapter, grads, moments, number, number, made)
 
 
 def abstract_moments(settings: TrainingSettings, abstract_layer: Tree) -> Any:

@@ -1,10 +1,11 @@
 """What a Llama's `config.json` says of its mathematics."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import shown
 from qlora_jax.config import LINEAR_NAMES
 
 
@@ -22,6 +23,8 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    attention_dropout: float = 0.0
+    """Of attention weights in training, which `train.py` refuses; no other command computes with it."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: object = "config.json") -> Self:
@@ -30,22 +33,25 @@ class LlamaConfig:
         Raises:
             InputError: a key is missing, or one that changes the mathematics has a value that is not supported (all at once).
         """
-        problems = [f"{key} is missing" for key in _REQUIRED if key not in config]
-        problems += [
-            f"{key} is {config[key]!r}, supported: {only!r}"
-            for key, only in _ONLY.items()
-            if config.get(key, only) != only
+        missing = [f"{key} is missing" for key in _REQUIRED if key not in config]
+        others = [
+            f"{key} is {shown(config[key])}, supported: {values[0]!r}"
+            for key, values in _ONLY.items()
+            if config.get(key, values[0]) not in values
         ]
-        problems += [f"{key} is {config[key]!r}, not supported" for key in _REFUSED if config.get(key)]
+        ignored = [
+            key for key, is_neutral in _IGNORED.items() if config.get(key) and not is_neutral(config[key], config)
+        ]
+        others += [f"{key} is {shown(config[key])}, not supported" for key in ignored]
         for key in ("rope_scaling", "rope_parameters"):  # the name in transformers 4, and in 5
-            scaling = config.get(key) or {}
-            if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-                problems.append(f"{key} is {scaling!r}, supported: rope_type 'default'")
-        problems = problems or _bad_numbers(config)
-        if problems:
-            raise InputError(
-                where, found="; ".join(problems), expected="a Llama without these", fix="use another base model"
-            )
+            if not _is_plain_rope(scaling := config.get(key) or {}):
+                others.append(f"{key} is {shown(scaling)}, supported: rope_type 'default'")
+        damage = [] if missing or others else _bad_numbers(config)
+        if problems := [*missing, *others, *damage]:
+            fix = "fetch the model again" if not others else "use another base model"
+            if ignored and len(ignored) == len(others):
+                fix += f"; or, if it was trained without, as transformers runs it, remove {' and '.join(ignored)} from config.json"
+            raise InputError(where, found="; ".join(problems), expected="a Llama without these", fix=fix)
         heads = config["num_attention_heads"]
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in the order of transformers 5
         return cls(
@@ -55,6 +61,7 @@ class LlamaConfig:
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
             tie_word_embeddings=config.get("tie_word_embeddings", False),
+            attention_dropout=config.get("attention_dropout") or 0.0,
         )
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -81,7 +88,7 @@ def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
 
     whole = [key for key in (*_REQUIRED, "num_key_value_heads", "head_dim") if config.get(key) or key in _REQUIRED]
     problems = [
-        f"{key} is {config[key]!r}, expected a whole number from 1 to {_MAX_LAYERS if 'layers' in key else _MAX_SIZE}"
+        f"{key} is {shown(config[key])}, expected a whole number from 1 to {_MAX_LAYERS if 'layers' in key else _MAX_SIZE}"
         for key in whole
         if not is_number(config[key], int, _MAX_LAYERS if "layers" in key else _MAX_SIZE)
     ]
@@ -89,12 +96,15 @@ def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
     numbers = {"rms_norm_eps": config.get("rms_norm_eps", 1e-6), "rope_theta": config.get("rope_theta") or 1.0}
     numbers |= {f"{key}.rope_theta": rope["rope_theta"] for key, rope in ropes.items() if rope.get("rope_theta")}
     problems += [
-        f"{key} is {value!r}, expected a positive number"
+        f"{key} is {shown(value)}, expected a positive number"
         for key, value in numbers.items()
         if not is_number(value, (int, float), _MAX_NUMBER)
     ]
     if not isinstance(config.get("tie_word_embeddings", False), bool):
-        problems.append(f"tie_word_embeddings is {config['tie_word_embeddings']!r}, expected true or false")
+        problems.append(f"tie_word_embeddings is {shown(config['tie_word_embeddings'])}, expected true or false")
+    dropout = config.get("attention_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        problems.append(f"attention_dropout is {shown(dropout)}, expected a number from 0 to below 1")
     if not problems:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         if not config.get("head_dim") and hidden % heads:
@@ -105,24 +115,49 @@ def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {config['num_key_value_heads']}"
             )
+        rows = max(config["intermediate_size"], heads * (config.get("head_dim") or hidden // heads))
+        if hidden * rows > _MAX_WEIGHTS or hidden * config["vocab_size"] > _MAX_EMBEDDING:
+            problems.append(
+                f"a linear has {hidden * rows:,} weights and the embedding {hidden * config['vocab_size']:,}, expected at most "
+                f"{_MAX_WEIGHTS:,} and {_MAX_EMBEDDING:,}"
+            )
     return problems
 
 
 _MAX_LAYERS, _MAX_SIZE, _MAX_NUMBER = 10_000, 2**27, 1e30
+_MAX_WEIGHTS, _MAX_EMBEDDING = 2**31 - 1, 2**36
+"""Of one matrix: JAX counts a linear's weights in 32 bits. Llama 3.1 405B's have 872 million, its embedding 2.1 billion."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_ONLY: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "attention_dropout": 0.0,
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "is_causal": (True, None),
 }
-_REFUSED = (
-    "sliding_window",
-    "use_sliding_window",
-    "layer_types",
-    "partial_rotary_factor",
-    "logit_softcapping",
-    "num_local_experts",
-)
+"""Keys that change the mathematics → what is supported. Those that change none in transformers' Llama, such as `pretraining_tp`, which cuts
+products into slices and adds these up, are in no list."""
+
+
+def _is_no_window(window: Any, config: Mapping[str, Any]) -> bool:
+    positions = config.get("max_position_embeddings")
+    wide = isinstance(window, int) and isinstance(positions, int) and window >= positions
+    return wide or config.get("use_sliding_window") is False
+
+
+_IGNORED: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
+    "sliding_window": _is_no_window,
+    "layer_types": lambda types, _: isinstance(types, list) and all(kind == "full_attention" for kind in types),
+    "partial_rotary_factor": lambda factor, _: factor == 1,
+    "logit_softcapping": lambda cap, _: False,
+    "num_local_experts": lambda number, _: False,
+}
+"""Keys of other models that transformers ignores in a Llama, as no Llama has them: refused, unless they say what a Llama does anyway."""
+
+
+def _is_plain_rope(scaling: Any) -> bool:
+    """Whether positions are rotated as without any scaling."""
+    if not isinstance(scaling, dict):
+        return False
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    return kind == "default" or (kind in ("linear", "llama3") and scaling.get("factor") == 1)

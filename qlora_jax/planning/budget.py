@@ -17,6 +17,11 @@ left 0.3 GiB beside a workspace of 3 GiB did not find room for it; one that left
 HOST_SPARE_SHARE = 0.05
 PINNED_SLACK = 1.03
 """The limit of the pinned pool over what is to be in it: blocks are lost between others. The pool takes all of its limit."""
+PASSING_LAYERS = 4
+"""Layers whose adapters and moments are on their way through the pool at a time: new ones return to the host before the old ones are let
+go, and what is saved, restored or exported passes through it an array, or a layer, at a time."""
+CHECKPOINT, PASSING, PROCESS = "checkpoint, while it is written", "on the way to or from the device", "the process"
+"""Lines of the plan. The first and the last are in plain memory of the host, not in the pool."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,17 @@ class Limits:
     device: int | None
     """XLA's share of the card; None where the device is the host's own processor."""
     host: int
+    pool: int | None = None
+    """The limit of XLA's pool of pinned memory, once it is settled; None while it will follow from the plan."""
+    registered: bool = False
+    """Whether weights on the host are in memory of our own (see pinned.py), and not in the pool."""
+
+
+def saving(job: Job) -> list[Item]:
+    """Return what checkpoints, adapters' files and a resume take of the host: a copy of adapters and moments, and what passes the pool."""
+    layer = job.adapter_bytes + job.moments_bytes
+    passing = [Item(PASSING, 0, PASSING_LAYERS * layer)] if job.on_gpu else []
+    return [*passing, Item(CHECKPOINT, 0, job.config.num_hidden_layers * layer)]
 
 
 def spare_bytes(device: int, job: Job, layout: Layout, work: Workspace) -> float:
@@ -55,7 +71,8 @@ class Plan:
     @functools.cached_property
     def items(self) -> list[Item]:
         """What takes memory."""
-        return items(self.job, self.layout, self.work)
+        *lines, process = items(self.job, self.layout, self.work)
+        return [*lines, *saving(self.job), process]
 
     @property
     def device_bytes(self) -> int:
@@ -68,8 +85,8 @@ class Plan:
         return total(self.items)[1]
 
     def pool_bytes(self, *, registered: bool) -> int:
-        """Of it, in XLA's pool of pinned memory; without the weights if those on the host will be `registered` (see pinned.py)."""
-        elsewhere = {"the process"}
+        """Bytes of it in XLA's pool of pinned memory; without the weights if those on the host will be `registered` (see pinned.py)."""
+        elsewhere = {CHECKPOINT, PROCESS}
         if registered and self.layout.streamed_from == "host":
             elsewhere.add("base weights")
         return sum(item.host for item in self.items if item.name not in elsewhere)
@@ -86,7 +103,7 @@ class Plan:
 
     @property
     def excess(self) -> float:
-        """By how much it exceeds its limits, in shares of them, device and host added up; 0 if it fits."""
+        """By how much it exceeds its limits, in shares of them, device, host and pool added up; 0 if it fits."""
         on_host = self.host_bytes + (self.device_bytes if self.limits.device is None else 0)
         host = on_host / (self.limits.host * (1 - HOST_SPARE_SHARE)) - 1
         if self.limits.device is None:
@@ -95,7 +112,12 @@ class Plan:
             self.device_bytes / (self.limits.device - spare_bytes(self.limits.device, self.job, self.layout, self.work))
             - 1
         )
-        return max(host, 0) + max(device, 0)
+        pool = 0 if self.limits.pool is None else self._pool_excess
+        return max(host, 0) + max(device, 0) + max(pool, 0)
+
+    @property
+    def _pool_excess(self) -> float:
+        return PINNED_SLACK * self.pool_bytes(registered=self.limits.registered) / self.limits.pool - 1
 
     def as_dict(self, steps: int | None = None) -> dict[str, Any]:
         """For `--json` and for a run's records."""
@@ -111,6 +133,8 @@ class Plan:
             "device_limit_bytes": self.limits.device,
             "host_bytes": self.host_bytes,
             "host_limit_bytes": self.limits.host,
+            "pool_bytes": self.pool_bytes(registered=self.limits.registered),
+            "pool_limit_bytes": self.limits.pool,
             **speed,
         }
 

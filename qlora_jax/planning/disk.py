@@ -99,10 +99,14 @@ class Space:
         out, kept = training.output_dir, training.save_total_limit
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.job.adapter)) * self.job.config.num_hidden_layers
         adapter = 4 * parameters  # in float32, whatever it was trained in
-        name = f"checkpoints: {kept} kept, one being written, {self.checkpoint_bytes / 2**20:,.1f} MiB each"
-        found = [_need(name, out / "checkpoints", (kept + 1) * self.checkpoint_bytes)]
+        has_best = bool(training.eval_steps and self.job.eval_rows)
+        each = self.checkpoint_bytes + (
+            adapter if has_best else 0
+        )  # of which best/ is a part, and need not be the same in each
+        name = f"checkpoints: {kept} kept, one being written, {each / 2**20:,.1f} MiB each"
+        found = [_need(name, out / "checkpoints", (kept + 1) * each)]
         found.append(Need("adapter", out / "adapter", adapter))
-        if training.eval_steps and self.job.eval_rows:
+        if has_best:
             found.append(_need("best adapter, twice while it is replaced", out / "best", 2 * adapter))
         if training.export_merged:
             found.append(_need("merged model", out / "merged", self.merged_bytes))

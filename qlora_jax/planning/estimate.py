@@ -103,7 +103,7 @@ class Job:
         heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         width = 2 * heads + 2 * kv_heads + config.hidden_size + 2 * config.intermediate_size
         adapters = len(self.lora.targets) * self.lora.r
-        softmax = 4 * config.num_attention_heads  # float32, a row's log of the sum
+        softmax: float = 4 * config.num_attention_heads  # float32, a row's log of the sum
         if self.attention == "xla":
             softmax *= 3.25 * self.length  # the scores, three times, and a mask
         return int(self.tokens * (itemsize * (width + adapters) + softmax))

@@ -6,7 +6,6 @@ How many layers are resident, or keep their intermediates, follows from what the
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,13 +49,13 @@ def make_plan(
     Raises:
         InputError: nothing fits; it says by how much, and which setting would do it.
     """
-    plan = _choose(job, memory, gradient_checkpointing, limits, rates, workspace_of)
+    plan = choose(job, memory, gradient_checkpointing, limits, rates, workspace_of)
     if not plan.fits:
         raise _does_not_fit(plan, memory, gradient_checkpointing)
     return plan
 
 
-def _choose(
+def choose(
     job: Job,
     memory: MemorySettings,
     gradient_checkpointing: str,
@@ -70,7 +69,7 @@ def _choose(
     known: dict[Any, Workspace] = {}
 
     def best_guess(job: Job, layout: Layout) -> Workspace:
-        return known.get(_mode(layout)) or workspace(job, layout)
+        return known.get(_mode(job, layout)) or workspace(job, layout)
 
     while True:
         plans = list(_candidates(job, memory, gradient_checkpointing, limits, rates, best_guess))
@@ -81,9 +80,9 @@ def _choose(
             plan = min(equal, key=lambda plan: (_oddity(plan.layout), plan.seconds.bus_bytes, -plan.layout.keep))
         else:
             plan = min(plans, key=lambda plan: plan.excess)
-        if workspace_of is workspace or _mode(plan.layout) in known:
+        if workspace_of is workspace or _mode(job, plan.layout) in known:
             return plan
-        known[_mode(plan.layout)] = workspace_of(job, plan.layout)
+        known[_mode(job, plan.layout)] = workspace_of(job, plan.layout)
 
 
 def layer_bytes(config: LlamaConfig, quantization: QuantizationSettings) -> int:
@@ -128,26 +127,21 @@ def make_engine(job: Job, layout: Layout, neftune_noise_alpha: float = 0.0) -> E
 
 
 def compiled_workspace(job: Job, layout: Layout) -> Workspace:
-    """The workspace of the functions as they are compiled for this machine's device; the run then finds them in the compilation cache."""
-    engine = make_engine(job, layout)
-    depth = job.config.num_hidden_layers
-    temporary = functools.partial(
-        temporary_bytes, engine, job.rows, job.length, packed=job.packed, micro_batches=job.micro_batches
-    )
-    ordinary = {} if layout.keep == depth else temporary(keep=False)
-    keeping = temporary(keep=True) if layout.keep else {}
-    return Workspace(
-        ordinary.get("forward", 0),
-        ordinary.get("backward", 0),
-        (ordinary or keeping)["head"],
-        keeping.get("forward", 0),
-        keeping.get("backward", 0),
-    )
+    """Return the workspace of the functions as they are compiled for this machine's device; the run finds them compiled."""
+    options = {"packed": job.packed, "micro_batches": job.micro_batches, "keeps": keeps(job, layout)}
+    found = temporary_bytes(make_engine(job, layout), job.rows, job.length, **options)
+    return Workspace(**{field.name: found.get(field.name, 0) for field in dataclasses.fields(Workspace)})
 
 
-def _mode(layout: Layout) -> Any:
+def keeps(job: Job, layout: Layout) -> tuple[bool, ...]:
+    """Return which kinds of layers a layout has: layers that are run again (False), that keep their intermediates (True), or both."""
+    kinds = (False, layout.keep < job.config.num_hidden_layers), (True, layout.keep > 0)
+    return tuple(kind for kind, present in kinds if present)
+
+
+def _mode(job: Job, layout: Layout) -> Any:
     """What of a layout the compiled functions depend on."""
-    return layout.share_dense, layout.mlp_tokens, layout.keep > 0
+    return layout.share_dense, layout.mlp_tokens, keeps(job, layout)
 
 
 def _oddity(layout: Layout) -> tuple[Any, ...]:
@@ -253,7 +247,7 @@ def _does_not_fit(plan: Plan, memory: MemorySettings, gradient_checkpointing: st
     else:
         taken = f"{plan.device_bytes / GIB:.1f} GiB of the GPU's {plan.limits.device / GIB:.1f} and {taken}"
     found = f"the run does not fit: at least {taken}; most of it: " + ", ".join(_largest_items(plan))
-    return InputError("the plan", found=found, fix="; or ".join(_remedies(plan, memory, gradient_checkpointing)))
+    return InputError("the plan", found=found, fix="; or ".join(remedies(plan, memory, gradient_checkpointing)))
 
 
 def _largest_items(plan: Plan) -> list[str]:
@@ -261,39 +255,39 @@ def _largest_items(plan: Plan) -> list[str]:
     return [f"{line.name} {line.device / GIB:.1f} + {line.host / GIB:.1f} GiB" for line in lines]
 
 
-def _remedies(plan: Plan, memory: MemorySettings, gradient_checkpointing: str) -> list[str]:
+def remedies(plan: Plan, memory: MemorySettings, gradient_checkpointing: str) -> list[str]:
     """Single changes of a setting that make the run fit, tried one after the other."""
 
     def works(
         job: Job = plan.job, memory: MemorySettings = memory, checkpointing: str = gradient_checkpointing
     ) -> bool:
-        return _choose(job, memory, checkpointing, plan.limits, plan.rates).fits
+        return choose(job, memory, checkpointing, plan.limits, plan.rates).fits
 
-    job, remedies = plan.job, []
+    job, found = plan.job, []
     if gradient_checkpointing == "none" and works(checkpointing="auto"):
-        remedies.append("set training.gradient_checkpointing=auto")
+        found.append("set training.gradient_checkpointing=auto")
     for name, value in memory.model_dump().items():
         if (
             value not in ("auto", "disk")
             and name != "device_memory"
             and works(memory=memory.model_copy(update={name: "auto"}))
         ):
-            remedies.append(f"set memory.{name}=auto")
+            found.append(f"set memory.{name}=auto")
     if memory.base_weights == "auto" and works(memory=memory.model_copy(update={"base_weights": "disk"})):
-        remedies.append("set memory.base_weights=disk (slower: every layer is read anew each time)")
+        found.append("set memory.base_weights=disk (slower: every layer is read anew each time)")
     if job.rows > 1 and (rows := _largest(job.rows - 1, lambda n: n == 0 or works(dataclasses.replace(job, rows=n)))):
-        remedies.append(f"set training.per_device_train_batch_size={rows} (with more accumulation steps instead)")
+        found.append(f"set training.per_device_train_batch_size={rows} (with more accumulation steps instead)")
     if job.eval_rows > 1 and works(dataclasses.replace(job, eval_rows=1)):
-        remedies.append("set training.per_device_eval_batch_size=1")
+        found.append("set training.per_device_eval_batch_size=1")
     step = 32
     length = step * _largest(job.length // step, lambda n: n == 0 or works(dataclasses.replace(job, length=n * step)))
     if length:
-        remedies.append(f"set data.max_seq_length={length}")
+        found.append(f"set data.max_seq_length={length}")
     for rank in (32, 16, 8):
         smaller = job.lora.model_copy(update={"r": rank})
         if rank < job.lora.r and works(dataclasses.replace(job, lora=smaller)):
-            remedies.append(f"set lora.r={rank}")
+            found.append(f"set lora.r={rank}")
             break
     if job.optim != "paged_adamw_8bit" and works(dataclasses.replace(job, optim="paged_adamw_8bit")):
-        remedies.append("set training.optim=paged_adamw_8bit")
-    return remedies or ["use a smaller model, or a machine with more memory: no single setting would do it"]
+        found.append("set training.optim=paged_adamw_8bit")
+    return found or ["use a smaller model, or a machine with more memory: no single setting would do it"]

@@ -24,6 +24,8 @@ HOST_REGISTER_SUPPORTED = 99
 """CUDA's number for that question about a device (`CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED`)."""
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+POOL_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+"""Names of the environment variables that XLA reads: where compiled functions are kept, and the limit of its pool of pinned memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def keep_compiled(cache: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1 if find_gpu() is None else 0.0)
 
 
-def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache: Path) -> None:
+def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache: Path) -> int | None:
     """Set what XLA reads at its start, where the user has not: before anything runs on the device.
 
     Args:
@@ -144,10 +146,13 @@ def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache:
         pinned_bytes: what the run has in XLA's pool of pinned memory at most. The pool grows by doubling what it has, up to its limit: a
             limit just above the need keeps it from taking much more than that.
         cache: where compiled functions are kept from run to run, unless `JAX_COMPILATION_CACHE_DIR` names another folder.
+
+    Returns:
+        the limit of the pinned pool, bytes; None without a GPU, or where the user's is not a number
     """
     keep_compiled(cache)
     if gpu is None:
-        return
+        return None
     chosen = {
         "XLA_CLIENT_MEM_FRACTION",
         "XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -155,5 +160,7 @@ def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache:
     } & os.environ.keys()
     if not chosen and device_bytes is not None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{device_bytes / gpu.total_bytes:.4f}"
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(-(-pinned_bytes // PINNED_UNIT) + 1))
+    os.environ.setdefault(POOL_VARIABLE, str(-(-pinned_bytes // PINNED_UNIT) + 1))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # out of memory, XLA would print every block it has
+    limit = os.environ[POOL_VARIABLE]
+    return PINNED_UNIT * int(limit) if limit.isdigit() else None

@@ -87,6 +87,16 @@ def lives(tree: Tree, where: Where) -> bool:
     return first is None or (where == "host" and pinned.holds(first))
 
 
+def fetch(array: jax.Array) -> np.ndarray:
+    """Return one array, wherever it lives, in plain host memory; it may share the array's own where that is the host's.
+
+    On a GPU it passes through XLA's pool of pinned memory, whose limit follows from the plan. So whatever leaves the device in bulk leaves
+    it through here, one array after the other, and the pool holds one of them at a time. The array keeps no copy, as it would if numpy
+    were given the array itself.
+    """
+    return np.asarray(array.addressable_data(0)) if isinstance(array, jax.Array) else np.asarray(array)
+
+
 def nbytes(tree: Tree) -> int:
     """Bytes of a tree's arrays, or of the arrays that a tree of `jax.ShapeDtypeStruct`s describes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

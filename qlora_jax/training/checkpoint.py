@@ -3,11 +3,16 @@
     step-120/arrays/          adapters and moments, written by orbax: one array for all layers' `q_proj.lora_a`, and so on
     step-120/about.json       format, step, settings, identity of base and data, and the run's own small values
     step-120/metrics.jsonl    the metrics so far, and other files that grow line by line
+    step-120/best/            the adapter that was the best so far; links to the files of the run's best/ where the disk can
     step-120/checksums.json   size and SHA-256 of every file above
 
 A folder is filled under a hidden name, synced and renamed, so `step-120` is whole from the moment it exists, whatever moment the power
-goes; what happens to it afterwards (a truncated file, a flipped byte) its checksums show. `Checkpoints.save` only starts the copies to
-the host; a thread waits for them and writes while training goes on.
+goes; what happens to it afterwards (a truncated file, a flipped byte) its checksums show.
+
+A thread copies the arrays into plain host memory, one after the other (see `placement.fetch`), while the next step runs: adapters and
+moments change in its update only, which waits for the copy (`Checkpoints.wait_taken`). Then the thread writes them while training goes on,
+into the folder that was the run's when `save` was called, whatever has its name by then, and publishes nothing once that has been taken
+away. So a checkpoint takes as much host memory as it has bytes, which the plan counts, and hardly any that is pinned.
 
 The arrays hold values, not places: a run may be resumed with moments, adapters or layers elsewhere than they were.
 """
@@ -15,31 +20,43 @@ The arrays hold values, not places: a run may be resumed with moments, adapters 
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
-import json
-import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from qlora_jax.base.errors import FULL, InputError
-from qlora_jax.base.files import describe_size, publish, write_json
-from qlora_jax.runtime.placement import Tree, put
+from qlora_jax.base.checksums import checksums, difference
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.files import (
+    Anchor,
+    FileSoFar,
+    describe_size,
+    link_folder,
+    remove_folder,
+    replace_folder,
+    write_json,
+)
+from qlora_jax.base.heap import give_back_free_memory
+from qlora_jax.base.reading import kind_of, read_bytes, read_json, read_json_object, reading, shown
+from qlora_jax.runtime.placement import Tree
+from qlora_jax.training.about import check_about
+from qlora_jax.training.array_files import import_orbax, is_full, orbax
+from qlora_jax.training.snapshot import Layers, Snapshot, columns, keys
 
 FORMAT = 1
 """Raised whenever an older version could not read what is written, or would read it wrongly."""
 
 Json = Any  # what `json` can write
-Layers = Mapping[str, list[Tree]]
-"""By name ("adapters", "moments"), one tree of arrays a layer."""
 
-ABOUT, CHECKSUMS, ARRAYS = "about.json", "checksums.json", "arrays"
-HASHING_THREADS = 8
+ABOUT, CHECKSUMS, ARRAYS, BEST = "about.json", "checksums.json", "arrays", "best"
+MAX_LINES_BYTES = 2**30
+"""Bytes of a file that is saved along."""
+LOOKS_EVERY = 0.5
+"""Seconds between two looks, while a save is waited for, at whether the folder is still the run's."""
 
 
 class DamagedError(Exception):
@@ -61,10 +78,15 @@ class Checkpoint:
         """Optimizer steps done."""
         return int(self.about["step"])
 
+    @property
+    def best(self) -> Path | None:
+        """The folder of the adapter that was the best so far, if there was one."""
+        return path if (path := self.path / BEST).is_dir() else None
+
     def file(self, name: str) -> bytes:
         """A file that was saved along; empty if it was not there."""
         path = self.path / name
-        return path.read_bytes() if path.exists() else b""
+        return read_bytes(path, at_most=MAX_LINES_BYTES) if kind_of(path) != "nothing" else b""
 
     def restore(self, templates: Layers) -> dict[str, list[Tree]]:
         """The arrays, each where the template's is. A layer of the template is let go when its own is there.
@@ -72,7 +94,7 @@ class Checkpoint:
         Raises:
             InputError: the arrays are not those of the template: names, shapes, dtypes and number of layers are compared.
         """
-        wanted = _columns(templates)
+        wanted = columns(templates)
         expected = {key: len(leaves) for key, leaves in wanted.items()}
         if expected != self.about["arrays"]:
             differing = sorted(expected.items() ^ self.about["arrays"].items())
@@ -81,7 +103,12 @@ class Checkpoint:
                 found="arrays that this run has no place for: " + "; ".join(f"{n} x {key}" for key, n in differing[:8]),
                 fix="resume with the model, lora.* and training.optim it was made with",
             )
-        with _orbax() as ocp:
+        shapes = {key: ((len(leaves), *leaves[0].shape), leaves[0].dtype) for key, leaves in wanted.items()}
+        with orbax(self._largest(templates)) as ocp, reading(self.path, "arrays that cannot be read"):
+            stored = ocp.metadata((self.path / ARRAYS).absolute()).metadata
+            found = {key: (tuple(array.shape), np.dtype(array.dtype)) for key, array in stored.items()}
+            if found != shapes:  # before there is memory for them
+                raise ValueError(f"they are {shown(found)}, and not what {ABOUT} says")
             loaded = ocp.load((self.path / ARRAYS).absolute())
         restored: dict[str, list[Tree]] = {}
         taken = dict.fromkeys(loaded, 0)
@@ -90,13 +117,17 @@ class Checkpoint:
             for index, layer in enumerate(layers):
                 leaves, structure = jax.tree.flatten(layer)
                 values = []
-                for key in _keys(name, layer):
+                for key in keys(name, layer):
                     values.append(loaded[key][taken[key]])
                     taken[key] += 1
                 placed = jax.device_put(values, [leaf.sharding for leaf in leaves])
                 restored[name].append(jax.block_until_ready(jax.tree.unflatten(structure, placed)))
                 layers[index] = None
         return restored
+
+    def _largest(self, templates: Layers) -> int:
+        """Bytes of the largest of the arrays, each for all layers."""
+        return max((sum(leaf.nbytes for leaf in leaves) for leaves in columns(templates).values()), default=0)
 
 
 class Checkpoints:
@@ -111,18 +142,29 @@ class Checkpoints:
         self.folder, self.keep, self.check_ours = folder, keep, check_ours
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
+        self._snapshot: Snapshot | None = None
         for path in folder.glob(".step-*"):
             shutil.rmtree(path)
 
+    def prepare(self) -> None:
+        """Start, in the writer's thread, what the first save would wait for."""
+        self._writer.submit(import_orbax)
+
     def save(
-        self, step: int, layers: Layers, about: Mapping[str, Json], files: Mapping[str, bytes] | None = None
+        self,
+        step: int,
+        layers: Layers,
+        about: Mapping[str, Json],
+        files: Sequence[Path] = (),
+        best: Path | None = None,
     ) -> None:
-        """Start saving: returns once the copies to the host are issued, and the save before this one is done.
+        """Start saving: returns at once, when the save before this one is done.
 
         Args:
-            layers: spent arrays may follow at once; arrays on the host are kept, not copied, until they are written.
+            layers: the arrays must stay as they are until `wait_taken` returns.
             about: added to `about.json`.
-            files: more files, by name.
+            files: more files, saved as they are now: they may grow or be replaced at once.
+            best: the folder of the best adapter so far. It may be replaced at once; its files must not be written to.
 
         Raises:
             InputError: the save before this one failed, for example on a full disk.
@@ -130,8 +172,34 @@ class Checkpoints:
         self.wait()
         if (self.folder / name_of(step)).exists():
             return  # the same step of the same run
-        held = {name: [put(layer, "host") for layer in trees] for name, trees in layers.items()}
-        self._writing = self._writer.submit(self._write, step, _columns(held), dict(about), dict(files or {}))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self._begin(step, best)
+        parts = [FileSoFar(path) for path in files]
+        self._snapshot = Snapshot(layers)
+        self._writing = self._writer.submit(self._write, step, self._snapshot, dict(about), parts, place)
+
+    def wait_taken(self) -> None:
+        """Return when the arrays that are being saved may change: before each update."""
+        if self._snapshot is not None:
+            self._snapshot.taken.wait()
+            self._snapshot = None
+
+    def _begin(self, step: int, best: Path | None) -> Anchor:
+        """Make the folder to fill, with the best adapter in it: that is replaced while the rest is written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = Anchor(self.folder)
+        aside = place.path / f".{name_of(step)}.partial"
+        try:
+            aside.mkdir()
+            if best is not None:
+                link_folder(best, aside / BEST)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            place.close()
+            if is_full(error):
+                raise self._full(step) from None
+            raise
+        return place
 
     def wait(self) -> None:
         """Until the save that was started last, if any, is done.
@@ -141,6 +209,8 @@ class Checkpoints:
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
+            while not concurrent.futures.wait([writing], LOOKS_EVERY).done:
+                self.check_ours()  # orbax may wait for minutes for a folder that was taken away
             writing.result()
 
     def idle(self) -> bool:
@@ -151,6 +221,12 @@ class Checkpoints:
         """As `wait`, but without waiting: tells of a save that has failed already."""
         if self.idle():
             self.wait()
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint that is not needed any more, if it is there; the folder too, if nothing else is in it."""
+        remove_folder(self.folder / name_of(step))
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def newest(self, log: Callable[[str], object]) -> Checkpoint | None:
         """The newest sound checkpoint. Damaged ones are named to `log`, and set aside as `step-120.damaged`.
@@ -177,26 +253,31 @@ class Checkpoints:
         return None
 
     def _write(
-        self, step: int, columns: dict[str, list[jax.Array]], about: dict[str, Json], files: dict[str, bytes]
+        self, step: int, snapshot: Snapshot, about: dict[str, Json], files: list[FileSoFar], place: Anchor
     ) -> None:
-        """In the writer's thread: the whole folder, and the removal of what is now too old."""
-        aside = self.folder / f".{name_of(step)}.partial"
-        try:
-            aside.mkdir(parents=True)
-            counts = {key: len(leaves) for key, leaves in columns.items()}
-            with _orbax() as ocp:
-                ocp.save((aside / ARRAYS).absolute(), {key: _stack(columns, key) for key in counts})
-            for name, data in files.items():
-                (aside / name).write_bytes(data)
-            write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about, "arrays": counts})
-            write_json(aside / CHECKSUMS, _checksums(aside))
-            publish(aside, self.folder / name_of(step))
-        except BaseException as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if _is_full(error):
-                raise self._full(step) from None
-            raise
-        self._prune()
+        """Write the whole folder and remove what is now too old, in the writer's thread."""
+        with contextlib.closing(place):
+            aside = place.path / f".{name_of(step)}.partial"
+            try:
+                arrays = snapshot.take()
+                counts = {key: len(array) for key, array in arrays.items()}
+                with orbax(max((array.nbytes for array in arrays.values()), default=0)) as ocp:
+                    ocp.save((aside / ARRAYS).absolute(), arrays)
+                del arrays
+                for part in files:
+                    part.copy_to(aside)
+                write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about, "arrays": counts})
+                write_json(aside / CHECKSUMS, checksums(aside, CHECKSUMS))
+                self.check_ours()
+                replace_folder(aside, place.path / name_of(step), overwrite=False)
+            except BaseException as error:
+                shutil.rmtree(aside, ignore_errors=True)
+                self.check_ours()
+                if is_full(error):
+                    raise self._full(step) from None
+                raise
+            self._prune(place.path)
+        give_back_free_memory()
 
     def _full(self, step: int) -> InputError:
         kept = max(_steps(self.folder), default=None)
@@ -204,12 +285,11 @@ class Checkpoints:
         free = describe_size(shutil.disk_usage(self.folder).free)
         return InputError(self.folder, found=f"the disk became full while step {step} was saved: {free} free", fix=fix)
 
-    def _prune(self) -> None:
-        """All but the newest `keep`. Renamed first: what is half removed must not look whole."""
-        old = [path for _, path in sorted(_steps(self.folder).items())[: -self.keep]]
-        for path in (*old, *self.folder.glob("step-*.damaged")):
-            path.rename(gone := path.with_name(f".{path.name}.old"))
-            shutil.rmtree(gone)
+    def _prune(self, folder: Path) -> None:
+        """All but the newest `keep`."""
+        old = [path for _, path in sorted(_steps(folder).items())[: -self.keep]]
+        for path in (*old, *folder.glob("step-*.damaged")):
+            remove_folder(path)
 
 
 def name_of(step: int) -> str:
@@ -230,99 +310,35 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: the checkpoint is of a later format.
     """
     try:
-        expected = {
-            name: (size, digest) for name, (size, digest) in json.loads((path / CHECKSUMS).read_bytes()).items()
-        }
-        found = _checksums(path)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{CHECKSUMS}: {error}") from None
+        with reading(path, "not what was written"):
+            expected = {name: (size, digest) for name, (size, digest) in read_json(path / CHECKSUMS).items()}
+        with reading(path, "cannot be read"):
+            found = checksums(path, CHECKSUMS)
+    except InputError as error:
+        raise DamagedError(f"{CHECKSUMS}: {error.found}") from None
     if not {ABOUT, f"{ARRAYS}/_CHECKPOINT_METADATA"} <= expected.keys():
         raise DamagedError(f"{CHECKSUMS} names too few files")
     for name, written in expected.items():
         if found.get(name) != written:
-            raise DamagedError(_difference(name, written, found.get(name)))
-    about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-    if about["format"] > FORMAT:
+            raise DamagedError(difference(name, written, found.get(name)))
+    try:
+        about = read_json_object(path / ABOUT, at_most=MAX_LINES_BYTES)
+    except InputError as error:
+        raise DamagedError(f"{ABOUT}: {error.found}") from None
+    if isinstance(format := about.get("format"), int) and format > FORMAT:
         fix = "resume with the version of qlora_jax that wrote it, or a later one"
-        raise InputError(path, found=f"format {about['format']}", expected=f"at most {FORMAT}", fix=fix)
-    return Checkpoint(path, about)
-
-
-def _difference(name: str, written: tuple[Any, Any], found: tuple[int, str] | None) -> str:
-    if found is None:
-        return f"{name} is missing"
-    if found[0] != written[0]:
-        return f"{name} has {found[0]} bytes, {written[0]} were written"
-    return f"{name} has other bytes than were written"
+        raise InputError(path, found=f"format {shown(format)}", expected=f"at most {FORMAT}", fix=fix)
+    try:
+        return Checkpoint(path, check_about(about, _step(path), ABOUT))
+    except InputError as error:
+        raise DamagedError(f"{error.where}: {error.found}") from None
 
 
 def _steps(folder: Path) -> dict[int, Path]:
-    named = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*"))
-    return {int(match[1]): path for match, path in named if match}
+    named = ((_step(path), path) for path in folder.glob("step-*"))
+    return {step: path for step, path in named if step is not None}
 
 
-def _keys(name: str, layer: Tree) -> list[str]:
-    """A key for each leaf of a layer's tree; layers whose leaf differs in shape or dtype have another key for it."""
-    leaves = jax.tree_util.tree_flatten_with_path(layer)[0]
-    return [f"{name}{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
-
-
-def _columns(layers: Layers) -> dict[str, list[jax.Array]]:
-    """Each key's leaves, in the order of the layers that have it."""
-    columns: dict[str, list[jax.Array]] = {}
-    for name, trees in layers.items():
-        for layer in trees:
-            for key, leaf in zip(_keys(name, layer), jax.tree.leaves(layer), strict=True):
-                columns.setdefault(key, []).append(leaf)
-    return columns
-
-
-def _stack(columns: dict[str, list[jax.Array]], key: str) -> np.ndarray:
-    """One array of a column, [layers, ...]; each leaf is let go once it is copied."""
-    leaves = columns[key]
-    stacked = np.empty((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    for index in range(len(leaves)):
-        stacked[index], leaves[index] = leaves[index], None
-    return stacked
-
-
-def _checksums(folder: Path) -> dict[str, tuple[int, str]]:
-    """By name below `folder`, size and SHA-256 of every file but the checksums themselves."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    paths.pop(CHECKSUMS, None)
-    with concurrent.futures.ThreadPoolExecutor(HASHING_THREADS) as threads:
-        digests = threads.map(_sha256, paths.values())
-        return {
-            name: (path.stat().st_size, digest) for (name, path), digest in zip(paths.items(), digests, strict=True)
-        }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_full(error: BaseException) -> bool:
-    """tensorstore's errors carry the number in their text only."""
-    numbers = "|".join(map(str, FULL))
-    return getattr(error, "errno", None) in FULL or re.search(rf"os_error_code='({numbers})'", str(error)) is not None
-
-
-@contextlib.contextmanager
-def _orbax() -> Iterator[Any]:
-    """orbax as we use it: arrays as they are (float32 noise does not compress) and ours to read while they are written.
-
-    Its own log of a failure, a traceback for each of its threads, is left out: the error itself is raised.
-    """
-    from orbax.checkpoint import v1 as ocp  # half a second to import
-
-    context, log = ocp.Context(), logging.getLogger("absl")
-    context.array.saving.use_compression = False
-    context.memory.deepcopy_host_arrays = False
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        with context:
-            yield ocp
-    finally:
-        log.setLevel(level)
+def _step(path: Path) -> int | None:
+    match = re.fullmatch(r"step-([0-9]{1,18})", path.name)
+    return int(match[1]) if match else None

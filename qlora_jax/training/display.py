@@ -50,7 +50,7 @@ class RunDisplay:
         if not self.console.is_terminal:
             left = (self._total - record["step"]) * record["step_s"]
             self.console.print(
-                f"step {record['step']}/{self._total}  {text}  left {int(left) // 60}:{int(left) % 60:02d}",
+                f"step {record['step']}/{self._total}  {text}  ETA {int(left) // 60}:{int(left) % 60:02d}",
                 soft_wrap=True,
             )
 

@@ -25,30 +25,33 @@ class Tracker(Protocol):
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl`, each line flushed, and keeps them for the plot; `trackers` get them too."""
+    """Appends records to `metrics.jsonl`, each line flushed; `trackers` get them too. Nothing is kept in memory: a run may be long.
+
+    Attributes:
+        path: the file.
+    """
 
     def __init__(self, path: Path, before: bytes = b"", trackers: Sequence[Tracker] = ()) -> None:
         """`before`: the lines of a run that is continued; whatever else the file has is of steps that will be made again."""
-        self.records: list[Record] = [json.loads(line) for line in before.splitlines()]
-        self._path, self._trackers = path, trackers
+        self.path, self._trackers = path, trackers
         with replacing(path) as file:
             file.write(before)
         self._file = path.open("ab")
 
     def write(self, record: Record) -> None:
         """Append one record; numbers are Python's own, finite, or None."""
-        self.records.append(record)
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
         for tracker in self._trackers:
             tracker.write(record)
 
-    def lines(self) -> bytes:
-        """The whole file."""
-        return self._path.read_bytes()
+    def records(self) -> list[Record]:
+        """All records so far, those of a run that is continued included."""
+        with self.path.open("rb") as file:
+            return [json.loads(line) for line in file]
 
     def close(self) -> None:
-        """Close the file and the trackers; the records stay."""
+        """Close the file and the trackers; the records can still be read."""
         self._file.close()
         for tracker in self._trackers:
             tracker.close()

@@ -76,6 +76,10 @@ class Progress:
         self.window_steps = self.window_tokens = 0
         self.window_seconds = 0.0
 
+    def forget_best(self) -> None:
+        """Nothing is left of the best adapter: the next evaluation's is the best."""
+        self.best_loss = self.best_step = None
+
     def evaluation(self, loss: float, threshold: float) -> bool:
         """An evaluation after this step came to `loss`. Returns whether it is the best yet; one before the first step is not.
 

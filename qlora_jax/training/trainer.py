@@ -17,6 +17,7 @@ from rich.console import Console
 
 from qlora_jax.base.console import Phases
 from qlora_jax.base.errors import InputError, InterruptedRunError
+from qlora_jax.base.heap import give_back_free_memory
 from qlora_jax.config import TrainingSettings
 from qlora_jax.data import Batch, Batches
 from qlora_jax.engine.engine import Adapters, Engine, Started, Weights
@@ -41,6 +42,8 @@ class Hooks:
     """(steps done, adapters), with every evaluation."""
     best: Callable[[Adapters], None] = lambda adapters: None
     """The best adapters so far, to be kept."""
+    best_folder: Path | None = None
+    """The folder that `best` keeps them in, which it replaces and does not write into: every checkpoint has a copy."""
 
 
 def check_evaluation(settings: TrainingSettings, eval_batches: Sequence[Batch]) -> None:
@@ -59,8 +62,15 @@ def check_evaluation(settings: TrainingSettings, eval_batches: Sequence[Batch]) 
         raise InputError("training settings", found=found, fix=fix)
 
 
+def best_is_gone(folder: Path, step: int) -> InputError:
+    """The error where `best/` was removed while the run was at work."""
+    found = f"gone: the adapter of step {step}, the best so far, was removed while the run was at work"
+    fix = "run the same command again: it continues from the last checkpoint, which has a copy of the best adapter until then"
+    return InputError(folder, found=found, fix=fix)
+
+
 class Trainer:
-    """One run. `train` takes fresh adapters and returns trained ones; everything seen on the way is in `metrics.records`."""
+    """One run. `train` takes fresh adapters and returns trained ones; everything seen on the way is in `metrics.records()`."""
 
     def __init__(
         self,
@@ -110,7 +120,7 @@ class Trainer:
             finally:
                 with self.phases.time("saving"):
                     self.checkpoints.wait()
-        plot_loss(self.metrics.records, self.output_dir / "loss.png")
+        plot_loss(self.metrics.records(), self.output_dir / "loss.png")
         return adapters
 
     def _steps(self, adapters: Adapters, optimizer: AdamW) -> Adapters:
@@ -139,6 +149,7 @@ class Trainer:
         with jax.transfer_guard("disallow"):  # every byte that crosses the bus in here is one we wrote
             loss, grads = self.engine.go_on(self.weights, adapters, started)
             norm = optimizer.global_norm(grads)
+            self.checkpoints.wait_taken()  # the update writes where these adapters and moments are
             # Dispatched before anybody has seen these numbers: if one is not finite, the device leaves everything as it was.
             adapters, _ = optimizer.update(adapters, grads, rate, norm, loss)
             del grads, started
@@ -227,6 +238,7 @@ class Trainer:
             if self.eval_batches:
                 self._evaluate(adapters)
             self.hooks.samples(step, adapters)
+            give_back_free_memory()
         self.progress.evaluated = step
 
     def _evaluate(self, adapters: Adapters) -> None:
@@ -236,7 +248,8 @@ class Trainer:
         record = {"step": self.progress.step, "eval_loss": loss if finite else None, "eval_perplexity": perplexity}
         self.metrics.write(record)
         self.display.show(record)
-        if self.progress.evaluation(loss, self.settings.early_stopping_threshold) and self.settings.eval_steps:
+        # Without `eval_steps` there is no best/, and so no best: a later start may ask for it.
+        if self.settings.eval_steps and self.progress.evaluation(loss, self.settings.early_stopping_threshold):
             self.hooks.best(adapters)
 
     def _stops_early(self) -> bool:
@@ -251,8 +264,8 @@ class Trainer:
     def _save_is_due(self, step: int, when: float, *, over: bool) -> bool:
         """`step` and `when` (monotonic) are those of the last save."""
         every, minutes = self.settings.save_steps, self.settings.save_interval_minutes
-        if self.progress.step == step or not (every or minutes):
-            return False
+        if self.progress.step == step or not (every or minutes or (over and self.settings.export_merged)):
+            return False  # a merge is long: what it needs is saved even where nothing else is
         self.checkpoints.check()
         on_step = every and self.progress.step % every == 0
         return bool(over or on_step or (minutes and time.monotonic() - when >= 60 * minutes))
@@ -263,17 +276,30 @@ class Trainer:
         progress = self.progress
         progress.window_seconds = time.perf_counter() - self._started
         about = {**self.about, "progress": progress.to_json(), "position": self.batches.state(progress.step)}
-        files = {"metrics.jsonl": self.metrics.lines()}
-        if (samples := self.output_dir / "samples.jsonl").exists():
-            files[samples.name] = samples.read_bytes()
+        files = [path for path in (self.metrics.path, self.output_dir / "samples.jsonl") if path.exists()]
         with self._pause("saving"):
             arrays = {"adapters": adapters, "moments": optimizer.moments}
-            self.checkpoints.save(progress.step, arrays, about, files)
+            self.checkpoints.save(progress.step, arrays, about, files, self._best_folder())
+
+    def _best_folder(self) -> Path | None:
+        """The folder of the best adapter so far, if there is one.
+
+        Raises:
+            InputError: there was one, and it is gone.
+        """
+        folder = self.hooks.best_folder
+        if folder is None or self.progress.best_step is None:
+            return None
+        if not folder.is_dir():
+            raise best_is_gone(folder, self.progress.best_step)
+        return folder
 
     def _restore(self, resumed: Checkpoint, adapters: Adapters, optimizer: AdamW) -> tuple[Adapters, list[Any]]:
         with self.phases.time("restoring"):
             restored = resumed.restore({"adapters": adapters, "moments": optimizer.moments})
             self.progress = Progress.from_json(resumed.about["progress"])
+            if resumed.best is None:
+                self.progress.forget_best()
             self.batches.restore(self.progress.step, resumed.about["position"])
         self.display.done(self.progress.step)
         self.display.note(f"continuing after step {self.progress.step}, from {resumed.path}")

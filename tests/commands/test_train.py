@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import train
 from convert.adapters.adapter import WEIGHTS_FILE, load_adapter
 from convert.files import names
 from convert.files.folder import ModelFolder
@@ -29,6 +28,7 @@ from convert.load import read_config
 from convert.merge import merge
 from convert.quantize import quantize
 from qlora_jax.base.errors import EXIT_BAD_INPUT
+from qlora_jax.commands import execute, prepare, train
 from qlora_jax.config import MemorySettings, QuantizationSettings, load_config
 from qlora_jax.engine.engine import Engine
 from qlora_jax.training import trainer
@@ -147,7 +147,7 @@ def test_a_continued_run_keeps_as_many_layers(finished: tuple[Path, str], place:
 
     def kept(work: dict[str, int] | None) -> int:
         resumed = None if work is None else types.SimpleNamespace(about={"work": work})
-        return train.plan_as_before(config, shape, 32, resumed).layout.keep
+        return prepare.plan_as_before(config, shape, 32, resumed).layout.keep
 
     assert [kept(None), kept({}), kept({"keep": 1}), kept({"keep": 2})] == [0, 0, 1, 2]
 
@@ -168,18 +168,31 @@ def test_samples(finished: tuple[Path, str]) -> None:
 
 def test_merged_is_what_the_merge_command_writes(finished: tuple[Path, str], place: Path, tmp_path: Path) -> None:
     folder = ModelFolder(place / "model")
-    merge(folder, load_adapter(finished[0] / "adapter", read_config(folder)), tmp_path / "merged", "dequantized")
+    merge(folder, load_adapter(finished[0] / "adapter", read_config(folder)), tmp_path / "merged", "original")
     expected = {path.name: data for path, data in snapshot(tmp_path / "merged").items()}
     assert {path.name: data for path, data in snapshot(finished[0] / "merged").items()} == expected
 
 
+def test_it_ends_with_the_merged_models_held_out_loss(finished: tuple[Path, str]) -> None:
+    """Of a small model whose weights are the original ones, not those that went through 4 bits: near the adapter's, and not equal."""
+    out, printed = finished
+    start = json.loads((out / "run.json").read_text())["starts"][-1]
+    last = [record["eval_loss"] for record in records(out) if "eval_loss" in record][-1]
+    assert start["merged"]["base"] == start["config"]["training"]["merge_base"] == "original"
+    assert start["merged"]["eval_loss"] == pytest.approx(last, rel=0.2)
+    assert start["merged"]["eval_loss"] != last
+    assert f"computed in float32: {start['merged']['eval_loss']:.4f}" in printed
+    merging, held_out = "merged 14 adapted linears into the original base", "held-out loss of the merged model"
+    assert 0 < printed.index(merging) < printed.index(held_out) < printed.index("after: abcd")
+
+
 def test_plain_lines(finished: tuple[Path, str]) -> None:
     """Loss, learning rate, gradient norm, speed, memory, time left: one line a step where there is no terminal."""
-    line = r"step (\d+)/12  loss \d+\.\d{4}  lr 1\.00e-02  grad \d+\.\d{3}  \d+ tok/s  \d+\.\d GiB  left (\d+):\d\d"
+    line = r"step (\d+)/12  loss \d+\.\d{4}  lr 1\.00e-02  grad \d+\.\d{3}  \d+ tok/s  \d+\.\d GiB  ETA (\d+):\d\d"
     lines = [re.fullmatch(line, text) for text in finished[1].splitlines() if re.match(r"step \d+/", text)]
     assert all(lines)
     assert [int(found[1]) for found in lines] == list(range(1, STEPS + 1))
-    assert lines[-1][0].endswith("left 0:00")
+    assert lines[-1][0].endswith("ETA 0:00")
     assert re.search(r"step 12: held-out loss \d\.\d{4}, perplexity \d+\.\d\d\n", finished[1])
     assert "\x1b" not in finished[1]
 
@@ -232,7 +245,7 @@ def test_a_model_in_4_bits_is_the_same_run(
     double_quant = str(quant_type == "nf4").lower()
     kind = [f"quantization.quant_type={quant_type}", f"quantization.double_quant={double_quant}"]
     short = ["training.max_steps=2", "training.export_merged=true", *HOST]
-    assert train_main(place, tmp_path / "plain", *kind, *short) == 0
+    assert train_main(place, tmp_path / "plain", *kind, "training.merge_base=dequantized", *short) == 0
     assert "in 4 bits already" not in capsys.readouterr().out
     name = f"model.name_or_path={in_4_bits[quant_type]}"
     assert train_main(place, tmp_path / "out", name, *short) == 0
@@ -249,6 +262,7 @@ def test_a_model_in_4_bits_is_the_same_run(
     merged = [{p.name: data for p, data in snapshot(tmp_path / run / "merged").items()} for run in ("plain", "out")]
     assert merged[0] == merged[1]
     resolved = load_config(tmp_path / "out" / "config.yaml")
+    assert resolved.training.merge_base == "dequantized", "by default, as there are no other weights"
     assert resolved.quantization.model_dump() == load_config(place / "run.yaml", kind).quantization.model_dump()
     again = [f"training.output_dir={tmp_path / 'again'}", "training.max_steps=1", "training.export_merged=false"]
     assert train.main(["--config", str(tmp_path / "out" / "config.yaml"), *again]) == 0, "its settings are the folder's"
@@ -304,7 +318,7 @@ def test_another_seed_on_a_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Another seed, another adapter. And a live display does not mind what a model says, or that it is evaluated on the way."""
-    monkeypatch.setattr(train, "answer", lambda *args: "[/b] :fire: [red]")
+    monkeypatch.setattr(execute, "answer", lambda *args: "[/b] :fire: [red]")
     out = tmp_path / "[x]"
     for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "100")):
         monkeypatch.setenv(name, value)

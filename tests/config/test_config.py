@@ -1,5 +1,6 @@
 """One file, overrides and defaults meet in one validated config; whatever is wrong is said once, and where."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def test_not_yaml(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     message = refusal(path)
     assert message.startswith(str(path))
-    assert "not YAML" in message
+    assert "not YAML" in message or "not UTF-8" in message
 
 
 @pytest.mark.parametrize(("content", "found"), [("", "NoneType"), ("- a\n- b\n", "list"), ("word\n", "str")])
@@ -287,7 +288,7 @@ def test_not_sections(tmp_path: Path, content: str, found: str) -> None:
 
 def test_no_such_file(tmp_path: Path) -> None:
     assert f"{tmp_path / 'nope.yaml'}\n  found:    no such file" in refusal(tmp_path / "nope.yaml")
-    assert "no such file" in refusal(tmp_path)  # a folder is not one either
+    assert "found:    a folder" in refusal(tmp_path)
 
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -356,3 +357,54 @@ def test_the_largest_whole_number(file: Path) -> None:
     (section := file.with_name("wrong.yaml")).write_text(f"lora: {{r: {'9' * 5000}}}")
     assert "not YAML" in refusal(section)
     assert "expected a size such as 24GiB" in refusal(file, f"memory.device_memory='{'9' * 400}'")
+
+
+# Whatever a text of settings is, there is one message
+
+BOMB = "a: &a [l, l, l, l, l, l, l, l, l]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghi")
+)
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n" for before, name in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize("text", [
+    "a: !!bool x", "a: !!int ''", "a: !!float x", "a: !!timestamp x", "a: !!omap x", "a: !!set {[1]: 2}", "a: !!python/name:os.system",
+    "? [1]\n: 2", "a: &a [*a]", BOMB, MERGED, f"training: {{seed: 1{':59' * 300_000}}}", "a: 0x" + "f" * 20_000, "[" * 5000,
+], ids=lambda text: text[:20])  # fmt: skip
+def test_a_text_that_a_constructor_cannot_make_values_of(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert "not YAML" in refusal(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("override", ["data.path=!!bool x", "data.path=[", "data.path=!!int ''"])
+def test_an_override_that_no_constructor_can_make(file: Path, override: str) -> None:
+    assert "is not a YAML value" in refusal(file, override)
+
+
+@pytest.mark.parametrize("override", [
+    r'data.path="\ud800"', r'training.sample_prompt=["a\ud800"]', r'data.fields={"\ud800": x}', r'model.name_or_path="a\0b"',
+    'training.output_dir=""', "training.output_dir=~nobody-at-all/x", "training.run_name=\udcff",
+])  # fmt: skip
+def test_texts_that_are_none(file: Path, override: str) -> None:
+    assert "found" in refusal(file, override)
+
+
+def test_home_folders_are_replaced(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    names = (
+        "model.name_or_path",
+        "data.path",
+        "data.eval_path",
+        "data.chat_template",
+        "training.output_dir",
+        "lora.init_from",
+    )
+    config = load_config(file, [f"{name}=~/x" for name in names])
+    values = [getattr(getattr(config, section), key) for section, key in (name.split(".") for name in names)]
+    assert list(map(str, values)) == ["/home/someone/x"] * len(names)
+
+
+def test_a_value_of_any_size_is_shown_in_short(file: Path) -> None:
+    assert len(refusal(file, f"data.path={[[['a' * 500] * 10] * 10]}")) < 5000

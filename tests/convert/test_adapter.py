@@ -293,7 +293,7 @@ def test_a_missing_folder(tmp_path: Path, config: LlamaConfig) -> None:
     assert str(tmp_path / "nowhere") in refusal(tmp_path / "nowhere", config)
 
 
-@pytest.mark.parametrize(("text", "found"), [("{", "not JSON"), ("[]", "a list")])
+@pytest.mark.parametrize(("text", "found"), [("{", "not JSON"), ("[]", "a JSON list")])
 def test_a_config_that_is_not_an_object(saved: Path, config: LlamaConfig, text: str, found: str) -> None:
     (saved / CONFIG_FILE).write_text(text)
     message = refusal(saved, config)
@@ -309,12 +309,13 @@ def test_a_config_that_is_not_an_object(saved: Path, config: LlamaConfig, text: 
         ("modules_to_save", "lm_head"),
         ("rank_pattern", {"q_proj": 0}),
         ("alpha_pattern", ["q_proj"]),
-        ("bias", "all"),
-        ("fan_in_fan_out", True),
+        ("bias", "some"),
+        ("use_rslora", "false"),
         ("lora_bias", True),
         ("layer_replication", [[0, 2]]),
         ("target_parameters", ["mlp.experts"]),
-        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", [1, 1]),
+        ("trainable_token_indices", {"embed_tokens": [-1]}),
         ("init_lora_weights", "pissa"),
         ("a_setting_of_tomorrow", 1),
         ("layers_to_transform", ["0"]),
@@ -323,6 +324,7 @@ def test_a_config_that_is_not_an_object(saved: Path, config: LlamaConfig, text: 
         ("r", "four"),
         ("r", True),
         ("lora_alpha", None),
+        ("lora_alpha", float("nan")),
     ],
 )
 def test_a_kind_that_cannot_be_applied(saved: Path, config: LlamaConfig, key: str, value: Any) -> None:

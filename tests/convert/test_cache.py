@@ -13,15 +13,22 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import train
 from convert import cache as cache_module
 from convert.adapters.adapter import WEIGHTS_FILE
 from convert.cache import cached_folder, entry_of, is_kept, main
-from convert.files.folder import ModelFolder
+from convert.files import names
+from convert.files.folder import ModelFolder, aligned
+from convert.files.shards import TensorSpec, write_pieces
+from convert.files.verified import DamagedError, VerifiedFolder, summing, write_record
+from convert.load import load_weights, read_config
 from convert.quantize import quantize
+from qlora_jax.base.checksum import BLOCK_BYTES, READ_BYTES, checksum, file_checksum
 from qlora_jax.base.console import make_console
 from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
+from qlora_jax.commands import execute, train
 from qlora_jax.config import QuantizationSettings
 from tests.helpers import tiny
 
@@ -164,7 +171,7 @@ def test_a_run_with_it_is_the_run_without(place: Path, monkeypatch: pytest.Monke
     for number in range(3):  # without, first and second with
         with monkeypatch.context() as patch:
             if number == 0:
-                patch.setattr(train, "cached_folder", lambda folder, *args, **options: folder)
+                patch.setattr(execute, "cached_folder", lambda folder, *args, **options: folder)
             if number == 2:
                 patch.setattr(cache_module, "quantize", never)
             out = place / str(number)
@@ -214,3 +221,147 @@ def test_what_is_kept_is_listed_and_removed(
     assert main(["--all"]) == 0
     assert "2 removed, 1.50 GiB" in capsys.readouterr().out
     assert list(first.parent.iterdir()) == []
+
+
+# Bytes that changed
+
+
+def run_config(place: Path) -> Path:
+    tiny.write_chats(place / "train.jsonl", 8)
+    settings = {
+        "model": {"name_or_path": str(place / "model")},
+        "lora": {"r": 4, "target_modules": ["q_proj"]},
+        "data": {"path": str(place / "train.jsonl"), "max_seq_length": 64},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 2},
+    }
+    (place / "run.yaml").write_text(yaml.safe_dump(settings))
+    return place / "run.yaml"
+
+
+def flipped(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("where", ["codes", "scales", "norm", "embedding", "another model's", "another dtype"])
+def test_bytes_that_changed_are_noticed_while_they_are_read(place: Path, where: str) -> None:
+    """A test that must fail without checksums: the entry is otherwise what the model calls for."""
+    found = cached(place)
+    whole = contents(found.path)
+    linear, other = names.linear(1, "up_proj"), names.norm(0, "input_layernorm")
+    name = {"scales": f"{linear}.absmax", "norm": other, "embedding": names.EMBEDDING}.get(where, linear)
+    shard = next(path for path in found.path.glob("*.safetensors") if name in safetensors.numpy.load_file(path))
+    if where == "another model's":  # of the same shape, copied in place
+        tiny.write_model(place / "other", shards=3, tie_word_embeddings=False, seed=5)
+        quantize(ModelFolder(place / "other"), place / "other-4bit", NF4)
+        for path in (place / "other-4bit").iterdir():
+            shutil.copyfile(path, found.path / path.name)
+    elif where == "another dtype":
+        text = shard.read_bytes().replace(b'"BF16"', b'"F16" ', 1)
+        shard.write_bytes(text)
+    else:
+        tensors = safetensors.numpy.load_file(shard)
+        data = shard.read_bytes()
+        flipped(shard, data.index(tensors[name].tobytes()) + tensors[name].nbytes // 2)
+    config = read_config(ModelFolder(place / "model"))
+    assert contents(found.path) != whole
+    if not where.startswith("another"):  # these are noticed when it is opened
+        with pytest.raises(DamagedError):
+            load_weights(cached(place), config, NF4, "host")
+    load_weights(cached(place), config, NF4, "host")
+    assert contents(found.path) == whole
+
+
+@pytest.mark.parametrize("base_weights", ["device", "disk"])
+def test_a_run_makes_a_damaged_entry_anew_and_says_so(
+    place: Path, capsys: pytest.CaptureFixture[str], base_weights: str
+) -> None:
+    """With layers on disk they are read when they are needed: then the run stops, and the next one makes it anew."""
+    run, adapters = run_config(place), []
+    arguments = ["--config", str(run), f"memory.base_weights={base_weights}"]
+    for number in range(2):
+        entry = entry_of(ModelFolder(place / "model"), str(place / "model"), NF4)
+        if number:
+            for path in sorted(entry.glob("*.safetensors")):
+                flipped(path, path.stat().st_size - 1500)
+            capsys.readouterr()
+        status = train.main([*arguments, f"training.output_dir={place / str(number)}"])
+        if base_weights == "disk" and number:
+            assert status == EXIT_BAD_INPUT and "than were written there" in capsys.readouterr().err
+            status = train.main([*arguments, f"training.output_dir={place / str(number)}"])
+        assert status == 0
+        adapters.append((place / str(number) / "adapter" / WEIGHTS_FILE).read_bytes())
+    assert adapters[0] == adapters[1]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{entry}: damaged, made again (" in said and "quantized once, kept in" in said
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"{}", b'{"job": 1, "tensors": []}', b'{"job": {}, "tensors": {"a": 1}}', None]
+)
+def test_an_entry_without_a_record_is_made_again(
+    place: Path, capsys: pytest.CaptureFixture[str], record: bytes | None
+) -> None:
+    entry = cached(place).path
+    path = place / "cache" / "checksums" / f"{entry.name}.json"
+    assert path.is_file()
+    path.unlink() if record is None else path.write_bytes(record)
+    capsys.readouterr()
+    cached(place)
+    assert f"{entry}: damaged, made again" in capsys.readouterr().out
+    assert main(["--all"]) == 0 and not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("begin", "size"), [(0, 300_000), (5, 7), (299_990, 100), (2_097_152, 10), (2_000_000, 200_000)]
+)
+def test_parts_of_a_tensor_are_checked_too(place: Path, begin: int, size: int) -> None:
+    """Tensors of more than one chunk; reads that begin and end anywhere."""
+    rng = np.random.default_rng(0)
+    name, values = names.EMBEDDING, rng.integers(0, 2**16, 4_500_000, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    specs, sums = [TensorSpec(name, "BF16", values.shape)], {}
+    path = place / "big"
+    shutil.copytree(place / "model", path)
+    for shard in path.glob("model*"):
+        shard.unlink()
+    cuts = [values[:1_000_001], values[1_000_001:4_000_000].tobytes(), values[4_000_000:]]
+    write_pieces(path / "model.safetensors", specs, summing(specs, iter(cuts), sums))
+    write_record(place / "record.json", {"a": 1}, sums)
+    folder = VerifiedFolder(path, place / "record.json", {"a": 1})
+    expected = values[begin : begin + size].view(np.uint16)
+    np.testing.assert_array_equal(folder.elements(name, begin, size).view(np.uint16), expected)
+    into = aligned(2 * size)
+    np.testing.assert_array_equal(folder.elements(name, begin, size, into).view(np.uint16), expected)
+    np.testing.assert_array_equal(into[: expected.nbytes].view(np.uint16), expected)
+    flipped(path / "model.safetensors", (path / "model.safetensors").stat().st_size - 2 * (values.size - begin))
+    with pytest.raises(DamagedError, match="other bytes in"):
+        folder.elements(name, begin, size)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(min_size=1, max_size=3 * BLOCK_BYTES), st.data())
+def test_the_checksum_sees_every_change(data: bytes, draw: st.DataObject) -> None:
+    """Of a byte, of the length, and two words exchanged, within a block too."""
+    values = np.frombuffer(data, np.uint8)
+    summed = checksum(values)
+    changed = values.copy()
+    changed[draw.draw(st.integers(0, values.size - 1))] ^= np.uint8(draw.draw(st.integers(1, 255)))
+    assert checksum(changed) != summed
+    assert checksum(np.append(values, np.uint8(0))) != summed
+    words = values[: values.size // 8 * 8].reshape(-1, 8).copy()
+    if len(words) > 1 and words[0].tobytes() != words[-1].tobytes():
+        words[[0, -1]] = words[[-1, 0]]
+        assert checksum(words.reshape(-1)) != checksum(values[: words.size])
+    half = values.size // BLOCK_BYTES // 2 * BLOCK_BYTES
+    assert isinstance(checksum(values[half:], checksum(values[:half])), int)
+
+
+def test_a_file_s_checksum_is_that_of_its_bytes(tmp_path: Path) -> None:
+    for size in (0, 1, READ_BYTES, READ_BYTES + 5):
+        data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+        (tmp_path / "file").write_bytes(data.tobytes())
+        expected, rest = 0, data
+        while rest.size:
+            expected, rest = checksum(rest[:READ_BYTES], expected), rest[READ_BYTES:]
+        assert file_checksum(tmp_path / "file") == expected

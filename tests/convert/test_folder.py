@@ -123,7 +123,7 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
     [
         ("{", "config.json: not JSON"),
         ("[]", "config.json: a JSON list, not an object"),
-        ("\udcff", "config.json: not JSON"),
+        ("\udcff", "config.json: not UTF-8"),
     ],
 )
 def test_config_is_not_json(single: Path, text: str, message: str) -> None:

@@ -127,7 +127,11 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ser
 
 
 @pytest.mark.parametrize("name", ["./model", "../model", "/no/model", "~/model", "runs/a/model", "..\\model", ""])
-def test_a_path_to_nothing_is_not_asked_of_the_hub(name: str, served: list[str]) -> None:
+def test_a_path_to_nothing_is_not_asked_of_the_hub(
+    name: str, served: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert "no such folder" in refusal(name)
     assert not served
 

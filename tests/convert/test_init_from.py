@@ -9,13 +9,13 @@ import pytest
 import safetensors.numpy
 import yaml
 
-import train
 from convert.adapters.adapter import WEIGHTS_FILE, save_adapter
 from convert.adapters.config import CONFIG_FILE
 from convert.files import names
 from convert.files.folder import ModelFolder
 from convert.load import read_config
 from qlora_jax.base.errors import EXIT_BAD_INPUT
+from qlora_jax.commands import train
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from tests.commands.test_train import records, train_main
 from tests.convert.test_adapter import random_adapters

@@ -478,18 +478,18 @@ def assert_same_folder(one: Path, two: Path) -> None:
 
 def test_command_takes_the_model_from_the_adapter(tmp_path: Path, adapter: Path, merged: dict[str, Path]) -> None:
     assert main(["--adapter", str(adapter), "--out", str(tmp_path / "deep" / "out")]) == 0
-    assert_same_folder(tmp_path / "deep" / "out", merged["dequantized"])
+    assert_same_folder(tmp_path / "deep" / "out", merged["original"])
 
 
 def test_command_with_model_and_base(
     tmp_path: Path, model: Path, merged: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = make_adapter(tmp_path / "adapter", model, named="/nowhere/to/be/found")
-    arguments = ["--adapter", str(adapter), "--out", str(tmp_path / "out"), "--base", "original"]
+    arguments = ["--adapter", str(adapter), "--out", str(tmp_path / "out"), "--base", "dequantized"]
     assert main([*arguments, "--model", str(model)]) == 0
-    assert_same_folder(tmp_path / "out", merged["original"])
+    assert_same_folder(tmp_path / "out", merged["dequantized"])
     captured = capsys.readouterr()
-    assert "merged 14 adapted linears into the original base" in captured.err
+    assert "merged 14 adapted linears into the dequantized base" in captured.err
     assert captured.out == ""
 
 
@@ -536,6 +536,7 @@ def test_help_explains_both_bases(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "--base {original,dequantized}" in text
-    assert "`--base dequantized` (the default)" in text
-    assert "`--base original` adds it to the weights as they were before quantization" in text
+    assert "--base {auto,original,dequantized}" in text
+    assert "`--base original` adds the adapter to the weights as they were before quantization" in text
+    assert "It is the default (`auto`) wherever those" in text
+    assert "quantizing it again undoes most" in text

@@ -119,13 +119,13 @@ def test_a_process_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def killed(recipe: Any, number: int) -> workers.Pool:
         pool = pool_type(recipe, number)
-        for process in pool._processes:
-            process.kill()
+        for child in pool._children:
+            child._process.kill()
         return pool
 
     monkeypatch.setattr(workers, "Pool", killed)
     with pytest.raises(
-        InputError, match=r"rows from .*a.jsonl:\d+ to (?s:.*)status -9, as if out of memory(?s:.*)data.num_proc"
+        InputError, match=r"rows from .*a.jsonl:\d+ to (?s:.*)killed, as if out of memory(?s:.*)data.num_proc"
     ):
         load(path, tmp_path / "cache", num_proc=2)
     assert not list((tmp_path / "cache").iterdir())

@@ -1,10 +1,12 @@
 """Chat templates rendered here beside transformers' own rendering: equal, or left to transformers, which the log says."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_jax.base import bounded
 from qlora_jax.config.data import DataSettings
 from qlora_jax.data import ChatTemplate, Layout, RawRow, check_template, make_recipe, tokenize
 from qlora_jax.data.chat import sandbox, templates
@@ -116,11 +118,19 @@ def test_templates_of_models_agree() -> None:
     assert [file.name for file in files if not agrees_with_transformers(file.read_text(encoding="utf-8"), TOKENS)] == []
 
 
+class InThisProcess:
+    """What is patched here is not patched in a child."""
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+
 @pytest.mark.parametrize("differs", ["tojson", "marks"])
 def test_where_they_differ_transformers_renders_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch, differs: str
 ) -> None:
     """As if a later transformers meant something else by one of them."""
+    monkeypatch.setattr(bounded, "companion", InThisProcess)
     if differs == "tojson":
         monkeypatch.setattr(sandbox, "_to_json", lambda value: "different")
     else:

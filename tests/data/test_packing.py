@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
-import train
 from convert.files.folder import ModelFolder
 from convert.load import load_weights, read_config
+from qlora_jax.commands import train
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import IGNORED_LABEL, Batch
 from qlora_jax.data.chat.templates import CHATML

@@ -1,5 +1,7 @@
 """Generation over a key-value cache: the same tokens as without one, as transformers, and wherever the weights live."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,19 @@ import pytest
 
 from convert.adapters.adapter import save_adapter
 from convert.files.folder import ModelFolder
-from convert.load import load_weights, read_config
+from convert.load import frozen_bytes, load_weights, read_config, total_bytes
+from convert.model import open_model
 from convert.quantize import quantize
 from qlora_jax.__main__ import main
-from qlora_jax.base.errors import EXIT_BAD_INPUT
+from qlora_jax.base import bounded
+from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
+from qlora_jax.commands import generate as command
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine import generation
 from qlora_jax.engine.engine import Adapters, Engine, Weights
 from qlora_jax.engine.generation import Sampling, generate
+from qlora_jax.runtime import machine
+from tests.convert.test_merge import make_adapter
 from tests.helpers import tiny
 from tests.model.test_llama import transformers_model
 
@@ -162,11 +169,56 @@ def test_a_model_in_4_bits_gives_the_same_answer(
 ) -> None:
     quantize(ModelFolder(folder), tmp_path / "4bit", QuantizationSettings())
     answers = []
-    for path in (folder, tmp_path / "4bit"):
-        assert main(["generate", "--model", str(path), "--prompt", "abc", "--max-new-tokens", "8"]) == 0
-        answers.append(capsys.readouterr().out)
+    for path, more in ((folder, ["--quantize", "nf4"]), (tmp_path / "4bit", [])):
+        assert main(["generate", "--model", str(path), "--prompt", "abc", "--max-new-tokens", "8", *more]) == 0
+        captured = capsys.readouterr()
+        assert f"{path}: in nf4, computed in float32" in captured.err.replace("\n", "")
+        answers.append(captured.out)
     assert answers[0] == answers[1]
     assert answers[0].strip()
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_an_unquantized_model_answers_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], with_adapter: bool
+) -> None:
+    """As transformers and PEFT do, from a model whose answer in 4 bits is another."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.write_model(tmp_path / "model", tie_word_embeddings=False)
+    model, arguments = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+    if with_adapter:
+        adapter = make_adapter(tmp_path / "adapter", folder)
+        model, arguments = peft.PeftModel.from_pretrained(model, adapter), ["--adapter", str(adapter)]
+    tokenizer = open_model(str(folder)).tokenizer
+    chat = [{"role": "user", "content": "abc"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    input_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    expected = model.generate(
+        input_ids=input_ids, max_new_tokens=8, do_sample=False, eos_token_id=257, pad_token_id=257
+    )
+    said = tokenizer.decode(expected[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
+    arguments += ["--model", str(folder), "--prompt", "abc", "--max-new-tokens", "8"]
+    answers = {}
+    for more in ([], ["--quantize", "nf4"]):
+        assert main(["generate", *arguments, *more]) == 0
+        captured = capsys.readouterr()
+        answers[tuple(more)] = captured.out.strip()
+        form = "nf4" if more else "bfloat16, as it is"
+        assert f"{folder}: in {form}, computed in float32" in captured.err.replace("\n", "")
+        assert ("--quantize nf4 runs it so" in captured.err) == (with_adapter and not more)
+    assert answers[()] == said
+    assert answers["--quantize", "nf4"] != said
+
+
+def test_a_model_larger_than_memory_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "available_host_bytes", lambda: 2**16)
+    assert main(["generate", "--model", str(folder), "--prompt", "abc"]) == EXIT_BAD_INPUT
+    assert "--quantize nf4" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_quantization_is_refused(
@@ -181,3 +233,84 @@ def test_an_adapter_of_another_quantization_is_refused(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'adapter'}\n")
     assert 'quant_type "nf4"' in error and 'quant_type "fp4"' in error
+
+
+def test_tokens_without_end_are_refused_before_there_is_memory_for_them(
+    model: tuple[Engine, Weights, Adapters],
+) -> None:
+    with pytest.raises(InputError, match="of memory"):
+        generate(*model, PROMPT, NO_STOP, Sampling(max_new_tokens=10**12))
+    with pytest.raises(InputError, match="of memory"):
+        generate(*model, [1] * 2**20, NO_STOP, Sampling(max_new_tokens=1))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seed", "-1"), ("--max-new-tokens", "1e12"), ("--max-new-tokens", str(10**12)),
+    ("--temperature", "nan"), ("--temperature", "-1"), ("--prompt", "\udcff"), ("--model", ""),
+    ("--adapter", "~nobody-at-all/x")])  # fmt: skip
+def test_arguments_that_are_none(folder: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"--model": str(folder), "--prompt": "hi", option: value}
+    try:
+        status = main(["generate", *[part for pair in arguments.items() for part in pair]])
+    except SystemExit as leaving:  # argparse's
+        status = leaving.code
+    assert status == EXIT_BAD_INPUT
+    assert "error:" in capsys.readouterr().err
+
+
+NEVER_ENDS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "found"), [
+    (NEVER_ENDS, "did not end within"),
+    ("{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", "memory"),
+    ("{{ raise_exception('no') }}", "no"),
+    ("{{ messages.pop() }}", "it cannot write a prompt: SecurityError"),
+    ("{% if %}", "TemplateSyntaxError"),
+    ("", "no token to begin with"),
+])  # fmt: skip
+def test_a_template_that_is_none(
+    folder: Path,
+    tmp_path: Path,
+    template: str,
+    found: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounded, "LIMITS", bounded.Limits(seconds=3, memory=2**29))
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template or "{{ '' }}")
+    assert main(["generate", "--model", str(tmp_path / "model"), "--prompt", "hi"]) == EXIT_BAD_INPUT
+    assert found in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [7, ["x"], [{"name": "a", "template": "x"}, {"name": "b", "template": "y"}]], ids=str)
+def test_a_template_that_is_no_text(
+    folder: Path, tmp_path: Path, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": value}))
+    assert main(["generate", "--model", str(tmp_path / "model"), "--prompt", "hi"]) == EXIT_BAD_INPUT
+    assert "error:" in capsys.readouterr().err
+
+
+def test_layers_without_room_on_the_device_are_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And XLA gets the memory that this takes; what fits nowhere is refused."""
+    config, asked = read_config(ModelFolder(folder)), []
+    layer, vocabulary = frozen_bytes(config, None), total_bytes(config, None, "disk")
+    monkeypatch.setattr(machine, "prepare", lambda gpu, device, pinned, cache: asked.append((device, pinned)))
+    monkeypatch.setattr(command, "SLOTS", 0)
+
+    def places(room: float) -> list[str]:
+        """`room`, in layers, beside all that is not a layer."""
+        free = int(room * layer) + vocabulary + command.SPARE_BYTES + machine.CONTEXT_BYTES
+        monkeypatch.setattr(machine, "find_gpu", lambda: machine.Gpu("made up", free, free))
+        return command.choose_places(config, None)
+
+    assert places(2.5) == ["device", "device"]
+    assert sorted(places(1.5)) == ["device", "host"]
+    assert places(0.5) == ["host", "host"]
+    assert [pinned for _, pinned in asked] == [0, layer, 2 * layer]
+    with pytest.raises(InputError, match="--quantize nf4"):
+        places(-0.5)

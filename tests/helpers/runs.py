@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-import train
 from convert.adapters.adapter import WEIGHTS_FILE
+from qlora_jax.commands import train
 from tests.helpers import tiny
 
 TIMES = {"tokens_per_s", "step_s", "peak_device_gib", "peak_host_gib"}

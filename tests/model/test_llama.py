@@ -1,5 +1,6 @@
 """The model against transformers on the same weights, and the config keys it reads, checks, or may overlook."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -189,15 +190,15 @@ READ = {
     "rope_theta": 123.0,
     "rope_parameters": {"rope_theta": 123.0, "rope_type": "default"},
     "tie_word_embeddings": False,
+    "attention_dropout": 0.1,
 }
 REFUSED = {
     "model_type": ["mistral"],
     "hidden_act": ["gelu", "relu"],
     "attention_bias": [True],
     "mlp_bias": [True],
-    "pretraining_tp": [2],
-    "attention_dropout": [0.1],
-    "sliding_window": [4096],
+    "is_causal": [False],
+    "sliding_window": [256],
     "rope_scaling": [
         {"rope_type": "llama3", "factor": 8.0},
         {"type": "linear", "factor": 2.0},
@@ -219,6 +220,8 @@ HARMLESS = {
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder"),
     # Token ids that the tokenizer and generation_config.json settle.
     *("bos_token_id", "eos_token_id", "pad_token_id"),
+    # How older versions of transformers cut the products up.
+    "pretraining_tp",
     # A length to warn about; without rope scaling it changes no value.
     "max_position_embeddings",
 }  # fmt: skip
@@ -251,6 +254,56 @@ def test_unsupported_values_are_refused_by_name(key: str, value: Any) -> None:
     assert error.value.where == "here/config.json"
     assert error.value.found.startswith(f"{key} is {value!r}")
     assert ";" not in error.value.found  # that one alone
+
+
+NEUTRAL = {
+    "as older copies have it": {"pretraining_tp": 2},
+    "nulls": {"pretraining_tp": None, "attention_dropout": None, "rope_scaling": None, "sliding_window": None},
+    "another name": {"hidden_act": "swish"},
+    "default rope": {"rope_scaling": {"type": "default"}},
+    "default parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    "scaled by one": {"rope_scaling": {"type": "linear", "factor": 1.0}},
+    "llama3, by one": {
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        }
+    },
+    "a wide window": {"sliding_window": 512},
+    "a window not used": {"sliding_window": 4, "use_sliding_window": False},
+    "full attention": {"layer_types": ["full_attention"] * 2},
+    "all of a head rotated": {"partial_rotary_factor": 1.0},
+    "the head's size": {"head_dim": 16},
+    "only in training": {"attention_dropout": 0.5},
+    "a quantization of nothing": {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", NEUTRAL.values(), ids=NEUTRAL.keys())
+def test_keys_without_effect_are_not_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Nor have they one in transformers: equal logits, bit for bit."""
+    torch = pytest.importorskip("torch")
+    folder = tiny.write_model(tmp_path / "model")
+    plain = ModelFolder(folder).config
+    ours, ids = read_config(ModelFolder(folder)), torch.arange(3, 60)[None]
+    logits = []
+    for config in (plain, {**plain, **changes}):
+        (folder / "config.json").write_text(json.dumps(config))
+        with torch.no_grad():
+            logits.append(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+    dropout = changes.get("attention_dropout") or 0.0
+    assert read_config(ModelFolder(folder)) == dataclasses.replace(ours, attention_dropout=dropout)
+
+
+def test_advice_on_keys_that_transformers_ignores() -> None:
+    with pytest.raises(InputError, match="as transformers runs it, remove sliding_window and logit_softcapping from"):
+        LlamaConfig.from_hf(tiny.hf_config(sliding_window=4, logit_softcapping=30.0))
+    with pytest.raises(InputError) as caught:
+        LlamaConfig.from_hf(tiny.hf_config(sliding_window=4, model_type="mistral"))
+    assert caught.value.fix == "use another base model"
 
 
 def test_all_problems_are_named_at_once() -> None:

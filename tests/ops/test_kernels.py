@@ -308,12 +308,21 @@ def test_the_twin_of_swiglu(case: tuple[Any, ...]) -> None:
         assert_swiglu(run_gated(*case, dispatch), *case)
 
 
+def kernel_calls(jaxpr: Any) -> Iterator[Any]:
+    """The equations that run a kernel, also within functions that are jitted by themselves."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+        elif equation.primitive.name in ("jit", "pjit"):
+            yield from kernel_calls(equation.params["jaxpr"].jaxpr)
+
+
 def assert_read_before_it_is_written(run: Any, *arguments: Any) -> int:
     """Whatever kernel `run` is: no array is read once the output in its place is written. The interpreter keeps both, and would not tell.
 
     Returns how many outputs are in place.
     """
-    (call,) = (each for each in jax.make_jaxpr(run)(*arguments).eqns if each.primitive.name == "pallas_call")
+    (call,) = kernel_calls(jax.make_jaxpr(run)(*arguments).jaxpr)
     kernel, inputs = call.params["jaxpr"], len(call.invars)
     pairs = dict(call.params["input_output_aliases"])
     written: set[int] = set()

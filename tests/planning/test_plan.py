@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from qlora_jax.commands import plan as plan_module
 from qlora_jax.commands.plan import memory_explained
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, load_config
 from qlora_jax.model.decoder import MLP_TOKENS, LlamaConfig
+from qlora_jax.planning import remembered
 from qlora_jax.planning.budget import GIB, PINNED_SLACK, Limits, Plan
-from qlora_jax.planning.estimate import PROCESS_BYTES, Job, Layout, items, seconds, total, workspace
+from qlora_jax.planning.estimate import PROCESS_BYTES, Job, Layout, Workspace, items, seconds, total, workspace
 from qlora_jax.planning.hardware import Rates, published
 from qlora_jax.planning.search import compiled_workspace, layer_bytes, make_plan
+from qlora_jax.planning.shortage import explain
 from qlora_jax.runtime import machine
+from qlora_jax.runtime.machine import CONTEXT_BYTES, parse_bytes
 from tests.helpers import tiny
 
 LLAMA2_70B = LlamaConfig(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 10000.0, False)
@@ -132,7 +136,7 @@ def test_the_last_layer_keeps_what_finds_room_where_the_others_work() -> None:
 
 @pytest.mark.parametrize("gib", [6, 8])
 def test_70b_on_a_very_small_card_moves_adapters_and_moments_too(gib: int) -> None:
-    found = plan(job(LLAMA2_70B, 1, 4096), Limits(gib * GIB, 64 * GIB))
+    found = plan(job(LLAMA2_70B, 1, 4096), Limits(gib * GIB, 72 * GIB))
     assert (found.layout.adapters, found.layout.optimizer, found.layout.activations) == ("host",) * 3
 
 
@@ -251,7 +255,8 @@ def test_registered_weights_need_no_room_in_the_pool() -> None:
     weights = 27 * streamed.job.layer_bytes
     assert streamed.pool_bytes(registered=False) - streamed.pool_bytes(registered=True) == weights
     assert streamed.pool_bytes(registered=True) >= 32 * streamed.job.adapter_bytes
-    assert streamed.host_bytes == streamed.pool_bytes(registered=False) + PROCESS_BYTES[True]
+    checkpoint = 32 * (streamed.job.adapter_bytes + streamed.job.moments_bytes)
+    assert streamed.host_bytes == streamed.pool_bytes(registered=False) + checkpoint + PROCESS_BYTES[True]
     from_disk = plan(job(LLAMA2_7B, 1, 512), base_weights="disk")
     assert from_disk.pool_bytes(registered=False) == from_disk.pool_bytes(registered=True) > 0
 
@@ -265,24 +270,71 @@ def test_the_pool_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_di
     monkeypatch.setattr(machine, "find_gpu", lambda: machine.Gpu("a card", 24 * GIB, 24 * GIB))
     monkeypatch.setattr(machine, "registers_host_memory", lambda: registers)
     monkeypatch.setattr(machine, "prepare", lambda gpu, device, pinned, cache: limits.append(pinned))
-    monkeypatch.setattr(plan_module, "measured", published)
-    monkeypatch.setattr(plan_module, "compiled_workspace", workspace)
+    monkeypatch.setattr(remembered, "rates", lambda folder: published())
+    monkeypatch.setattr(remembered, "workspace", lambda folder, *job: workspace(*job))
     found = plan_module.plan_run(config, LLAMA2_7B, 512, 64 * GIB, on_disk=on_disk)
     assert found.layout.resident == 0
     assert limits == [int(PINNED_SLACK * found.pool_bytes(registered=on_disk and registers))]
 
 
-def test_out_of_memory_is_explained(tmp_path: Path) -> None:
-    found = plan(job(LLAMA2_7B, 4, 2048))
-    with pytest.raises(InputError) as caught, memory_explained(found, tmp_path):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nBFC dump\n..."
-        )
-    assert "while trying to allocate 123 bytes" in caught.value.found
-    assert "BFC" not in str(caught.value)
-    assert "memory.device_memory=19GiB" in caught.value.fix
-    with pytest.raises(jax.errors.JaxRuntimeError), memory_explained(found, tmp_path):
+def test_a_continued_run_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many layers kept as before, or, where the compiled functions leave no room for that, as if nothing had been before; XLA's
+    pool, whose limit is settled in between and once, has room for either."""
+    config = load_config(write_config(tmp_path), ["memory.base_weights=host", "memory.activations=host"])
+    limits: list[int] = []
+    monkeypatch.setattr(machine, "find_gpu", lambda: machine.Gpu("a card", 24 * GIB, 24 * GIB))
+    monkeypatch.setattr(machine, "registers_host_memory", lambda: True)
+    monkeypatch.setattr(machine, "prepare", lambda gpu, device, pinned, cache: limits.append(pinned))
+    monkeypatch.setattr(plan_module, "measured", published)
+    monkeypatch.setattr(plan_module, "compiled_workspace", workspace)
+
+    def planned(kept: int | None) -> Plan:
+        return plan_module.plan_run(config, LLAMA2_7B, 512, 64 * GIB, on_disk=True, kept_before=kept)
+
+    fresh, before = planned(None), planned(3)
+    assert before.layout.keep == 3 != fresh.layout.keep
+    monkeypatch.setattr(
+        plan_module, "compiled_workspace", lambda job, layout: Workspace(*[30 * GIB * (layout.keep == 3)] * 5)
+    )
+    assert planned(3).layout.keep == fresh.layout.keep
+    pools = [plan.pool_bytes(registered=True) for plan in (fresh, before)]
+    assert limits == [int(PINNED_SLACK * nbytes) for nbytes in (pools[0], max(pools), max(pools))]
+    assert pools[0] != pools[1]
+
+
+ON_THE_DEVICE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nBFC dump\n..."
+PINNED = "RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 7.00MiB with allocator xla_gpu_host_bfc"
+
+
+@pytest.mark.parametrize(
+    ("error", "memory", "fix"),
+    [
+        (jax.errors.JaxRuntimeError(ON_THE_DEVICE), "the GPU's memory", r"set memory\.device_memory=[\d.]+GiB"),
+        (jax.errors.JaxRuntimeError(PINNED), "pinned memory of the host", r"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=\d+"),
+        (MemoryError(), "the host's memory", r"set \w+\.\w+="),
+    ],
+)
+def test_out_of_memory_is_explained(tmp_path: Path, error: Exception, memory: str, fix: str) -> None:
+    """Which memory it was, and a setting with which a plan for less of it fits."""
+    found, settings = plan(job(LLAMA2_7B, 4, 2048)), MemorySettings()
+    with pytest.raises(InputError) as caught, memory_explained(found, settings, "auto", tmp_path):
+        raise error
+    assert caught.value.found.startswith(f"out of {memory}")
+    assert "dump" not in str(caught.value)
+    assert re.search(fix, caught.value.fix)
+    with pytest.raises(jax.errors.JaxRuntimeError), memory_explained(found, settings, "auto", tmp_path):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_the_device_memory_that_is_advised_was_tried(tmp_path: Path) -> None:
+    run = job(LLAMA2_7B, 4, 2048)
+    found = plan(run)
+    (advice,) = explain(found, MemorySettings(), "auto", jax.errors.JaxRuntimeError(ON_THE_DEVICE)).remedies
+    size = parse_bytes(re.search(r"device_memory=(\S+?),", advice)[1])
+    again = make_plan(
+        run, MemorySettings(), "auto", dataclasses.replace(found.limits, device=size - CONTEXT_BYTES), found.rates
+    )
+    assert again.fits and again.limits.device < found.limits.device
 
 
 def write_config(folder: Path, **model: Any) -> Path:

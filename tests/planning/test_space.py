@@ -82,14 +82,19 @@ def test_checkpoints_as_large_as_predicted(place: Path, tmp_path: Path, settings
     arrays = 2 * (before.job.adapter_bytes + before.job.moments_bytes)
     names = len(about["arrays"])
     assert names == len(jax.tree.leaves((before.job.adapter, before.job.moments)))
-    rest = bytes_in(path) - arrays - growing
+    own = bytes_in(path) - bytes_in(path / "best")
+    rest = own - arrays - growing
     assert 0 < rest <= STATE_BYTES + NAME_BYTES * names, "what is not arrays has the room that is kept for it"
     assert growing <= before.checkpoint_bytes - arrays - STATE_BYTES - NAME_BYTES * names
-    assert 0 <= before.checkpoint_bytes - bytes_in(path) < STATE_BYTES + NAME_BYTES * names + 40 * RECORD_BYTES
+    assert 0 <= before.checkpoint_bytes - own < STATE_BYTES + NAME_BYTES * names + 40 * RECORD_BYTES
     assert max(len(json.dumps(record)) for record in records(tmp_path)) < RECORD_BYTES
     header = SPARE_BYTES
     adapter = need(before, "adapter").nbytes
     assert adapter <= bytes_in(tmp_path / "adapter") <= adapter + header
+    assert bytes_in(path / "best") == bytes_in(tmp_path / "best"), (
+        "counted for each checkpoint, though a link takes nothing"
+    )
+    assert need(before, "checkpoints").nbytes == 3 * (before.checkpoint_bytes + adapter)
     assert need(before, "best").nbytes == 2 * adapter and (tmp_path / "best").is_dir()
     small = sum(file.stat().st_size for file in tmp_path.iterdir() if file.is_file())
     assert small <= need(before, "metrics").nbytes
@@ -127,6 +132,20 @@ def test_a_merge_keeps_the_dtype_of_what_it_does_not_change(tmp_path: Path) -> N
     changed = merged_bytes(tensors_of(folder), ["q_proj"], "dequantized")
     q_proj = sum(spec.nbytes for spec in tensors_of(folder) if "q_proj" in spec.name)
     assert whole - changed == (linears - q_proj) // 2
+
+
+def test_the_default_base_decides_what_a_merge_takes(tmp_path: Path) -> None:
+    """The original weights where they are at hand: what the adapter does not touch keeps its 4 bytes a weight."""
+    place = write_place(tmp_path / "place", max_steps=1, dtype="float32")
+    quantize(ModelFolder(place / "model"), tmp_path / "4bit", QuantizationSettings())
+
+    def merged(*overrides: str) -> int:
+        asked = ["training.export_merged=true", 'lora.target_modules=["q_proj"]', *overrides]
+        return need(predicted(place, tmp_path / "run", *asked), "merged").nbytes
+
+    assert merged() == merged("training.merge_base=original") > merged("training.merge_base=dequantized")
+    in_4_bits = f"model.name_or_path={tmp_path / '4bit'}"
+    assert merged(in_4_bits) == merged(in_4_bits, "training.merge_base=dequantized")
 
 
 def test_the_sizes_of_a_70b_run(tmp_path: Path) -> None:

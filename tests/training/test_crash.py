@@ -23,7 +23,7 @@ DIES = """
 import gc, itertools, os, pathlib, random, signal, sys, threading, time
 
 out, wanted, gradients, *arguments = sys.argv[1:]
-import train
+from qlora_jax.commands import train
 import matplotlib.figure, matplotlib.backends.backend_agg
 import transformers.models.auto.tokenization_auto, transformers.models.llama.configuration_llama
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -32,12 +32,13 @@ from convert import load, merge
 from convert.files.folder import ModelFolder
 from qlora_jax import compiled, config, llama
 from qlora_jax.engine.engine import Engine, Gradients
+from tests.helpers.children import held_open
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 random.seed(0)
 
 def watch(event, args):
-    if limit is not None and event in EVENTS and (path := str(args[0])).startswith(out) and next(count) >= limit:
+    if limit is not None and event in EVENTS and (path := held_open(args[0])).startswith(out) and next(count) >= limit:
         if delay:
             threading.Thread(target=lambda: (time.sleep(delay), die(event, path)), daemon=True).start()
             time.sleep(0.0001)

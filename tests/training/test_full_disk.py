@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import train
 from convert.adapters.adapter import load_adapter
 from convert.cache import cached_folder
 from convert.files.folder import ModelFolder
@@ -20,6 +19,7 @@ from convert.merge import merge
 from convert.quantize import quantize
 from qlora_jax.base.console import make_console
 from qlora_jax.base.errors import EXIT_BAD_INPUT
+from qlora_jax.commands import execute, prepare
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.training.metrics import MetricsLog, Record
 from tests.convert.test_job import SHARDS, contents, partial
@@ -140,7 +140,8 @@ def test_tokens_for_which_there_is_no_room(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = write_place(tmp_path / "place", max_steps=1)
-    monkeypatch.setattr(train, "cache_dir", lambda: small_disk)
+    for module in (prepare, execute):
+        monkeypatch.setattr(module, "cache_dir", lambda: small_disk)
     (small_disk / "tokenized").mkdir()
     fill(small_disk)
     assert train_main(place, tmp_path / "out") == EXIT_BAD_INPUT

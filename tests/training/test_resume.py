@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.base.errors import EXIT_BAD_INPUT
-from qlora_jax.training import output_dir, trainer
+from qlora_jax.training import output_dir, snapshot, trainer
 from qlora_jax.training.samples import Samples
 from qlora_jax.training.trainer import Trainer
 from tests.helpers.children import environment
@@ -95,6 +95,17 @@ def test_killed_and_continued(
     assert train_main(place, tmp_path, *FULL, evaluated(place)) == 0
     assert f"continuing after step 6, from {tmp_path / 'checkpoints' / 'step-6'}\n" in capsys.readouterr().out
     assert_same(outcome(tmp_path), straight["full"])
+
+
+def test_an_update_waits_until_a_checkpoint_has_its_arrays(
+    place: Path, straight: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer's copies are slower than a step, whose update writes where they read."""
+    fetch = snapshot.fetch
+    monkeypatch.setattr(snapshot, "fetch", lambda array: (time.sleep(0.02), fetch(array))[1])
+    killed(place, tmp_path, *PLAIN)
+    assert train_main(place, tmp_path, *PLAIN) == 0
+    assert_same(outcome(tmp_path), straight["plain"])
 
 
 def test_packed_rows(place: Path, tmp_path: Path) -> None:
@@ -351,7 +362,7 @@ def python(text: str, *arguments: str) -> subprocess.Popen[str]:
 
 HANGS = """
 import sys, time
-import train
+from qlora_jax.commands import train
 from qlora_jax.training.trainer import Trainer
 
 real = Trainer._begun

@@ -288,5 +288,8 @@ class _Padding:
                 start += len(example.input_ids)
             num_input_tokens += start
         num_tokens = int((labels[:, 1:] != IGNORED_LABEL).sum())
-        arrays = [array.reshape(*shape, length) for array in (input_ids, labels, positions, segment_ids)]
-        return Batch(*arrays[:2], num_tokens, num_input_tokens, *(arrays[2:] if self.packing else ()))
+        ids, targets, places, segments = (
+            array.reshape(*shape, length) for array in (input_ids, labels, positions, segment_ids)
+        )
+        packing = (places, segments) if self.packing else (None, None)
+        return Batch(ids, targets, num_tokens, num_input_tokens, *packing)

@@ -71,6 +71,7 @@ class Order:
 
         Steps may straddle epochs, so the first cut is where the epoch's first whole step begins.
         """
+        assert self._lengths is not None
         step, start = self._lines_per_step, -(epoch * self._num_lines) % self._lines_per_step
         rng = np.random.default_rng((self._seed, GROUPING, epoch))
         steps = [order[:start]] if start else []

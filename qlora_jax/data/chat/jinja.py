@@ -8,12 +8,14 @@ and where they differ transformers renders every row, which the log says.
 import re
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qlora_jax.data.rows.messages import Message
 
 if TYPE_CHECKING:
     import jinja2  # slow to import; texts need none
+
+    from qlora_jax.data.chat.sandbox import Sandbox
 
 Span = tuple[int, int]
 Tools = list[dict[str, Any]]
@@ -85,11 +87,11 @@ class JinjaTemplate:
             raise _failed(error) from error
         return text, spans
 
-    def _write(self, messages: list[Message], _: None, add_generation_prompt: bool) -> str:
+    def _write(self, messages: list[Message], _: Tools | None, add_generation_prompt: bool) -> str:
         return "".join(self._compiled.root_render_func(self._context(messages, add_generation_prompt)))
 
     def _write_marked(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        marks, blocks = self._compiled.environment.marks, []
+        marks, blocks = cast("Sandbox", self._compiled.environment).marks, []
         marks.begin()
         for block in self._compiled.root_render_func(self._context(messages, False)):
             blocks.append(block)
@@ -139,8 +141,8 @@ class JinjaTemplate:
 
 
 def _failed(error: Exception) -> Exception:
-    # Where jinja2 or transformers is missing, that is the installation's fault, not the template's.
-    return error if isinstance(error, ImportError) else RenderError(f"{type(error).__name__}: {error}")
+    # Where jinja2 or transformers is missing, that is the installation's fault, not the template's; and memory is limited (`bounded.py`).
+    return error if isinstance(error, ImportError | MemoryError) else RenderError(f"{type(error).__name__}: {error}")
 
 
 def syntax_problem(text: str) -> str | None:

@@ -6,7 +6,7 @@ nothing, for HTML is not what is written; `raise_exception`, `strftime_now`; and
 
 import json
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2 import nodes
@@ -36,7 +36,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     @property
     def marks(self) -> "Marks":
         """What `{% generation %}` remembers."""
-        return self.extensions[Marks.identifier]
+        return cast(Marks, self.extensions[Marks.identifier])
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """`message.role` and `loop.first` without the sandbox's questions, whose answers are known: the first is an item, as a dict

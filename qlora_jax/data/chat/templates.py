@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import read_text, shown
 from qlora_jax.config.data import Format
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 OWN = "model"
+TOOL_USE = "tool_use"
+"""The name under which transformers looks for a template where tools are offered."""
 TEMPLATE_FILE = "chat_template.jinja"
 NAMED = {"llama-2": LLAMA_2, "alpaca": ALPACA, "chatml": CHATML}
 
@@ -53,6 +56,8 @@ class ChatTemplate:
     name: str
     is_own: bool
     """Whether it is the model's own, so that a model folder already has it."""
+    tool_use: str | None = None
+    """The template of conversations that offer tools, where the model has one for them; as transformers chooses."""
 
 
 def choose_template(
@@ -66,9 +71,9 @@ def choose_template(
     if setting in NAMED:
         return ChatTemplate(NAMED[setting], setting, is_own=False)
     if setting not in ("auto", OWN):
-        return ChatTemplate(_read(Path(setting)), setting, is_own=False)
+        return ChatTemplate(read_template(Path(setting)), setting, is_own=False)
     if tokenizer.chat_template:
-        return ChatTemplate(_own(tokenizer), OWN, is_own=True)
+        return own_template(tokenizer)
     if setting == OWN:
         fix = f"choose another: auto, {', '.join(NAMED)}, or a file"
         raise InputError("data.chat_template", found="model, but the model has no chat template", fix=fix)
@@ -83,9 +88,15 @@ def save_template(template: ChatTemplate | None, folder: Path) -> None:
         (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")
 
 
-def _own(tokenizer: "PreTrainedTokenizerBase") -> str:
+def own_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
+    """A tokenizer's own chat template, or of several the default one, and that for tools.
+
+    Raises:
+        InputError: it has several and no default, or one that is no text.
+    """
+    several = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     try:
-        return tokenizer.get_chat_template()
+        template, tool_use = tokenizer.get_chat_template(), several.get(TOOL_USE)
     except ValueError as error:  # several by name, without a default
         raise InputError(
             tokenizer.name_or_path or type(tokenizer).__name__,
@@ -93,11 +104,21 @@ def _own(tokenizer: "PreTrainedTokenizerBase") -> str:
             expected="one chat template, or a default among several",
             fix=f"name one with data.chat_template: {', '.join(NAMED)}, or a file",
         ) from None
+    for text in (template, tool_use):
+        if text is not None and not isinstance(text, str):
+            found = f"a chat template that is no text: {shown(text)}"
+            raise InputError(tokenizer.name_or_path, found=found, fix="mend chat_template in its tokenizer_config.json")
+    return ChatTemplate(template, OWN, is_own=True, tool_use=tool_use)
 
 
-def _read(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """A chat template in a file of its own.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except InputError as error:
         expected = f"auto, {', '.join(NAMED)}, or a file with a Jinja template"
-        raise InputError("data.chat_template", found=f"{str(path)!r}: {error}", expected=expected) from None
+        raise InputError("data.chat_template", found=f"{str(path)!r}: {error.found}", expected=expected) from None

@@ -172,7 +172,7 @@ def detect_format(rows: Sequence[Row], fields: Mapping[str, str] | None = None, 
 
 def _formats_of(row: Row, fields: Mapping[str, str]) -> list[Format]:
     """All whose fields the row has."""
-    names = [name for name in REQUIRED if name != "openassistant"]
+    names: list[Format] = [name for name in REQUIRED if name != "openassistant"]
     matches = [name for name in names if all(fields.get(ours, ours) in row.fields for ours in REQUIRED[name])]
     return [name for name in matches if name != "text"] or matches
 

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from qlora_jax.base.errors import InputError
 
-Kind = Literal["unreadable", "fields", "empty", "roles", "template", "too long", "nothing to learn", "duplicate"]
+Kind = Literal[
+    "unreadable", "too large", "fields", "empty", "roles", "template", "too long", "nothing to learn", "duplicate"
+]
 """What can be wrong with a row, as counted in reports."""
 
 EXPECTED_LINE = "one JSON object on each line"
@@ -101,3 +103,11 @@ def decode(line: bytes, where: str) -> str:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}, which is not UTF-8"
         found += " but begins UTF-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
         raise RowError(where, "unreadable", found=found, expected="UTF-8 text", fix="save the file as UTF-8") from None
+
+
+def too_large(where: str, limit: int) -> RowError:
+    """Return the complaint about a row of more than `limit` bytes."""
+    fix = "check that rows end in line breaks; where such rows are meant, raise data.max_row_bytes"
+    return RowError(
+        where, "too large", found=f"a row of more than {limit:,} bytes (data.max_row_bytes)", expected="less", fix=fix
+    )

@@ -9,8 +9,11 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from qlora_jax.base.reading import reading
 from qlora_jax.data.chat.conversation import Rendered
 from qlora_jax.data.chat.jinja import Span
+
+UNREADABLE, UNREADABLE_FIX = "a text that the tokenizer cannot read", "drop it, or take a model with a sound tokenizer"
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,32 @@ class Encoder:
         self._token_bytes = token_bytes(self._tokenizer)
         self._cut = piece_splitter(self._tokenizer)
 
-    def __call__(self, texts: Sequence[Rendered]) -> Encoded:
-        """Supervised are the tokens that overlap a span: one that joins a prompt's last space to an answer's first word is learned."""
+    def __call__(self, texts: Sequence[Rendered], where: str = "a text") -> Encoded:
+        """Return the texts' tokens and masks; `where` names the texts in errors.
+
+        Supervised are the tokens that overlap a span: one that joins a prompt's last space to an answer's first word is learned.
+
+        Raises:
+            InputError: the tokenizer cannot read a text.
+        """
         if not texts:
             return Encoded(np.array([], np.int32), np.array([], bool), np.array([], np.int64))
-        if self._token_bytes is not None and (encoded := self._by_bytes(texts)) is not None:
+        if self._token_bytes is not None and (encoded := self._by_bytes(texts, where)) is not None:
             return encoded
-        return self._by_offsets(texts)
+        return self._by_offsets(texts, where)
 
-    def _by_bytes(self, texts: Sequence[Rendered]) -> Encoded | None:
+    def token(self, number: int) -> str | None:
+        """Return what a token is called."""
+        return self._tokenizer.id_to_token(number)
+
+    def _by_bytes(self, texts: Sequence[Rendered], where: str = "a text") -> Encoded | None:
         """None where the tokens do not add up to the texts."""
         cut = [self._cut(text.text) for text in texts]
         numbers: dict[str, int] = {}
         order = [numbers.setdefault(piece, len(numbers)) for pieces in cut for piece in pieces]
-        piece_ids, piece_lengths = _ids(self._tokenizer.encode_batch_fast(list(numbers), add_special_tokens=False))
+        with reading(where, UNREADABLE, fix=UNREADABLE_FIX):
+            encodings = self._tokenizer.encode_batch_fast(list(numbers), add_special_tokens=False)
+        piece_ids, piece_lengths = _ids(encodings)
         ends = np.cumsum(self._token_bytes[piece_ids], dtype=np.int64)
         piece_bytes = np.array([len(piece) if piece.isascii() else len(piece.encode()) for piece in numbers], np.int64)
         if not np.array_equal(np.append(0, ends)[np.cumsum(piece_lengths)], np.cumsum(piece_bytes)):
@@ -75,8 +90,9 @@ class Encoder:
         ranges = np.stack([ends - self._token_bytes[ids], ends], axis=1)
         return Encoded(ids, _covered(ranges, spans), lengths)
 
-    def _by_offsets(self, texts: Sequence[Rendered]) -> Encoded:
-        encodings = self._tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)
+    def _by_offsets(self, texts: Sequence[Rendered], where: str = "a text") -> Encoded:
+        with reading(where, UNREADABLE, fix=UNREADABLE_FIX):
+            encodings = self._tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)
         ids, lengths = _ids(encodings)
         offsets = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
         # All texts as one: each token and each span moves by the lengths of the texts before its own.

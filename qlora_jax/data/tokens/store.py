@@ -8,36 +8,25 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
+from qlora_jax.base.checksum import file_checksum
 from qlora_jax.base.errors import FULL, InputError, disk_full
+from qlora_jax.base.files import Scratch
+from qlora_jax.base.reading import open_file, read_json_object, reading
 from qlora_jax.config.data import DataSettings
-from qlora_jax.data.rows.row import RowError
 from qlora_jax.data.rows.sources import Source
-from qlora_jax.data.tokens.tokenization import Example, Recipe, Tokens
+from qlora_jax.data.tokens.gate import Gate, Report, check_not_empty
+from qlora_jax.data.tokens.recipe import Recipe
+from qlora_jax.data.tokens.tokenization import Example, Tokens
 
-PROBLEMS_AT_ONCE = 10
-"""So many bad rows are named before reading stops."""
 KEY_DIGITS = 16
-
-
-@dataclass
-class Report:
-    """What happened to a source's rows on the way."""
-
-    num_read: int = 0
-    num_truncated: int = 0
-    num_split: int = 0
-    num_duplicates: int = 0
-    """Rows that repeat an earlier one, kept or not."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """By kind of problem."""
-    first_skipped: dict[str, str] = field(default_factory=dict)
-    """Of each kind the first, in words."""
+ARRAYS = ("lengths", "supervised", "hashes", "where_ends")
+"""An entry's arrays, [rows] each."""
+REPORT, CHECKSUMS = "report.json", "checksums.json"
 
 
 class TokenStore(Sequence[Example]):
@@ -50,17 +39,39 @@ class TokenStore(Sequence[Example]):
     """
 
     def __init__(self, folder: Path) -> None:
+        """Open what `_write` left.
+
+        Raises:
+            InputError: a file is not there, damaged, or does not fit the others.
+        """
         self.folder = folder
         self.lengths, self.supervised, self.hashes, self._where_ends = (
-            np.load(folder / f"{name}.npy") for name in ("lengths", "supervised", "hashes", "where_ends")
-        )
+            _array(folder / f"{name}.npy", dtype)
+            for name, dtype in (
+                ("lengths", np.int64), ("supervised", np.int64), ("hashes", np.uint64), ("where_ends", np.int64),
+            )
+        )  # fmt: skip
         self._ends = np.cumsum(self.lengths)
         self._input_ids, self._loss_mask, self._wheres = (
-            np.memmap(folder / f"{name}.bin", dtype, mode="r") if len(self) else np.array([], dtype)
-            for name, dtype in (("input_ids", np.int32), ("loss_mask", np.bool_), ("wheres", np.uint8))
-        )
-        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        self.report = Report(**values | {"skipped": Counter(values["skipped"])})
+            _mapped(folder / f"{name}.bin", dtype) for name, dtype in (
+                ("input_ids", np.int32), ("loss_mask", np.bool_), ("wheres", np.uint8),
+            )
+        )  # fmt: skip
+        self.report = _report(folder / "report.json")
+        self._check()
+
+    def _check(self) -> None:
+        rows, ends = len(self.lengths), self._where_ends
+        sound = (
+            rows == len(self.supervised) == len(self.hashes) == len(ends) > 0
+            and bool((self.lengths > 0).all() and (self.lengths < 2**31).all())
+            and bool((self.supervised >= 0).all() and (self.supervised <= self.lengths).all())
+            and self._ends[-1] == len(self._input_ids) == len(self._loss_mask)
+            and bool((np.diff(ends, prepend=0) >= 0).all()) and ends[-1] == len(self._wheres)
+            and self.report.num_read >= 0
+        )  # fmt: skip
+        if not sound:
+            raise InputError(self.folder, found="tokenized rows whose files do not fit one another")
 
     def __len__(self) -> int:
         """Rows that can be used."""
@@ -82,84 +93,60 @@ class TokenStore(Sequence[Example]):
         return Example(np.asarray(self._input_ids[here]), np.asarray(self._loss_mask[here]), where)
 
 
-class Gate:
-    """Lets rows in, or says why not: counts what is wrong, skips or stops as the settings say."""
-
-    def __init__(self, name: str, settings: DataSettings) -> None:
-        self.name, self.report = name, Report()
-        self._settings = settings
-        self._seen: dict[int, str] = {}
-        self._stopping: list[RowError] = []
-
-    def pass_on(self, tokens: Tokens) -> np.ndarray:
-        """[rows] bool: which of them are kept.
-
-        Raises:
-            InputError: rows that the settings do not allow, several at once.
-        """
-        report = self.report
-        report.num_read += tokens.num_read
-        report.num_truncated += tokens.num_truncated
-        report.num_split += tokens.num_split
-        for problem in tokens.problems:
-            self._refuse(problem)
-        kept = np.ones(len(tokens.lengths), bool)
-        for row, (key, where) in enumerate(zip(tokens.hashes.tolist(), tokens.wheres, strict=True)):
-            first = self._seen.setdefault(key, where)
-            if first is not where:
-                report.num_duplicates += 1
-                if self._settings.duplicates != "keep":
-                    kept[row] = False
-                    fix = "drop one of them, or set data.duplicates=keep"
-                    self._refuse(RowError(where, "duplicate", found=f"the same tokens as {first}", fix=fix))
-        if len(self._stopping) >= PROBLEMS_AT_ONCE:
-            self.stop_if_refused()
-        return kept
-
-    def stop_if_refused(self) -> None:
-        """Raise what was gathered.
-
-        Raises:
-            InputError: something was.
-        """
-        if not self._stopping:
-            return
-        shown = self._stopping[:PROBLEMS_AT_ONCE]
-        first = shown[0]
-        settings = " and ".join(f"data.{name}=skip" for name in dict.fromkeys(_setting(row) for row in shown))
-        fix = "; or ".join(filter(None, (first.fix, f"leave such rows out with {settings}")))
-        if len(shown) == 1:
-            raise RowError(first.where, first.kind, found=first.found, expected=first.expected, fix=fix)
-        lines = "".join(f"\n    {problem.where}: {problem.found}" for problem in shown)
-        found = f"rows that cannot be used (of the first {self.report.num_read:,} read):{lines}"
-        raise InputError(self.name, found=found, fix=f"as for the first: {fix}")
-
-    def _refuse(self, problem: RowError) -> None:
-        if getattr(self._settings, _setting(problem)) == "stop":
-            self._stopping.append(problem)
-        else:
-            self.report.skipped[problem.kind] += 1
-            self.report.first_skipped.setdefault(problem.kind, f"{problem.where}: {problem.found}")
+def _array(path: Path, dtype: type) -> np.ndarray:
+    """A whole array [N], of this dtype."""
+    with open_file(path) as file, reading(path, "a damaged array"):
+        array: np.ndarray = np.load(file, allow_pickle=False)
+    if array.dtype != dtype or array.ndim != 1:
+        raise InputError(path, found=f"an array {array.dtype}{list(array.shape)}", expected=f"{np.dtype(dtype)}[N]")
+    return array
 
 
-def _setting(problem: RowError) -> str:
-    """The setting that says what to do with such a row."""
-    return {"too long": "too_long", "duplicate": "duplicates"}.get(problem.kind, "bad_rows")
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    """A file as an array [N], mapped."""
+    open_file(path).close()
+    with reading(path, "cannot be mapped"):
+        return np.memmap(path, dtype, mode="r")
+
+
+def _report(path: Path) -> Report:
+    values = read_json_object(path)
+    with reading(path, "a damaged report"):
+        counts = {name: values.pop(name) for name in ("skipped", "first_skipped")}
+        report = Report(**values | {"skipped": Counter(counts["skipped"]), "first_skipped": counts["first_skipped"]})
+        numbers = [*values.values(), *counts["skipped"].values()]
+        if (
+            not all(type(number) is int for number in numbers)
+            or counts["skipped"].keys() != counts["first_skipped"].keys()
+        ):
+            raise ValueError("its counts are no numbers")
+    return report
 
 
 class Kept:
-    """Where tokenized rows are kept: `FOLDER/NAME-KEY`, known by the source's rows, the recipe and what is done with bad rows."""
+    """Where tokenized rows are kept: `FOLDER/NAME-KEY`, known by the source's rows, the recipe and what is done with bad rows.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Each entry says in `checksums.json` what it was made of and what its files' checksums are.
+
+    Args:
+        log: told, in a line, of an entry that is damaged or another's and therefore made anew.
+    """
+
+    def __init__(self, folder: Path, log: Callable[[str], object] = lambda line: None) -> None:
+        self.folder, self._log = folder, log
 
     def find(self, source: Source, recipe: Recipe, settings: DataSettings) -> TokenStore | None:
-        """What an earlier run kept."""
+        """What an earlier run kept, if it is what was written; any other is removed. All of it is read for that, once."""
         entry = self._entry(source, recipe, settings)
-        if entry is None or not (entry / "report.json").is_file():
+        if entry is None or not entry.exists():
             return None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: it is made again
+        try:
+            _verify(entry, _identity(source, recipe, settings))
             return TokenStore(entry)
+        except Exception as error:  # numpy and json raise nearly anything for a damaged file
+            self._log(f"{entry}: damaged or of other rows, made again ({error})")
+        with contextlib.suppress(OSError):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         return None
 
     def write(
@@ -179,16 +166,24 @@ class Kept:
             InputError: rows that cannot be used, or none that can; or the disk became full.
         """
         entry = self._entry(source, recipe, settings)
-        place = self._writable(entry)
+        scratch = self._writable(entry)
+        place = scratch.path
         try:
             _write(place, Gate(source.name, settings), chunks, progress)
+            _write_checksums(place, _identity(source, recipe, settings))
         except BaseException as error:
             shutil.rmtree(place, ignore_errors=True)
+            scratch.close()
             if isinstance(error, OSError) and error.errno in FULL:
                 raise disk_full(error, place.parent) from None
             raise
         if entry is None or place.parent != entry.parent:
-            return TokenStore(place)
+            return TokenStore(place)  # its lock is held as long as it is read
+        with contextlib.closing(scratch):
+            return self._named(place, entry, source, recipe, settings)
+
+    def _named(self, place: Path, entry: Path, source: Source, recipe: Recipe, settings: DataSettings) -> TokenStore:
+        """The store at `place` under its own name, or that of another run that was faster."""
         with contextlib.suppress(OSError):
             return TokenStore(place.rename(entry))
         if self.find(source, recipe, settings) is None:  # what is there is damaged; else another run was faster
@@ -200,19 +195,42 @@ class Kept:
     def _entry(self, source: Source, recipe: Recipe, settings: DataSettings) -> Path | None:
         if source.identity is None:
             return None
-        policies = [settings.bad_rows, settings.duplicates, settings.max_rows]
-        text = json.dumps([source.name, source.identity, recipe.identity(), policies])
         name = "".join(c if c.isalnum() else "-" for c in Path(source.name).name).strip("-")
-        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]}"
+        return self.folder / f"{name}-{_identity(source, recipe, settings)[:KEY_DIGITS]}"
 
-    def _writable(self, entry: Path | None) -> Path:
+    def _writable(self, entry: Path | None) -> Scratch:
         if entry is not None:
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                return Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
-        place = Path(tempfile.mkdtemp(prefix="qlora_jax-tokens-"))
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
-        return place
+                return Scratch(self.folder, ".writing-")
+        scratch = Scratch(Path(tempfile.gettempdir()), "qlora_jax-tokens-")
+        atexit.register(shutil.rmtree, scratch.path, ignore_errors=True)
+        return scratch
+
+
+def _identity(source: Source, recipe: Recipe, settings: DataSettings) -> str:
+    """Hexadecimal digits that tell rows, recipe and policies from any others."""
+    policies = [settings.bad_rows, settings.duplicates, settings.max_rows]
+    text = json.dumps([source.name, source.identity, recipe.identity(), policies])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_checksums(place: Path, identity: str) -> None:
+    files = {path.name: [path.stat().st_size, file_checksum(path)] for path in sorted(place.iterdir())}
+    (place / CHECKSUMS).write_text(json.dumps({"made_of": identity, "files": files}), encoding="utf-8")
+
+
+def _verify(entry: Path, identity: str) -> None:
+    """Raises ValueError, OSError, or what json raises: the entry is not what was written there, or was made of something else."""
+    record = json.loads((entry / CHECKSUMS).read_text(encoding="utf-8"))
+    if record["made_of"] != identity:
+        raise ValueError("made of other rows or in another way")
+    found = {path.name: path.stat().st_size for path in entry.iterdir() if path.name != CHECKSUMS}
+    if found != {name: size for name, (size, _) in record["files"].items()}:
+        raise ValueError("other files, or files of another size, than were written")
+    changed = [name for name, (_, summed) in record["files"].items() if file_checksum(entry / name) != summed]
+    if changed:
+        raise ValueError(f"other bytes in {', '.join(changed)} than were written")
 
 
 def _write(place: Path, gate: Gate, chunks: Iterable[Tokens], progress: Callable[[int], object]) -> None:
@@ -235,28 +253,9 @@ def _write(place: Path, gate: Gate, chunks: Iterable[Tokens], progress: Callable
             where_lengths.append(np.array([len(name) for name in names_kept], np.int64))
             progress(gate.report.num_read)
     gate.stop_if_refused()
-    _check_not_empty(gate, sum(map(len, lengths)))
+    check_not_empty(gate, sum(map(len, lengths)))
     np.save(place / "lengths.npy", np.concatenate(lengths))
     np.save(place / "supervised.npy", np.concatenate(supervised))
     np.save(place / "hashes.npy", np.concatenate(hashes))
     np.save(place / "where_ends.npy", np.cumsum(np.concatenate(where_lengths)))
-    (place / "report.json").write_text(json.dumps(vars(gate.report)), encoding="utf-8")
-
-
-def _check_not_empty(gate: Gate, num_rows: int) -> None:
-    if num_rows:
-        return
-    report = gate.report
-    if not report.num_read:
-        fix = "check that the file was written completely"
-        raise InputError(gate.name, found="no rows", expected="at least one", fix=fix)
-    lines = [
-        f"\n    {count:,} {kind}, the first: {report.first_skipped[kind]}" for kind, count in report.skipped.items()
-    ]
-    found = f"{report.num_read:,} rows, and every one was skipped:{''.join(lines)}"
-    raise InputError(
-        gate.name,
-        found=found,
-        expected="at least one row to learn from",
-        fix="mend them, or map names with data.fields",
-    )
+    (place / REPORT).write_text(json.dumps(vars(gate.report)), encoding="utf-8")

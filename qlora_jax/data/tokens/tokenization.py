@@ -1,32 +1,26 @@
 """Rows to token ids, and which of them count in the loss."""
 
-import copy
+import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tokenizers
 
 from qlora_jax.base.errors import InputError
-from qlora_jax.config.data import DataSettings, LossOn
 from qlora_jax.data.chat.conversation import Rendered, Renderer
-from qlora_jax.data.chat.jinja import agrees_with_transformers
-from qlora_jax.data.chat.templates import ChatTemplate
-from qlora_jax.data.rows.formats import Chat, Layout, Sample, Text
+from qlora_jax.data.rows.formats import Chat, Sample, Text
 from qlora_jax.data.rows.messages import check_characters
 from qlora_jax.data.rows.row import RawRow, RowError
 from qlora_jax.data.tokens.encoding import Encoded, Encoder
+from qlora_jax.data.tokens.limits import EXPECTED, RESIZE, describe_missing
+from qlora_jax.data.tokens.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase  # slow to import; a process that tokenizes need not
-
-REVISION = 2
-"""Raised whenever the same rows may become other tokens or other masks, so that none that were kept are used again."""
+    pass  # slow to import; a process that tokenizes need not
 
 
 @dataclass(frozen=True)
@@ -39,91 +33,6 @@ class Example:
     """[T] bool: the tokens to be predicted, each at its own place (the loss shifts); never the first."""
     where: str
     """The row's "file:line"."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides which tokens and which mask a row becomes; small, picklable, without a tokenizer object."""
-
-    layout: Layout
-    tokenizer: str
-    """tokenizer.json's text, without a post-processor."""
-    special_tokens: dict[str, str]
-    end_tokens: tuple[str, ...]
-    start_ids: tuple[int, ...]
-    """What the tokenizer puts before a text: often BOS, or nothing."""
-    eos_id: int
-    template: str
-    loss_on: LossOn
-    max_seq_length: int
-    too_long: Literal["truncate", "skip", "stop"]
-    by_transformers: bool = False
-    """Whether transformers renders every chat, because it renders the template differently."""
-
-    def identity(self) -> str:
-        """Equal for recipes that do the same."""
-        text = json.dumps([REVISION, dataclasses.asdict(self)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-def make_recipe(
-    tokenizer: "PreTrainedTokenizerBase", layout: Layout, settings: DataSettings, template: ChatTemplate | None
-) -> Recipe:
-    """How rows of one layout become tokens.
-
-    Args:
-        template: for formats that become chats; None where there is none to render.
-
-    Raises:
-        InputError: the tokenizer is not a fast one or lacks EOS, or `data.loss_on` says nothing about such rows.
-    """
-    name = tokenizer.name_or_path or type(tokenizer).__name__
-    if not tokenizer.is_fast:
-        fix = "convert it once with transformers, and save it in the model's folder"
-        expected = "a fast tokenizer (tokenizer.json)"
-        raise InputError(name, found="a tokenizer without character offsets", expected=expected, fix=fix)
-    if tokenizer.eos_token_id is None and layout.format in ("text", "prompt_completion"):
-        expected = f"one, to end each row of format `{layout.format}`"
-        fix = "set eos_token in the model's tokenizer_config.json"
-        raise InputError(name, found="a tokenizer without an EOS token", expected=expected, fix=fix)
-    if layout.format == "text" and settings.loss_on not in ("auto", "all"):
-        expected = "auto or all: a text has neither turns nor a completion"
-        raise InputError("data.loss_on", found=f"{settings.loss_on} for rows of format text", expected=expected)
-    special_tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return Recipe(
-        layout,
-        _plain_tokenizer(tokenizer).to_str(),
-        special_tokens,
-        tuple(token.content for token in tokenizer.added_tokens_decoder.values()),
-        _start_ids(tokenizer),
-        -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
-        template.text if template else "",
-        settings.loss_on,
-        settings.max_seq_length,
-        settings.too_long,
-        by_transformers=template is not None and not agrees_with_transformers(template.text, special_tokens),
-    )
-
-
-def _plain_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> tokenizers.Tokenizer:
-    """A copy of the tokenizer whose offsets cover each token's whole text.
-
-    The post-processor of many byte-level tokenizers leaves spaces out of the offsets (`trim_offsets`), so that a token
-    that starts with the space before a turn would seem to start inside it. Without one no special tokens are added,
-    which is what is wanted here.
-    """
-    backend: tokenizers.Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.post_processor = None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _start_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
-    special = tokenizer("x")["input_ids"]
-    num_start = next(n for n in range(len(special)) if special[n : n + len(plain)] == plain)
-    return tuple(special[:num_start])
 
 
 @dataclass
@@ -159,8 +68,10 @@ class RowTokenizer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._encode = Encoder(recipe.tokenizer)
-        self._renderer = Renderer(
-            recipe.template, recipe.special_tokens, recipe.end_tokens, by_transformers=recipe.by_transformers
+        texts = (recipe.template, recipe.template if recipe.tool_template is None else recipe.tool_template)
+        self._renderer, self._tool_renderer = (
+            Renderer(text, recipe.special_tokens, recipe.end_tokens, by_transformers=recipe.by_transformers)
+            for text in texts
         )
         self._start_ids = np.array(recipe.start_ids, np.int32)
 
@@ -172,15 +83,14 @@ class RowTokenizer:
         numbers: list[int] = []
         for number, raw in enumerate(rows):
             try:
-                sample = self.recipe.layout.read(raw.parse())
-                rendered = self._render(sample, raw.where)
+                sample, rendered = self.render(raw)
             except RowError as error:
                 problems[number] = error
             else:
                 texts += rendered
                 samples += [sample] * len(rendered)
                 numbers += [number] * len(rendered)
-        encoded = self._encode(texts)
+        encoded = self._encoded(texts, [rows[number].where for number in numbers])
         is_chat = np.array([isinstance(sample, Chat) for sample in samples], bool)
         if not is_chat.all():
             encoded = self._add_boundaries(encoded, ~is_chat)
@@ -191,6 +101,10 @@ class RowTokenizer:
         for text in np.flatnonzero(~usable).tolist():
             here = slice(encoded.starts[text], encoded.starts[text] + encoded.lengths[text])
             problems[numbers[text]] = self._problem(encoded.mask[here], rows[numbers[text]].where)
+        for text, token in self._without_row(cut).items():
+            usable[text], where = False, rows[numbers[text]].where
+            found = describe_missing(token, self._encode.token(token), self.recipe.vocab_size)
+            problems[numbers[text]] = RowError(where, "token without a row", found=found, expected=EXPECTED, fix=RESIZE)
         kept = np.repeat(usable, cut.lengths)
         return _hashed(
             Tokens(
@@ -206,17 +120,36 @@ class RowTokenizer:
             )
         )
 
+    def _encoded(self, texts: Sequence[Rendered], wheres: Sequence[str]) -> Encoded:
+        """The texts' tokens. Raises InputError for the first that the tokenizer cannot read."""
+        try:
+            return self._encode(texts)
+        except InputError:
+            for text, where in zip(texts, wheres, strict=True):
+                self._encode([text], where)
+            raise
+
+    def render(self, raw: RawRow) -> tuple[Sample, list[Rendered]]:
+        """A row parsed, and the texts that it becomes.
+
+        Raises:
+            RowError: it cannot be used.
+        """
+        sample = self.recipe.layout.read(raw.parse())
+        return sample, self._render(sample, raw.where)
+
     def _render(self, sample: Sample, where: str) -> list[Rendered]:
         loss_on = self.recipe.loss_on
         if isinstance(sample, Chat):
-            rendered = self._renderer.render(sample, loss_on, where)
+            renderer = self._renderer if sample.tools is None else self._tool_renderer
+            rendered = renderer.render(sample, loss_on, where)
             for text in rendered:
                 check_characters(where, "what the chat template makes of it", text.text)
             return rendered
         if isinstance(sample, Text):
             return [Rendered(sample.text, ((0, len(sample.text)),))]
-        text = sample.prompt + sample.completion
-        return [Rendered(text, ((0 if loss_on == "all" else len(sample.prompt), len(text)),))]
+        whole = sample.prompt + sample.completion
+        return [Rendered(whole, ((0 if loss_on == "all" else len(sample.prompt), len(whole)),))]
 
     def _add_boundaries(self, encoded: Encoded, at: np.ndarray) -> Encoded:
         """Put the start tokens (unsupervised) and EOS (supervised) around the rows `at` ([rows] bool), unless they spell them."""
@@ -239,6 +172,15 @@ class RowTokenizer:
         begins = new_starts[at][:, None] + np.arange(len(begin))
         new_ids[begins], mask[begins] = begin, False
         return Encoded(new_ids, mask, longer)
+
+    def _without_row(self, encoded: Encoded) -> dict[int, int]:
+        """The number of each text with a token that the embedding has no row for → the first of them."""
+        vocab_size = self.recipe.vocab_size
+        if vocab_size is None:
+            return {}
+        places = np.flatnonzero(encoded.input_ids >= vocab_size)[::-1]  # the first in a text is the last to be noted
+        texts = np.searchsorted(np.cumsum(encoded.lengths), places, side="right")
+        return dict(zip(texts.tolist(), encoded.input_ids[places].tolist(), strict=True))
 
     def _problem(self, mask: np.ndarray, where: str) -> RowError:
         """Why a row cannot be used, from its mask before it is cut."""
@@ -284,12 +226,26 @@ def example_hash(example: Example) -> int:
 
 
 def tokenize(rows: Sequence[RawRow], recipe: Recipe) -> list[Example]:
-    """A few rows at once, in this process.
+    """A few rows at once, in this process, where nothing bounds what template and tokenizer do: see `workers.tokenize_few`.
 
     Raises:
         RowError: the first that cannot be used.
     """
-    tokens = RowTokenizer(recipe)(rows)
+    return examples(RowTokenizer(recipe)(rows))
+
+
+def rendered(row: RawRow, recipe: Recipe) -> None:
+    """Write a row as the template does, and no more; whether that comes to an end is the question."""
+    with contextlib.suppress(RowError):
+        RowTokenizer(recipe).render(row)
+
+
+def examples(tokens: Tokens) -> list[Example]:
+    """Tokenized rows one by one.
+
+    Raises:
+        RowError: the first that could not be used.
+    """
     if tokens.problems:
         raise tokens.problems[0]
     cuts = np.cumsum(tokens.lengths)[:-1]

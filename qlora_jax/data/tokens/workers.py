@@ -1,53 +1,60 @@
-"""Tokenizing on all cores: processes of our own that read rows and write tokens through pipes.
+"""Tokenizing on all cores, in processes of our own within limits: a row is rendered by a template and cut by a tokenizer from outside.
 
-Not `multiprocessing`: its children either fork a process in which JAX has threads, or import the main program, JAX and all, anew.
+A few rows go to this process's `companion`; many to a child for each core. What a row exceeds the limits with, template or tokenizer, is
+found by asking again, of each row of the chunk alone.
 """
 
-import contextlib
-import gc
 import os
-import pickle
 import queue
-import subprocess
-import sys
-import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
-from typing import IO, Any
 
+from qlora_jax.base import bounded
+from qlora_jax.base.bounded import Child, Limits, Program, ProgramError
 from qlora_jax.base.errors import InputError
 from qlora_jax.data.rows.row import RawRow
-from qlora_jax.data.tokens.tokenization import Recipe, RowTokenizer, Tokens
+from qlora_jax.data.tokens.recipe import Recipe
+from qlora_jax.data.tokens.tokenization import Example, RowTokenizer, Tokens, examples, rendered
 
 ROWS_AT_ONCE = 256
 BYTES_AT_ONCE = 2**20
 """Rows that travel together: so many, or lines of so many bytes."""
 CHUNKS_ALONE = 8
-"""Up to so many chunks are done in this process: starting others would take longer."""
+"""Up to so many chunks are done by one process: starting others would take longer."""
 AHEAD = 3
 """Chunks in flight for each process."""
-GARBAGE_THRESHOLD = 100_000
-"""Objects that a child may make before it looks for cycles among them: more than a chunk needs."""
-SIZE = 8
-"""Bytes of a message's length."""
+ALONE = Limits(seconds=3)
+"""Of a row that is asked alone, because its chunk exceeded the limits."""
 
 
 def tokenize_all(rows: Iterable[RawRow], recipe: Recipe, num_proc: int | None = None) -> Iterator[Tokens]:
     """Tokenize rows in chunks, in their order, on `num_proc` cores (None: all of this process's).
 
     Raises:
-        InputError: a process died.
+        InputError: a process died, or a row takes the template or the tokenizer too long or too much memory.
     """
     chunks = _chunks(rows)
     first = list(islice(chunks, CHUNKS_ALONE + 1))
     num_proc = num_proc or _cores()
     if num_proc == 1 or len(first) <= CHUNKS_ALONE:
-        yield from map(RowTokenizer(recipe), chain(first, chunks))
+        program = Program(RowTokenizer, recipe)
+        for chunk in chain(first, chunks):
+            yield _tokens(bounded.companion(), program, chunk)
         return
     with Pool(recipe, num_proc) as pool:
         yield from pool.map(chain(first, chunks))
+
+
+def tokenize_few(rows: Sequence[RawRow], recipe: Recipe) -> list[Example]:
+    """A few rows at once.
+
+    Raises:
+        RowError: the first that cannot be used.
+        InputError: as `tokenize_all`.
+    """
+    return examples(_tokens(bounded.companion(), Program(RowTokenizer, recipe), rows))
 
 
 def _cores() -> int:
@@ -71,19 +78,13 @@ class Pool:
     """Processes that each hold one recipe's tokenizer. Use as a context; `map` keeps the order."""
 
     def __init__(self, recipe: Recipe, num_proc: int) -> None:
-        path = os.pathsep.join(entry for entry in sys.path if entry)
-        environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-c", "from qlora_jax.data.tokens.workers import main; main()"]
-        self._processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            for _ in range(num_proc)
-        ]
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._children = [Child() for _ in range(num_proc)]
+        self._idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(num_proc)
-        for process in self._processes:
-            self._idle.put(process)
-        self._recipe = recipe
-        self._has_recipe: set[int] = set()
+        self._program = Program(RowTokenizer, recipe)
+        for child in self._children:
+            child.start()
+            self._idle.put(child)
 
     def __enter__(self) -> "Pool":
         """Itself."""
@@ -91,85 +92,54 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         """End the processes, whatever they are doing."""
-        for process in self._processes:
-            process.kill()
-        self._threads.shutdown(cancel_futures=True)
-        for process in self._processes:
-            process.wait()
-            with contextlib.suppress(BrokenPipeError):  # half a message is left in it
-                process.stdin.close()
-            process.stdout.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for child in self._children:
+            child.close()
+        self._threads.shutdown()
 
     def map(self, chunks: Iterable[Sequence[RawRow]]) -> Iterator[Tokens]:
         """Each chunk's tokens, in the chunks' order; a few chunks are read ahead."""
         waiting: deque[Future[Tokens]] = deque()
         for chunk in chunks:
             waiting.append(self._threads.submit(self._one, chunk))
-            if len(waiting) > AHEAD * len(self._processes):
+            if len(waiting) > AHEAD * len(self._children):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
     def _one(self, chunk: Sequence[RawRow]) -> Tokens:
-        process = self._idle.get()
+        child = self._idle.get()
         try:
-            if process.pid not in self._has_recipe:
-                _send(process.stdin, self._recipe)
-                self._has_recipe.add(process.pid)
-            _send(process.stdin, chunk)
-            answer = _receive(process.stdout)
-        except (EOFError, OSError):
-            status = process.wait()
-            found = f"a process that tokenizes ended by itself, status {status}" + (
-                ", as if out of memory" if status == -9 else ""
-            )
-            fix = "start again with fewer of them: data.num_proc"
-            raise InputError(f"the rows from {chunk[0].where} to {chunk[-1].where}", found=found, fix=fix) from None
+            return _tokens(child, self._program, chunk)
         finally:
-            self._idle.put(process)
-        if not isinstance(answer, Tokens):
-            raise RuntimeError(f"in a process that tokenizes:\n{answer}")  # noqa: TRY004 - it is text, of our own bug
-        return answer
+            self._idle.put(child)
 
 
-def _send(pipe: IO[bytes], value: Any) -> None:
-    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-    pipe.write(len(data).to_bytes(SIZE, "little"))
-    pipe.write(data)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> Any:
-    header = pipe.read(SIZE)
-    if len(header) < SIZE:
-        raise EOFError
-    size = int.from_bytes(header, "little")
-    data = pipe.read(size)
-    if len(data) < size:
-        raise EOFError
-    return pickle.loads(data)  # from our own child or parent
-
-
-def serve(source: IO[bytes], sink: IO[bytes]) -> None:
-    """What a child does: take a recipe, then answer chunks of rows with tokens until the pipe is closed."""
+def _tokens(child: Child, program: Program, chunk: Sequence[RawRow]) -> Tokens:
     try:
-        tokenizer = RowTokenizer(_receive(source))
-        while True:
-            chunk = _receive(source)
-            try:
-                answer: Tokens | str = tokenizer(chunk)
-            except Exception:  # a bug of ours: the parent shows it
-                answer = traceback.format_exc()
-            _send(sink, answer)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return child.ask(program, chunk)
+    except ProgramError as error:
+        if child.is_closed:  # by the pool, which is left
+            raise
+        for row in chunk:
+            _blame(child, program, row)
+        found = f"a process that tokenizes was ended: {error}"
+        fix = "start again with fewer of them: data.num_proc"
+        raise InputError(f"the rows from {chunk[0].where} to {chunk[-1].where}", found=found, fix=fix) from None
+
+
+def _blame(child: Child, program: Program, row: RawRow) -> None:
+    """Raise InputError if a row alone is too much, and say for what."""
+    try:
+        child.ask(program, [row], limits=ALONE)
+    except ProgramError as error:
+        reason = str(error)
+    else:
         return
-
-
-def main() -> None:
-    """A child's whole life."""
-    # Rows leave no cycles behind, but so many objects at once that looking for some takes a tenth of the time.
-    gc.freeze()
-    gc.set_threshold(GARBAGE_THRESHOLD)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not print into the answers
-    serve(sys.stdin.buffer, answers)
+    try:
+        child.ask(rendered, row, *program.arguments, limits=ALONE)
+    except ProgramError as error:
+        fix = "mend the template or choose another with data.chat_template, or drop the row"
+        raise InputError(row.where, found=f"a row that the chat template cannot write: {error}", fix=fix) from None
+    fix = "drop the row, or take a model with a sound tokenizer"
+    raise InputError(row.where, found=f"a row that the tokenizer cannot read: {reason}", fix=fix) from None
