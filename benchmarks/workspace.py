@@ -99,7 +99,7 @@ def workspaces(options: argparse.Namespace) -> dict[str, float]:
     placement.jax.devices = lambda *arguments: [device]
     placement.sharding.cache_clear()
     with for_the_card(placement.sharding("device").mesh.abstract_mesh):
-        found = temporary_bytes(engine, options.batch, options.seq, packed=False, keeps=(options.keep,))
+        found = temporary_bytes(engine, options.batch, options.seq, packed=False, saves=(options.keep,))
     return {name: round(size / 2**30, 3) for name, size in found.items()}
 
 

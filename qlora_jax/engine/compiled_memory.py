@@ -9,6 +9,7 @@ import numpy as np
 
 from qlora_jax.engine import programs
 from qlora_jax.engine.engine import Engine
+from qlora_jax.engine.layer_program import Context, LayerProgram
 from qlora_jax.runtime.placement import Tree, sharding
 
 COMPILERS = 4
@@ -32,7 +33,7 @@ class StepShapes:
         dropout = engine.lora is not None and engine.lora.lora_dropout > 0
         key = self.described(jax.eval_shape(lambda: jax.random.key(0))) if dropout else None
         packing = (self.array(rows, length), self.array(rows, length)) if packed else None
-        self._drawn = (key, self.array(), self.array(), packing)
+        self._context = Context(key, self.array(), self.array(), packing)
         self._summed = jax.tree.map(lambda x: self.array(*x.shape, dtype=np.float32), engine.abstract_adapter)
         self._weights = tuple(map(self.described, (engine.abstract_adapter, engine.abstract_layer)))
         self.adapter = self._weights[0]
@@ -51,35 +52,20 @@ class StepShapes:
         dtype = self.engine.adapter_dtype
         return jax.tree.map(lambda x: self.array(*x.shape, dtype=dtype), self.adapter)
 
-    def layer(self, *, keep: bool, first: bool = False) -> Lowered:
-        """Yield `forward` and `backward` of a layer that keeps its intermediates, or is run again.
+    def layer(self, program: LayerProgram, *, first: bool = False) -> Lowered:
+        """Yield `forward` and `backward` of a layer.
 
         Args:
             first: `backward_first` too, the backward function of the model's first layer.
         """
-        definition = self.engine.keeping_def if keep else self.engine.layer_def
-        h, more = self.hidden, ()
-        forward = (programs.forward_keeping if keep else programs.forward).lower(
-            definition, *self._weights, h, *self._drawn
-        )
-        yield "forward", forward
-        if keep:
-            more = (self.described(forward.out_info[2]),)
         grads = self._summed if self.micro_batches > 1 else None
-        arguments = (definition, *self._weights, grads, h, h, *more, *self._drawn)
-        yield "backward", (programs.backward_kept if keep else programs.backward).lower(*arguments)
-        if first:
-            yield (
-                "backward_first",
-                (programs.backward_kept_first if keep else programs.backward_first).lower(*arguments),
-            )
+        return program.lowered(*self._weights, grads=grads, h=self.hidden, context=self._context, first=first)
 
     def head(self) -> Lowered:
         """Yield the head with its loss and gradient."""
-        engine, labels = self.engine, self.array(self.rows, self.length)
-        weight = self.array(dtype=np.float32)
-        head = self.described(engine.abstract_head)
-        yield "head", programs.loss_and_grad.lower(engine.head_def, head, self.hidden, labels, weight)
+        labels, weight = self.array(self.rows, self.length), self.array(dtype=np.float32)
+        head = self.described(self.engine.abstract_head)
+        yield "head", self.engine.objective.lowered(head, self.hidden, labels, weight)
 
     def rest(self) -> Lowered:
         """Yield what else of a step has one function for all layers."""
@@ -89,25 +75,25 @@ class StepShapes:
 
 
 def temporary_bytes(
-    engine: Engine, rows: int, length: int, *, packed: bool, keeps: tuple[bool, ...], micro_batches: int = 1
+    engine: Engine, rows: int, length: int, *, packed: bool, saves: tuple[bool, ...], micro_batches: int = 1
 ) -> dict[str, int]:
     """Return bytes that the compiled functions of a training step take while they run, besides arguments and results.
 
     Nothing runs, but the functions are compiled, beside each other, and found again by the run.
 
     Args:
-        keeps: which layers are asked about: those that are run again (False), that keep their intermediates (True), or both.
+        saves: which programs are asked: of layers that recompute (False), that save activations (True), or both.
 
     Returns:
-        bytes of `forward` and `backward`, of `kept_forward` and `kept_backward`, and of `head`
+        bytes of `forward` and `backward`, of `saving_forward` and `saving_backward`, and of `head`
     """
     shapes = StepShapes(engine, rows, length, packed=packed, micro_batches=micro_batches)
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as compilers:
         # Lowering is Python's work and compiling XLA's: one function is compiled while the next is lowered.
         compiling = {name: compilers.submit(lowered.compile) for name, lowered in shapes.head()}
-        for keep in keeps:
-            for name, lowered in shapes.layer(keep=keep):
-                compiling[f"kept_{name}" if keep else name] = compilers.submit(lowered.compile)
+        for each in saves:
+            for name, lowered in shapes.layer(engine.saving if each else engine.recomputing):
+                compiling[f"saving_{name}" if each else name] = compilers.submit(lowered.compile)
         return {name: each.result().memory_analysis().temp_size_in_bytes for name, each in compiling.items()}
 
 
@@ -117,19 +103,21 @@ class Ahead:
     What fails here is left to the step that needs it, which then fails in the same way, where it can be explained.
     """
 
-    def __init__(self, shapes: StepShapes, keeps: tuple[bool, ...], more: Lowered) -> None:
-        """Begin. `keeps` as in `temporary_bytes`; `more`: other functions that the run will call."""
+    def __init__(self, shapes: StepShapes, saves: tuple[bool, ...], more: Lowered) -> None:
+        """Begin. `saves` as in `temporary_bytes`; `more`: other functions that the run will call."""
         self._compilers = concurrent.futures.ThreadPoolExecutor(1 + COMPILERS, thread_name_prefix="compiler")
-        self._lowering = self._compilers.submit(self._lower, shapes, keeps, more)
+        self._lowering = self._compilers.submit(self._lower, shapes, saves, more)
 
     def wait(self) -> None:
         """Return when all functions are compiled: a step that begins before would compile them a second time."""
         self._lowering.result()
         self._compilers.shutdown()
 
-    def _lower(self, shapes: StepShapes, keeps: tuple[bool, ...], more: Lowered) -> None:
+    def _lower(self, shapes: StepShapes, saves: tuple[bool, ...], more: Lowered) -> None:
         with contextlib.suppress(Exception):
-            parts = [shapes.layer(keep=keep, first=True) for keep in keeps]
+            engine = shapes.engine
+            programs_of = [engine.saving if each else engine.recomputing for each in saves]
+            parts = [shapes.layer(program, first=True) for program in programs_of]
             for part in (*parts, shapes.head(), shapes.rest(), more):
                 for _, lowered in part:
                     self._compilers.submit(lowered.compile)

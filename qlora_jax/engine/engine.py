@@ -35,7 +35,9 @@ import numpy as np
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine import programs
-from qlora_jax.model.decoder import MLP_TOKENS, Attention, Cache, DecoderLayer, Embedding, Head, LlamaConfig
+from qlora_jax.engine.layer_program import Context, LayerProgram, Packing, init_adapter
+from qlora_jax.engine.objectives import CrossEntropy, Objective
+from qlora_jax.model.decoder import MLP_TOKENS, Attention, Cache, Embedding, Head, LlamaConfig
 from qlora_jax.runtime.placement import LayerInputs, LayerStore, Tree, Where, put, visits
 
 Adapters = list[Tree]
@@ -73,7 +75,7 @@ class _MicroBatch:
 
     input_ids: jax.Array  # [B, T] int32
     labels: jax.Array  # [B, T] int32
-    packing: programs.Packing | None
+    packing: Packing | None
     number: jax.Array
 
 
@@ -126,13 +128,23 @@ class Engine:
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.adapter_dtype = lora.dtype if lora else "float32"
         self._layer_settings = (config, lora, quantization, attention)
-        self.layer_def, self.abstract_adapter, self.abstract_layer = programs.describe(
-            DecoderLayer, *self._layer_settings, share_dense=share_dense, mlp_tokens=mlp_tokens
-        )
-        self.keeping_def, *_ = programs.describe(DecoderLayer, *self._layer_settings, mlp_tokens=mlp_tokens, keep=True)
+        options = {"share_dense": share_dense, "mlp_tokens": mlp_tokens}
+        self.recomputing = LayerProgram.of(*self._layer_settings, saves=False, **options)
+        self.saving = LayerProgram.of(*self._layer_settings, saves=True, **options)
+        self.objective: Objective = CrossEntropy(config)
         self._embedding_def, _, self.abstract_embedding = programs.describe(Embedding, config)
-        self.head_def, _, self.abstract_head = programs.describe(Head, config)
+        self._head_def, _, self.abstract_head = programs.describe(Head, config)
         self._numbers = [put(np.int32(i), "device") for i in range(config.num_hidden_layers)]
+
+    @property
+    def abstract_adapter(self) -> Tree:
+        """Shapes of one layer's adapter."""
+        return self.recomputing.abstract_adapter
+
+    @property
+    def abstract_layer(self) -> Tree:
+        """Shapes of one layer's frozen weights."""
+        return self.recomputing.abstract_frozen
 
     @property
     def draws(self) -> bool:
@@ -142,9 +154,7 @@ class Engine:
     def init_adapters(self, seed: int) -> Adapters:
         """Fresh adapters: A uniform, B zero, reproducible from the seed."""
         keys = jax.random.split(jax.random.key(seed), self.config.num_hidden_layers)
-        return [
-            jax.block_until_ready(put(programs.init_adapter(self._layer_settings, key), self.adapters)) for key in keys
-        ]
+        return [jax.block_until_ready(put(init_adapter(self._layer_settings, key), self.adapters)) for key in keys]
 
     def start(self, weights: Weights, batch: Batch, key: jax.Array | None) -> Started:
         """Begin an optimizer step: what of it needs no adapters. The device may still be busy with the step before.
@@ -182,19 +192,15 @@ class Engine:
         depth = len(weights.layers)
         pace = weights.layers.pace
         walk = _walk(weights, adapters, [*range(depth), *reversed(range(depth))])
-        inputs, kept = LayerInputs(self.activations, pace), {}
+        inputs, saved = LayerInputs(self.activations, pace), {}
         for layer, frozen, adapter in itertools.islice(walk, depth):
             inputs.push(tuple(hidden))  # a copy: the list goes on
-            keep = layer >= depth - self.keep
+            program = self._program(layer)
             for m, each in enumerate(micro_batches):
-                drawn = (key, self._numbers[layer], each.number, each.packing)
-                if keep:
-                    hidden[m], token, kept[layer, m] = programs.forward_keeping(
-                        self.keeping_def, adapter, frozen, hidden[m], *drawn
-                    )
-                else:
-                    hidden[m], token = programs.forward(self.layer_def, adapter, frozen, hidden[m], *drawn)
-            pace.dispatched(token)
+                hidden[m], ready, saved[layer, m] = program.forward(
+                    adapter, frozen, hidden[m], self._context(key, layer, each)
+                )
+            pace.dispatched(ready)
             observe(f"layer {layer}", hidden)
             del frozen, adapter
         losses, hidden_grads = self._head(weights, micro_batches, hidden, started.num_tokens)
@@ -203,31 +209,27 @@ class Engine:
         grads = Gradients([None] * depth, [None] * depth)
         for layer, frozen, adapter in walk:
             grad = programs.zeros_like()(adapter) if len(micro_batches) > 1 else None
-            to_input = layer > 0 or observe is not ignore  # below the first layer nothing wants its input's gradient
+            input_grad = layer > 0 or observe is not ignore  # below the first layer nothing wants its input's gradient
+            program = self._program(layer)
             for m, (h, each) in enumerate(zip(inputs.pop(), micro_batches, strict=True)):
-                backward, definition, more = self._backward(to_input), self.layer_def, ()
-                if (layer, m) in kept:
-                    backward, definition = self._backward(to_input, keep=True), self.keeping_def
-                    more = (kept.pop((layer, m)),)
-                drawn = (key, self._numbers[layer], each.number, each.packing)
-                grad, hidden_grads[m], token = backward(
-                    definition, adapter, frozen, grad, h, hidden_grads[m], *more, *drawn
-                )
-                del h, more
-            pace.dispatched(token)
+                grad, hidden_grads[m], ready = program.backward(
+                    adapter, frozen, grads=grad, h=h, dh=hidden_grads[m], saved=saved.pop((layer, m)),
+                    context=self._context(key, layer, each), input_grad=input_grad,
+                )  # fmt: skip
+                del h
+            pace.dispatched(ready)
             observe(f"the gradient of layer {layer}", (hidden_grads, grad))
             grad, grads.square_sums[layer] = programs.finish(grad, self.adapter_dtype)
             grads.layers[layer] = put(grad, self.adapters)
             del frozen, adapter, grad
         return programs.total(losses), grads
 
-    def _backward(
-        self, to_input: bool, *, keep: bool = False
-    ) -> Callable[..., tuple[Tree, jax.Array | None, jax.Array]]:
-        """The compiled function of a layer backwards."""
-        if keep:
-            return programs.backward_kept if to_input else programs.backward_kept_first
-        return programs.backward if to_input else programs.backward_first
+    def _program(self, layer: int) -> LayerProgram:
+        """The program of a layer in training: the last `keep` layers save their activations, the others recompute them."""
+        return self.saving if layer >= self.config.num_hidden_layers - self.keep else self.recomputing
+
+    def _context(self, key: jax.Array | None, layer: int, micro_batch: _MicroBatch) -> Context:
+        return Context(key, self._numbers[layer], micro_batch.number, micro_batch.packing)
 
     def loss(self, weights: Weights, adapters: Adapters, batches: Sequence[Batch]) -> float:
         """Mean loss over the supervised tokens of `batches`, without dropout. Weights cross the bus once a batch."""
@@ -238,7 +240,7 @@ class Engine:
     def logits(self, weights: Weights, adapters: Adapters, input_ids: np.ndarray) -> jax.Array:
         """input_ids [B, T] → logits [B, T, V] float32; for comparisons, where V is affordable."""
         return programs.logits(
-            self.head_def, weights.head, self._hidden(weights, adapters, put(input_ids, "device"), None)
+            self._head_def, weights.head, self._hidden(weights, adapters, put(input_ids, "device"), None)
         )
 
     def new_cache(self, batch_size: int, length: int) -> list[Cache]:
@@ -260,33 +262,31 @@ class Engine:
             np.broadcast_to(np.arange(start, start + input_ids.shape[1], dtype=np.int32), input_ids.shape), "device"
         )
         for layer, frozen, adapter in _walk(weights, adapters, range(len(weights.layers))):
-            h, cache[layer], token = programs.decode(self.layer_def, adapter, frozen, h, positions, cache[layer])
-            weights.layers.pace.dispatched(token)
+            h, cache[layer], ready = self.recomputing.decode(adapter, frozen, h, positions, cache[layer])
+            weights.layers.pace.dispatched(ready)
             del frozen, adapter
-        return programs.logits(self.head_def, weights.head, h[:, -1]), cache
+        return programs.logits(self._head_def, weights.head, h[:, -1]), cache
 
     def _batch_loss(self, weights: Weights, adapters: Adapters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         one, *more = self._micro_batches(batch)
         assert not more, "evaluation batches have one micro-batch"
         h = self._hidden(weights, adapters, one.input_ids, one.packing)
-        return programs.loss(self.head_def, weights.head, h, one.labels)
+        return self.objective.evaluate(weights.head, h, one.labels)
 
     def hidden_states(
-        self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: programs.Packing | None = None
+        self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: Packing | None = None
     ) -> Iterator[jax.Array]:
         """input_ids [B, T] on the device → the embedding's output [B, T, D], then each layer's, without dropout or noise."""
         h = programs.embed(self._embedding_def, weights.embedding, input_ids, self.compute_dtype)
         yield h
         for layer, frozen, adapter in _walk(weights, adapters, range(len(weights.layers))):
-            drawn = (None, self._numbers[layer], self._number(0), packing)
-            h, token = programs.forward(self.layer_def, adapter, frozen, h, *drawn)
-            weights.layers.pace.dispatched(token)
+            context = Context(None, self._numbers[layer], self._number(0), packing)
+            h, ready, _ = self.recomputing.forward(adapter, frozen, h, context)
+            weights.layers.pace.dispatched(ready)
             del frozen, adapter
             yield h
 
-    def _hidden(
-        self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: programs.Packing | None
-    ) -> jax.Array:
+    def _hidden(self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: Packing | None) -> jax.Array:
         """The last layer's output [B, T, D]."""
         (h,) = collections.deque(self.hidden_states(weights, adapters, input_ids, packing), maxlen=1)
         return h
@@ -301,7 +301,7 @@ class Engine:
         """Each micro-batch's share of the loss, and its gradient with respect to the last layer's output."""
         token_weight = put(np.float32(1 / max(num_tokens, 1)), "device")
         head = [
-            programs.loss_and_grad(self.head_def, weights.head, h, each.labels, token_weight)
+            self.objective.head(weights.head, h, each.labels, token_weight)
             for h, each in zip(hidden, micro_batches, strict=True)
         ]
         return [loss for loss, _ in head], [dh for _, dh in head]

@@ -128,7 +128,7 @@ def make_engine(job: Job, layout: Layout, neftune_noise_alpha: float = 0.0) -> E
 
 def compiled_workspace(job: Job, layout: Layout) -> Workspace:
     """Return the workspace of the functions as they are compiled for this machine's device; the run finds them compiled."""
-    options = {"packed": job.packed, "micro_batches": job.micro_batches, "keeps": keeps(job, layout)}
+    options = {"packed": job.packed, "micro_batches": job.micro_batches, "saves": keeps(job, layout)}
     found = temporary_bytes(make_engine(job, layout), job.rows, job.length, **options)
     return Workspace(**{field.name: found.get(field.name, 0) for field in dataclasses.fields(Workspace)})
 

@@ -17,8 +17,9 @@ from convert.files.folder import ModelFolder
 from convert.load import load_weights, read_config
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import programs
+from qlora_jax.engine import layer_program
 from qlora_jax.engine.engine import Adapters, Engine, Gradients, Weights
+from qlora_jax.engine.layer_program import Context
 from qlora_jax.engine.optimizer import AdamW
 from qlora_jax.model.decoder import DecoderLayer, Embedding, Head
 from qlora_jax.model.loss import cross_entropy, shift
@@ -220,9 +221,9 @@ def test_layers_that_keep_their_intermediates(deep_folder: Path, keep: int, weig
     adapters, batch = moved(engine.init_adapters(0)), make_batch(2, 2)
     expected = engine.value_and_grad(base, adapters, batch, key(0))
     keeping, base = make(deep_folder, weights, keep=keep)
-    before = programs.backward_kept._cache_size()
+    before = layer_program._backward_saved._cache_size()
     found = keeping.value_and_grad(base, adapters, batch, key(0))
-    assert programs.backward_kept._cache_size() <= before + 1
+    assert layer_program._backward_saved._cache_size() <= before + 1
     assert list(base.layers.fetched) == fetches(base.layers.places)
     assert_close(found, expected)
 
@@ -234,10 +235,10 @@ def test_what_a_layer_keeps(deep_folder: Path) -> None:
     (_, frozen), adapter = next(weights.layers.walk([0])), engine.init_adapters(0)[0]
     config, rows, length, rank = engine.config, 2, 24, LORA.r
     h = put(np.ones((rows, length, config.hidden_size), np.float32), "device")
-    *_, kept = programs.forward_keeping(
-        engine.keeping_def, adapter, frozen, h, None, engine._numbers[0], engine._numbers[0], None
-    )
-    elements = [array.size for array in kept if array.ndim and array.shape[-2:] not in ((length, length), (length, 1))]
+    *_, saved = engine.saving.forward(adapter, frozen, h, Context(None, engine._numbers[0], engine._numbers[0], None))
+    elements = [
+        array.size for array in saved.arrays if array.ndim and array.shape[-2:] not in ((length, length), (length, 1))
+    ]
     elements.remove(
         rows * length
     )  # positions; the rest left out is XLA's attention, which keeps [T, T] where cuDNN's keeps [T]
@@ -340,7 +341,7 @@ def test_dropout_is_drawn_anew_by_step_layer_and_micro_batch(deep_folder: Path) 
 
 def test_one_compilation_serves_every_layer(deep_folder: Path, tiny_folder: Path) -> None:
     """Compile time does not grow with depth: the layer functions are compiled once, for 2 layers as for 4."""
-    functions = (programs.forward, programs.backward)
+    functions = (layer_program._forward, layer_program._backward)
     for folder, depth in ((tiny_folder, 2), (deep_folder, 4)):
         engine, weights = make(folder, lora=NO_DROPOUT)
         assert len(weights.layers) == depth

@@ -191,16 +191,16 @@ def test_the_head(parts: Any) -> None:
 
 def test_the_layer_of_a_gradient(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward walk comes to layer 1 first; here only layer 0 goes wrong."""
-    from qlora_jax.engine import programs
+    from qlora_jax.engine.layer_program import LayerProgram
 
-    real, calls = programs.backward, []
+    real, calls = LayerProgram.backward, []
 
-    def backward(*args: Any) -> Any:
+    def backward(*args: Any, **more: Any) -> Any:
         calls.append(1)
-        grads, dh, token = real(*args)
+        grads, dh, token = real(*args, **more)
         return (grads, dh.at[0].set(jnp.nan), token) if len(calls) == 4 else (grads, dh, token)
 
-    monkeypatch.setattr(programs, "backward", backward)
+    monkeypatch.setattr(LayerProgram, "backward", backward)
     assert fault(parts) == Fault("the gradient of layer 0", ("f:3",))
 
 
