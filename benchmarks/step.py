@@ -24,12 +24,14 @@ import numpy as np
 
 from benchmarks.machine import describe, process_gpu_gib
 from convert.hub import cache_dir
+from qlora_jax.base.units import GIB, parse_bytes
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine.engine import Engine, Started, Weights
 from qlora_jax.engine.optimizer import AdamW
-from qlora_jax.model.decoder import MLP_TOKENS, LlamaConfig, default_attention
-from qlora_jax.planning.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import MLP_TOKENS, default_attention
+from qlora_jax.planning.budget import PINNED_SLACK, Limits, Plan
 from qlora_jax.planning.estimate import Job, Layout, workspace
 from qlora_jax.planning.hardware import measured, published
 from qlora_jax.planning.search import compiled_workspace, make_engine, make_plan
@@ -85,7 +87,7 @@ def random_tree(abstract: Tree, key: jax.Array) -> Tree:
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def unquantized(abstract: Tree, config: LlamaConfig) -> Tree:
+def unquantized(abstract: Tree, config: Architecture) -> Tree:
     """A described layer with plain bfloat16 matrices for its linears: LoRA without the Q."""
     matrices = {
         name: {"weight": jax.ShapeDtypeStruct(shape, jnp.bfloat16)} for name, shape in config.linear_shapes().items()
@@ -127,11 +129,11 @@ def shape_name(text: str) -> str:
     return text.removeprefix("llama2-")
 
 
-def llama(name: str) -> LlamaConfig:
+def llama(name: str) -> Architecture:
     """`7b`, or `7b:8` for its first eight layers."""
     shape, _, layers = shape_name(name).partition(":")
     settings = {**SHAPES[shape], "vocab_size": 32000, "model_type": "llama", "rms_norm_eps": 1e-5}
-    return LlamaConfig.from_hf({**settings, "num_hidden_layers": int(layers or settings["num_hidden_layers"])})
+    return Architecture.from_hf({**settings, "num_hidden_layers": int(layers or settings["num_hidden_layers"])})
 
 
 def settle(options: argparse.Namespace) -> Plan:
@@ -142,7 +144,7 @@ def settle(options: argparse.Namespace) -> Plan:
     attention = default_attention(options.dtype, config.head_dim, on_gpu=on_gpu)
     shape = (options.batch, options.seq, options.accumulate)
     job = Job(config, lora, QuantizationSettings(), options.optim, *shape, options.dtype, attention, on_gpu)
-    asked = machine.parse_bytes(options.gpu_memory) if options.gpu_memory else None
+    asked = parse_bytes(options.gpu_memory) if options.gpu_memory else None
     host = machine.available_host_bytes()
     limits = Limits(machine.usable_bytes(gpu, asked) if gpu else None, host)
     if options.auto:

@@ -25,7 +25,7 @@ from qlora_jax.base.files import replacing_folder
 from qlora_jax.base.reading import kind_of, open_file, reading
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Adapters
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from qlora_jax.runtime.placement import Tree, Where, fetch, put
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -173,7 +173,7 @@ def _peft_config(lora: LoraSettings, base_model_name_or_path: str) -> dict[str, 
     }
 
 
-def load_adapter(folder: str | Path, config: LlamaConfig, model: ModelFolder | None = None) -> Adapter:
+def load_adapter(folder: str | Path, config: Architecture, model: ModelFolder | None = None) -> Adapter:
     """Read and check an adapter for a model of this shape.
 
     Args:
@@ -212,7 +212,7 @@ def load_adapter(folder: str | Path, config: LlamaConfig, model: ModelFolder | N
 
 
 def _changed(
-    path: Path, wholes: Mapping[str, Whole], held: set[str], config: LlamaConfig, model: ModelFolder | None
+    path: Path, wholes: Mapping[str, Whole], held: set[str], config: Architecture, model: ModelFolder | None
 ) -> dict[str, str]:
     """The tensors that are stored whole, and are not what the model has already: Hugging Face's name → the file's."""
     stored = {tensor: whole.key for tensor, whole in wholes.items() if whole.key in held}
@@ -240,7 +240,7 @@ def _is_the_models(path: Path, key: str, tensor: str, model: ModelFolder) -> boo
     )
 
 
-def _tokens(path: Path, settings: AdapterConfig, config: LlamaConfig) -> dict[str, TokenRows]:
+def _tokens(path: Path, settings: AdapterConfig, config: Architecture) -> dict[str, TokenRows]:
     found = {
         tensor: TokenRows(indices=np.array(ids, np.int64), values=_read32(path, names.token_rows(tensor)))
         for tensor, ids in settings.token_ids().items()
@@ -249,7 +249,7 @@ def _tokens(path: Path, settings: AdapterConfig, config: LlamaConfig) -> dict[st
     return {tensor: rows for tensor, rows in found.items() if rows.indices.size}
 
 
-def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
+def plain_settings(adapter: Adapter, config: Architecture) -> LoraSettings:
     """What a plain adapter's modules need to know, with no dropout; its tensors are not read.
 
     Raises:
@@ -283,7 +283,7 @@ def plain_settings(adapter: Adapter, config: LlamaConfig) -> LoraSettings:
 
 
 def as_adapters(
-    adapter: Adapter, config: LlamaConfig, where: Where = "device", dtype: str = "float32"
+    adapter: Adapter, config: Architecture, where: Where = "device", dtype: str = "float32"
 ) -> tuple[LoraSettings, Adapters]:
     """Return a plain adapter in the engine's form: its settings (see `plain_settings`), and one tree a layer, brought there layer by layer.
 

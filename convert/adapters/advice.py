@@ -7,7 +7,7 @@ from convert.adapters.config import AdapterConfig
 from convert.adapters.tensors import Problem
 from convert.files.folder import ModelFolder
 from qlora_jax.base.errors import InputError, shown
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 MAX_PROBLEMS = 20
 _OTHER_FILE = "put the adapter_config.json that was saved with these tensors beside them: this one is another's, or was changed since"
@@ -38,7 +38,7 @@ _SIMPLE = {
 
 
 def unfit(
-    path: Path, problems: Sequence[Problem], settings: AdapterConfig, config: LlamaConfig, model: ModelFolder | None
+    path: Path, problems: Sequence[Problem], settings: AdapterConfig, config: Architecture, model: ModelFolder | None
 ) -> InputError:
     """Of an adapter whose tensors do not fit the model or its own settings.
 
@@ -74,7 +74,7 @@ def unfit(
 
 
 def _other_model(
-    settings: AdapterConfig, config: LlamaConfig, model: ModelFolder | None, sizes: Sequence[int | None]
+    settings: AdapterConfig, config: Architecture, model: ModelFolder | None, sizes: Sequence[int | None]
 ) -> str:
     """Of an adapter for a model of another shape: which one that is, as far as can be told."""
     size = next((size for size in sizes if size), None)
@@ -103,7 +103,7 @@ def is_the_same(base_model: str, model: ModelFolder) -> bool:
     )
 
 
-def _resized(problems: Sequence[Problem], settings: AdapterConfig, config: LlamaConfig) -> tuple[str, str]:
+def _resized(problems: Sequence[Problem], settings: AdapterConfig, config: Architecture) -> tuple[str, str]:
     """Of an adapter that was trained after tokens were added to its base."""
     sizes = sorted({problem.number for problem in problems if problem.kind == "vocabulary" and problem.number})
     rows = " or ".join(map(str, sizes)) or "more"

@@ -25,7 +25,7 @@ from convert.files import names
 from convert.files.recognition import not_an_adapter
 from qlora_jax.base.reading import kind_of, read_json_object
 from qlora_jax.config import LINEAR_NAMES
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 100_000_000
@@ -63,7 +63,7 @@ class AdapterConfig:
         """Whether PEFT kept a head that is the embedding what it is (`ensure_weight_tying`)."""
         return bool(self.settings.get("ensure_weight_tying"))
 
-    def targets(self, config: LlamaConfig) -> dict[names.Target, Target]:
+    def targets(self, config: Architecture) -> dict[names.Target, Target]:
         """Every weight of a model of this shape that the adapter changes, by (layer, our name): linears in the model's order, then
         what is outside the layers. A head that is the embedding is not apart from it with `ensure_weight_tying`.
 

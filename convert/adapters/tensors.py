@@ -13,7 +13,7 @@ from convert.adapters.whole import Whole, saveable
 from convert.files import names
 from qlora_jax.base.errors import shown
 from qlora_jax.base.reading import reading
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 DAMAGED, DAMAGED_FIX = "a damaged safetensors file", "save the adapter again"
 
@@ -52,7 +52,7 @@ def tensor_problems(
     settings: AdapterConfig,
     targets: Mapping[names.Target, Target],
     wholes: Mapping[str, Whole],
-    config: LlamaConfig,
+    config: Architecture,
 ) -> list[Problem]:
     """What is wrong with a safetensors file's tensors; some rows of one tensor at a time are read.
 
@@ -89,7 +89,7 @@ def tensor_problems(
 
 
 def _expected(
-    settings: AdapterConfig, targets: Mapping[names.Target, Target], wholes: Mapping[str, Whole], config: LlamaConfig
+    settings: AdapterConfig, targets: Mapping[names.Target, Target], wholes: Mapping[str, Whole], config: Architecture
 ) -> Expected:
     shapes, of_saveable = _matrix_shapes(config), saveable(config)
     required: dict[str, Shape] = {}
@@ -127,12 +127,12 @@ def _expected(
     return Expected(required=required, optional=optional, copies=tuple(copies), tied=tuple(tied), ignored=ignored)
 
 
-def _matrix_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+def _matrix_shapes(config: Architecture) -> dict[str, tuple[int, int]]:
     """(out, in) of everything that an adapter may change, by our names."""
     return config.linear_shapes() | dict.fromkeys(names.VOCABULARY, (config.vocab_size, config.hidden_size))
 
 
-def _unknown(name: str, config: LlamaConfig) -> Problem:
+def _unknown(name: str, config: Architecture) -> Problem:
     parsed = names.parse_adapter(name)
     if parsed is None:
         written = ".default" in name or not name.startswith(names.saved(""))
@@ -145,7 +145,7 @@ def _unknown(name: str, config: LlamaConfig) -> Problem:
 
 
 def _tensor_problems(
-    path: Path, name: str, shape: Shape, dtype: str, expected: Shape, config: LlamaConfig
+    path: Path, name: str, shape: Shape, dtype: str, expected: Shape, config: Architecture
 ) -> Iterator[Problem]:
     if shape != expected:
         text = f"{name} is of shape {shown(shape)}, expected {expected}"
@@ -169,7 +169,7 @@ def _tensor_problems(
 
 
 def _setting_problems(
-    settings: AdapterConfig, targets: Mapping[names.Target, Target], config: LlamaConfig
+    settings: AdapterConfig, targets: Mapping[names.Target, Target], config: Architecture
 ) -> Iterator[Problem]:
     """Settings that no such model can have."""
     if not targets:
@@ -193,7 +193,7 @@ def _setting_problems(
 
 
 def _beyond_the_layers(
-    targets: Iterable[names.Target], settings: AdapterConfig, config: LlamaConfig
+    targets: Iterable[names.Target], settings: AdapterConfig, config: Architecture
 ) -> Iterator[Problem]:
     """What PEFT can do to an embedding or a head, and we cannot."""
     for name in [name for layer, name in targets if layer is None]:
@@ -215,7 +215,7 @@ def _disagreeing(path: Path, expected: Expected, shapes: Mapping[str, Shape], fo
 
 
 def _untied(
-    path: Path, wholes: Mapping[str, Whole], found: Set[str], settings: AdapterConfig, config: LlamaConfig
+    path: Path, wholes: Mapping[str, Whole], found: Set[str], settings: AdapterConfig, config: Architecture
 ) -> Iterator[Problem]:
     """A model whose head is its embedding stays one model only if both get the same values, as PEFT's does then."""
     if not config.tie_word_embeddings:

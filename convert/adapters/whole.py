@@ -16,7 +16,7 @@ from collections.abc import Mapping, Set
 from convert.adapters.config import AdapterConfig, Target
 from convert.files import names
 from convert.files.shapes import tensor_shapes
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,14 @@ class Whole:
         return (self.key, *self.copies, *self.unused)
 
 
-def saveable(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def saveable(config: Architecture) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that an adapter may store whole, by Hugging Face's names; a tied head too has one."""
     shapes = tensor_shapes(config)
     return {**shapes, names.LM_HEAD: shapes[names.EMBEDDING]}
 
 
 def whole_tensors(
-    settings: AdapterConfig, targets: Mapping[names.Target, Target], config: LlamaConfig, found: Set[str]
+    settings: AdapterConfig, targets: Mapping[names.Target, Target], config: Architecture, found: Set[str]
 ) -> dict[str, Whole]:
     """Hugging Face's name of each tensor that the adapter must or may store whole → what it is called in the file.
 

@@ -2,16 +2,14 @@
 
 import re
 
-from qlora_jax.config import LINEAR_NAMES
+from qlora_jax.model.architecture import LINEAR_PATHS
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 NORM_NAMES = ("input_layernorm", "post_attention_layernorm")
 
-MODULES = {
-    name: f"{'mlp' if name in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{name}" for name in LINEAR_NAMES
-}
+MODULES = LINEAR_PATHS
 """A linear's name in our decoder layer → its path in Hugging Face's."""
 
 VOCABULARY = {"embed_tokens": EMBEDDING, "lm_head": LM_HEAD}

@@ -13,7 +13,7 @@ from convert.files.folder import ModelFolder, some
 from convert.files.head import has_own_head
 from convert.files.shards import FLOATS
 from qlora_jax.data import ModelLimits
-from qlora_jax.model.architecture import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 NO_LIMIT = 10**9
 """As `model_max_length` a number like 1e30 means that nobody said."""
@@ -33,7 +33,7 @@ def limits_of(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     return ModelLimits(vocab_size=vocab_size if type(vocab_size) is int else None, lengths=tuple(lengths.items()))
 
 
-def remarks(folder: ModelFolder, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def remarks(folder: ModelFolder, config: Architecture, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """What is odd about a model that can be used, a line each."""
     if has_own_head(folder):
         yield (
@@ -63,7 +63,7 @@ def tokens_without_row(where: Path, vocab_size: int | None, tokenizer: PreTraine
         )
 
 
-def _unused_frequencies(folder: ModelFolder, config: LlamaConfig) -> Iterator[str]:
+def _unused_frequencies(folder: ModelFolder, config: Architecture) -> Iterator[str]:
     """Old checkpoints store rotary frequencies; the ones that follow from `config.json` are used, here and in transformers."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     expected = config.rope_theta**-exponents

@@ -7,10 +7,10 @@ from typing import Any
 from convert.files import names
 from convert.files.shards import TensorSpec
 from qlora_jax.base.errors import InputError
-from qlora_jax.model.architecture import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 
-def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint of this shape, under Hugging Face's names."""
     vocabulary, hidden = (config.vocab_size, config.hidden_size), (config.hidden_size,)
     shapes: dict[str, tuple[int, ...]] = {names.EMBEDDING: vocabulary, names.FINAL_NORM: hidden}
@@ -28,7 +28,7 @@ def refusals(config: Mapping[str, Any], specs: Iterable[TensorSpec], where: Path
     A reader finds these when the folder is whole; told with the rest, they are not a second surprise.
     """
     try:
-        shapes = tensor_shapes(LlamaConfig.from_hf(config, where))
+        shapes = tensor_shapes(Architecture.from_hf(config, where))
     except InputError as error:
         return [f"config.json: {error.found}"]
     return [mismatch(spec, shapes[spec.name]) for spec in specs if spec.shape != shapes.get(spec.name, spec.shape)]

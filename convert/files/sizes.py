@@ -10,7 +10,7 @@ from convert.files.shapes import tensor_shapes
 from convert.files.shards import TensorSpec
 from convert.quantize import quantized_specs
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 NAME_BYTES = 2**9
 """For a tensor's entry in a shard's header and in the index: about 300 for a companion's of a linear."""
@@ -21,7 +21,7 @@ def tensors_of(folder: ModelFolder) -> list[TensorSpec]:
     return [spec for shard in folder.shards for spec in prequantized.plain_specs(folder, shard)]
 
 
-def tensors_for(config: LlamaConfig) -> list[TensorSpec]:
+def tensors_for(config: Architecture) -> list[TensorSpec]:
     """The tensors of a bfloat16 folder of this shape."""
     return [TensorSpec(name, "BF16", shape) for name, shape in tensor_shapes(config).items()]
 

@@ -33,9 +33,11 @@ from convert.files.folder import ModelFolder
 from convert.load import read_config
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.model.decoder import DecoderLayer, LlamaConfig, RMSNorm
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import DecoderLayer, RMSNorm
 from qlora_jax.model.linear import FrozenParam
-from qlora_jax.ops import dispatch
+from qlora_jax.ops import twins
+from qlora_jax.ops.operands import Rotation
 
 NUM_TOKENS = 16
 ROOM = 2.0
@@ -126,7 +128,7 @@ class _Models:
     """The three models, their weights still in the folders."""
 
     def __init__(
-        self, folder: ModelFolder, adapter: Adapter, merged: ModelFolder, base: Base, config: LlamaConfig
+        self, folder: ModelFolder, adapter: Adapter, merged: ModelFolder, base: Base, config: Architecture
     ) -> None:
         self.folder, self.adapter, self.merged, self.base, self.config = folder, adapter, merged, base, config
         self._layer = _abstract_layer(config)
@@ -258,7 +260,7 @@ class _Layer(DecoderLayer):
         key: None,
         *,
         residual: jax.Array | None = None,
-        rotation: dispatch.Rotation | None = None,
+        rotation: Rotation | None = None,
         rotated: Sequence[bool] = (False,),
     ) -> list[jax.Array]:
         """As a `DecoderLayer`; its sharing is not for us."""
@@ -273,16 +275,16 @@ class _Layer(DecoderLayer):
 
     def feed_forward(self, x: jax.Array, residual: jax.Array, *unused: Any) -> jax.Array:
         """As a `DecoderLayer`."""
-        inner = dispatch.plain_swiglu(*self.project(("gate_proj", "up_proj"), x, None))
+        inner = twins.plain_swiglu(*self.project(("gate_proj", "up_proj"), x, None))
         (out,) = self.project(("down_proj",), inner, None, residual=residual)
         return out
 
 
-def _turn(y: jax.Array, rotation: dispatch.Rotation) -> jax.Array:
+def _turn(y: jax.Array, rotation: Rotation) -> jax.Array:
     """y [3, T, heads · P], rotated."""
-    return dispatch.plain_rotate(y.reshape(-1, y.shape[-1]), rotation).reshape(y.shape)
+    return twins.plain_rotate(y.reshape(-1, y.shape[-1]), rotation).reshape(y.shape)
 
 
-def _abstract_layer(config: LlamaConfig) -> _Layer:
+def _abstract_layer(config: Architecture) -> _Layer:
     """A decoder layer without weights."""
     return nnx.eval_shape(lambda: _Layer(config, None, QuantizationSettings(), "xla", nnx.Rngs(0)))

@@ -21,7 +21,8 @@ from qlora_jax.config import QuantizationSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine import programs
 from qlora_jax.engine.engine import Engine, Weights
-from qlora_jax.model.decoder import LlamaConfig, default_attention
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import default_attention
 from qlora_jax.runtime import machine
 from qlora_jax.runtime.placement import READ_AHEAD, SLOTS, put
 
@@ -83,7 +84,7 @@ def show_held_out_loss(path: Path, batches: Sequence[Batch], compute_dtype: str,
 
 
 def mean_loss(
-    config: LlamaConfig,
+    config: Architecture,
     weights: Weights,
     batches: Sequence[Batch],
     compute_dtype: str,
@@ -97,7 +98,7 @@ def mean_loss(
     return float(total / count)
 
 
-def _groups(batches: Iterable[Batch], config: LlamaConfig, compute_dtype: str) -> Iterator[list[Batch]]:
+def _groups(batches: Iterable[Batch], config: Architecture, compute_dtype: str) -> Iterator[list[Batch]]:
     """Consecutive batches whose hidden states are no more than HIDDEN_BYTES together, at least one."""
     group, held = [], 0
     for batch in batches:
@@ -134,7 +135,7 @@ def _sums(engine: Engine, weights: Weights, batches: Sequence[Batch], advance: C
     return np.asarray(jax.device_get(found), np.float64)
 
 
-def _check_room(config: LlamaConfig) -> None:
+def _check_room(config: Architecture) -> None:
     """Raises NoRoomError: vocabulary, a few layers and what they work with are more than there is."""
     layers = (SLOTS + READ_AHEAD) * frozen_bytes(config, None)
     needed = total_bytes(config, None, "disk") + layers + HIDDEN_BYTES + WORKSPACE_BYTES

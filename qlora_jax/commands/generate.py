@@ -22,7 +22,8 @@ from qlora_jax.config.arguments import number_argument, path_argument, text_argu
 from qlora_jax.data.chat.codec import decode
 from qlora_jax.engine.engine import Adapters, Engine, Weights
 from qlora_jax.engine.generation import Sampling, generate
-from qlora_jax.model.decoder import LlamaConfig, default_attention, default_compute_dtype
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import default_attention, default_compute_dtype
 from qlora_jax.ops import nf4
 from qlora_jax.runtime import machine
 from qlora_jax.runtime.placement import SLOTS, LayerPlace, spread
@@ -124,7 +125,7 @@ def choose_quantization(
     return quantization
 
 
-def choose_places(config: LlamaConfig, quantization: QuantizationSettings | None) -> list[LayerPlace]:
+def choose_places(config: Architecture, quantization: QuantizationSettings | None) -> list[LayerPlace]:
     """Return where each layer lives, on the device as far as there is room; XLA's backend gets the memory that this takes.
 
     Raises:

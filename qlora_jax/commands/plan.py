@@ -18,13 +18,15 @@ from convert.hub import cache_dir
 from convert.model import open_shape
 from qlora_jax.base.console import make_console
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.units import GIB, parse_bytes
 from qlora_jax.commands.space import local_folder, show_space, space_of, with_guessed_tokens
 from qlora_jax.config import Config, MemorySettings, load_config
 from qlora_jax.config.arguments import path_argument
 from qlora_jax.data.batching.batches import LENGTH_MULTIPLE
-from qlora_jax.model.decoder import LlamaConfig, default_attention
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import default_attention
 from qlora_jax.planning import remembered
-from qlora_jax.planning.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.planning.budget import PINNED_SLACK, Limits, Plan
 from qlora_jax.planning.estimate import Job
 from qlora_jax.planning.hardware import Rates, published
 from qlora_jax.planning.search import choose, make_plan
@@ -92,12 +94,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _size(option: str, text: str | None) -> int | None:
     try:
-        return None if text is None else machine.parse_bytes(text)
+        return None if text is None else parse_bytes(text)
     except ValueError as error:
         raise InputError(f"--{option}", found=repr(text), expected=str(error).removeprefix("expected ")) from None
 
 
-def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -> Job:
+def make_job(config: Config, shape: Architecture, length: int, *, on_gpu: bool) -> Job:
     """What the settings ask for, its longest row having `length` tokens."""
     training, data = config.training, config.data
     held_out = data.eval_source is not None or data.eval_fraction > 0
@@ -120,7 +122,7 @@ def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -
 
 def plan_run(
     config: Config,
-    shape: LlamaConfig,
+    shape: Architecture,
     length: int,
     host_bytes: int | None = None,
     *,
@@ -146,7 +148,7 @@ def plan_run(
         machine.prepare(None, None, 0, cache)
         return next(_plans(job, wishes, checkpointing, Limits(None, host_bytes), None))
     device_memory = config.memory.device_memory
-    asked = None if device_memory == "auto" else machine.parse_bytes(device_memory)
+    asked = None if device_memory == "auto" else parse_bytes(device_memory)
     limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
     # A model that is yet to be quantized may have to be in memory, for want of disk: its weights then come from the device, to the pool.
     limits = dataclasses.replace(limits, registered=on_disk and machine.registers_host_memory())

@@ -25,7 +25,7 @@ from qlora_jax.config.changes import check_changes, check_identity, work_changes
 from qlora_jax.data import Batch, Batches
 from qlora_jax.data.corpus import Corpus, load_corpus
 from qlora_jax.data.preview import preview
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from qlora_jax.planning.budget import Plan
 from qlora_jax.planning.disk import Space
 from qlora_jax.training.checkpoint import Checkpoint
@@ -102,7 +102,7 @@ def about_run(config: Config, model: BaseModel, training: Batches, plan: Plan) -
 
 
 def plan_as_before(
-    config: Config, shape: LlamaConfig, length: int, resumed: Checkpoint | None, *, on_disk: bool = False
+    config: Config, shape: Architecture, length: int, resumed: Checkpoint | None, *, on_disk: bool = False
 ) -> Plan:
     """The plan, see `plan_run`.
 

@@ -12,9 +12,9 @@ from convert.files.folder import ModelFolder
 from convert.files.sizes import companion_bytes, merged_bytes, quantized_bytes, tensors_for, tensors_of
 from convert.hub import cache_dir, resolve_config
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.units import GIB
 from qlora_jax.config import Config
 from qlora_jax.data.rows.sources import open_source
-from qlora_jax.planning.budget import GIB
 from qlora_jax.planning.disk import Need, Space
 from qlora_jax.planning.estimate import Job
 

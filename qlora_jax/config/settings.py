@@ -15,9 +15,9 @@ import yaml
 
 from qlora_jax.base.errors import InputError
 from qlora_jax.base.reading import is_unicode, parse_yaml, read_text, shown
+from qlora_jax.base.units import parse_bytes
 from qlora_jax.config.data import DataSettings
 from qlora_jax.config.section import Section, UserPath, UserText
-from qlora_jax.runtime.machine import parse_bytes
 
 MAX_SETTINGS_BYTES = 2**20
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

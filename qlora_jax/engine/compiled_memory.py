@@ -85,7 +85,7 @@ def temporary_bytes(
         saves: which programs are asked: of layers that recompute (False), that save activations (True), or both.
 
     Returns:
-        bytes of `forward` and `backward`, of `saving_forward` and `saving_backward`, and of `head`
+        bytes of `forward` and `backward`, of `kept_forward` and `kept_backward` of layers that save, and of `head`
     """
     shapes = StepShapes(engine, rows, length, packed=packed, micro_batches=micro_batches)
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as compilers:
@@ -93,7 +93,7 @@ def temporary_bytes(
         compiling = {name: compilers.submit(lowered.compile) for name, lowered in shapes.head()}
         for each in saves:
             for name, lowered in shapes.layer(engine.saving if each else engine.recomputing):
-                compiling[f"saving_{name}" if each else name] = compilers.submit(lowered.compile)
+                compiling[f"kept_{name}" if each else name] = compilers.submit(lowered.compile)
         return {name: each.result().memory_analysis().temp_size_in_bytes for name, each in compiling.items()}
 
 

@@ -37,7 +37,8 @@ from qlora_jax.data import Batch
 from qlora_jax.engine import programs
 from qlora_jax.engine.layer_program import Context, LayerProgram, Packing, init_adapter
 from qlora_jax.engine.objectives import CrossEntropy, Objective
-from qlora_jax.model.decoder import MLP_TOKENS, Attention, Cache, Embedding, Head, LlamaConfig
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import MLP_TOKENS, Attention, Cache, Embedding, Head
 from qlora_jax.runtime.placement import LayerInputs, LayerStore, Tree, Where, put, visits
 
 Adapters = list[Tree]
@@ -109,7 +110,7 @@ class Engine:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: Architecture,
         lora: LoraSettings | None,
         quantization: QuantizationSettings,
         *,

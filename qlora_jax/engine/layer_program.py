@@ -16,7 +16,7 @@ from flax import nnx
 
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.engine.programs import Definition, describe, ready_with
-from qlora_jax.model.architecture import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from qlora_jax.model.decoder import Cache, DecoderLayer
 from qlora_jax.runtime.placement import Tree, nbytes
 
@@ -147,7 +147,7 @@ class LayerProgram:
             yield name, function.lower(*arguments, grads=grads, h=h, dh=h, context=context, **more)
 
 
-def layer_bytes(config: LlamaConfig, quantization: QuantizationSettings) -> int:
+def layer_bytes(config: Architecture, quantization: QuantizationSettings) -> int:
     """Bytes of one decoder layer's frozen weights, from its shapes: 441 MB for Llama-2-70B."""
     return nbytes(describe(DecoderLayer, config, None, quantization, "xla")[2])
 

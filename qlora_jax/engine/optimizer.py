@@ -27,6 +27,7 @@ from qlora_jax.config import TrainingSettings
 from qlora_jax.engine.engine import Gradients
 from qlora_jax.ops import blockwise, dispatch
 from qlora_jax.ops.blockwise import BlockwiseTensor
+from qlora_jax.ops.operands import Adam
 from qlora_jax.runtime.placement import SLOTS, Pace, Tree, Where, lives, put, sharding, visits
 
 Schedule = Callable[[int], float]
@@ -154,8 +155,8 @@ def _rule_of(settings: TrainingSettings) -> _Rule:
 _RULES: dict[Any, _Rule] = {}
 
 
-def _numbers(settings: TrainingSettings) -> dispatch.Adam:
-    return dispatch.Adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.weight_decay)
+def _numbers(settings: TrainingSettings) -> Adam:
+    return Adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.weight_decay)
 
 
 def lowered(settings: TrainingSettings, adapter: Tree, grads: Tree, number: Any) -> Iterator[tuple[str, Any]]:

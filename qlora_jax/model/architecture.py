@@ -1,17 +1,40 @@
-"""What a Llama's `config.json` says of its mathematics."""
+"""The facts of a model that decide its mathematics and its names, read from `config.json`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from qlora_jax.base.errors import InputError
 from qlora_jax.base.reading import shown
-from qlora_jax.config import LINEAR_NAMES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear of a decoder layer, as model files and PEFT name it."""
+
+    name: str
+    """The last part of its path, which `lora.target_modules` says: `q_proj`."""
+    path: str
+    """Its place below the layer: `self_attn.q_proj`."""
+    shape: tuple[int, int]
+    """(out, in)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What may differ from layer to layer along the walk. Layers of equal kinds share their compiled functions."""
+
+    window: int | None = None
+    """Keys that a query sees, itself included; None for all before it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The keys of a Hugging Face `config.json` that decide the mathematics, under Hugging Face's names."""
+class Architecture:
+    """Facts of a base model: keys of its `config.json` under Hugging Face's names, and what follows from them.
+
+    The decoder layer, the converters and the planner read these, and never ask which family a model belongs to.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -64,20 +87,64 @@ class LlamaConfig:
             attention_dropout=config.get("attention_dropout") or 0.0,
         )
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Each layer's kind, first to last."""
+        return (Kind(),) * self.num_hidden_layers
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The linears of a decoder layer by name: those that attention enters by, the one it leaves by, and the MLP's."""
+        return _linears(self)
+
+    @property
+    def attention_inputs(self) -> tuple[str, ...]:
+        """Linears of attention's input: queries, keys and values."""
+        return ATTENTION_INPUTS
+
+    @property
+    def attention_output(self) -> str:
+        """The linear of what attention gives."""
+        return ATTENTION_OUTPUT
+
+    @property
+    def mlp_linears(self) -> tuple[str, ...]:
+        """The MLP's linears, in the order in which they are applied: gate, up, down."""
+        return MLP_LINEARS
+
+    @property
+    def dropout_inputs(self) -> tuple[str, ...]:
+        """For each input that linears of a layer have, the first of these linears: each input draws a dropout mask of its own."""
+        return self.attention_inputs[0], self.attention_output, self.mlp_linears[0], self.mlp_linears[-1]
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each linear of a decoder layer, by name."""
-        hidden, mlp = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        shapes = (
-            (queries, hidden),
-            (keys, hidden),
-            (keys, hidden),
-            (hidden, queries),
-            (mlp, hidden),
-            (mlp, hidden),
-            (hidden, mlp),
-        )
-        return dict(zip(LINEAR_NAMES, shapes, strict=True))
+        return {name: linear.shape for name, linear in self.linears.items()}
+
+
+ATTENTION_INPUTS, ATTENTION_OUTPUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
+MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+LINEAR_PATHS = {
+    **{name: f"self_attn.{name}" for name in (*ATTENTION_INPUTS, ATTENTION_OUTPUT)},
+    **{name: f"mlp.{name}" for name in MLP_LINEARS},
+}
+"""By a linear's name, its place below the layer, in the order in which they are applied."""
+
+
+@functools.cache
+def _linears(shape: Architecture) -> dict[str, Linear]:
+    hidden, mlp = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    shapes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (mlp, hidden),
+        "up_proj": (mlp, hidden),
+        "down_proj": (hidden, mlp),
+    }
+    return {name: Linear(name=name, path=path, shape=shapes[name]) for name, path in LINEAR_PATHS.items()}
 
 
 def _bad_numbers(config: Mapping[str, Any]) -> list[str]:

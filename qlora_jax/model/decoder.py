@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
-from qlora_jax.model.architecture import LlamaConfig
+from qlora_jax.config import LoraSettings, QuantizationSettings
+from qlora_jax.model.architecture import Architecture
 from qlora_jax.model.linear import FrozenParam, LoRA, NF4Linear, project
 from qlora_jax.model.lora_matmul import ADAPTER_OUTPUT
 from qlora_jax.model.mlp import GATED_PRODUCTS, feed_forward
 from qlora_jax.model.norms import RMSNorm
-from qlora_jax.ops.dispatch import Rotation, plain_rotate
+from qlora_jax.ops.operands import Rotation
+from qlora_jax.ops.twins import plain_rotate
 
 Attention = Literal["xla", "cudnn"]
 NOISE = 2**31 - 1
@@ -66,7 +67,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: Architecture,
         lora: LoraSettings | None,
         quantization: QuantizationSettings,
         attention: Attention,
@@ -107,7 +108,7 @@ class DecoderLayer(nnx.Module):
 
         `key` turns the adapters' dropout on.
         """
-        keys = _dropout_keys(key)
+        keys = self._dropout_keys(key)
         around = functools.partial(jax.checkpoint, policy=KEPT) if self.keep else lambda part: part
 
         def heads(h: jax.Array) -> tuple[jax.Array, ...]:
@@ -124,7 +125,7 @@ class DecoderLayer(nnx.Module):
 
     def decode(self, h: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The same for generation: h [B, T, D] continues at positions[:, 0], after what `cache` holds; no dropout."""
-        keys = _dropout_keys(None)
+        keys = self._dropout_keys(None)
         x, h = self.normed("input_layernorm", h)
         q, k, v = self._heads(x, positions, keys)
         start = positions[0, 0]
@@ -153,7 +154,7 @@ class DecoderLayer(nnx.Module):
         dense: Sequence[jax.Array] | None,
     ) -> jax.Array:
         """The layer's last three linears, see `feed_forward.feed_forward`."""
-        linears = [getattr(self, name) for name in LINEAR_NAMES[4:]]
+        linears = [getattr(self, name) for name in self.config.mlp_linears]
         return feed_forward(linears, x, residual, keys, first=first, matrices=dense)
 
     def _heads(self, x: jax.Array, positions: jax.Array, keys: dict[str, jax.Array | None]) -> tuple[jax.Array, ...]:
@@ -161,12 +162,14 @@ class DecoderLayer(nnx.Module):
         config = self.config
         angles = rotation(jnp.broadcast_to(positions, x.shape[:2]), config.head_dim, config.rope_theta)
         options = {"rotation": angles, "rotated": (True, True, False)}
-        projected = self.project(("q_proj", "k_proj", "v_proj"), x, keys["q_proj"], **options)
+        names = config.attention_inputs
+        projected = self.project(names, x, keys[names[0]], **options)
         return tuple(y.reshape(*x.shape[:2], -1, config.head_dim) for y in projected)
 
     def _joined(self, h: jax.Array, attended: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
         """What attention gives [B, T, H, P] through o_proj and added to h [B, T, D]."""
-        (h,) = self.project(("o_proj",), attended, keys["o_proj"], residual=h)
+        name = self.config.attention_output
+        (h,) = self.project((name,), attended, keys[name], residual=h)
         return h
 
     def _chunked_mlp(self, h: jax.Array, keys: dict[str, jax.Array | None]) -> jax.Array:
@@ -177,7 +180,7 @@ class DecoderLayer(nnx.Module):
         number = -(-tokens // self.mlp_tokens)
         chunk = -(-tokens // number)
         chunks = jnp.pad(h.reshape(tokens, -1), ((0, number * chunk - tokens), (0, 0))).reshape(number, chunk, -1)
-        dense = [getattr(self, name).dense() for name in LINEAR_NAMES[4:]] if self.share_dense else None
+        dense = [getattr(self, name).dense() for name in self.config.mlp_linears] if self.share_dense else None
         part = jax.checkpoint(lambda i, x: self._mlp(x, keys, i * chunk, dense))
         out = jax.lax.map(lambda each: part(*each), (jnp.arange(number), chunks))
         return out.reshape(number * chunk, -1)[:tokens].reshape(h.shape)
@@ -190,20 +193,20 @@ class DecoderLayer(nnx.Module):
         dense: Sequence[jax.Array] | None = None,
     ) -> jax.Array:
         """h [N, D], the micro-batch's tokens from `first` on → h + SwiGLU(norm(h)); `dense`: weights that were dequantized before."""
-        drawn_from = keys["gate_proj"], keys["down_proj"]
+        first_linear, *_, last_linear = self.config.mlp_linears
+        drawn_from = keys[first_linear], keys[last_linear]
         return self.feed_forward(*self.normed("post_attention_layernorm", h), drawn_from, first, dense)
 
-
-def _dropout_keys(key: jax.Array | None) -> dict[str, jax.Array | None]:
-    """A dropout key for each input that linears have, under the name of the first of them."""
-    inputs = ("q_proj", "o_proj", "gate_proj", "down_proj")
-    return {name: None if key is None else jax.random.fold_in(key, i) for i, name in enumerate(inputs)}
+    def _dropout_keys(self, key: jax.Array | None) -> dict[str, jax.Array | None]:
+        """A dropout key for each input that linears have, under the name of the first of them."""
+        inputs = self.config.dropout_inputs
+        return {name: None if key is None else jax.random.fold_in(key, i) for i, name in enumerate(inputs)}
 
 
 class Embedding(nnx.Module):
     """Token ids to vectors; `weight` [V, D] stays bfloat16."""
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Architecture, rngs: nnx.Rngs) -> None:
         self.weight = FrozenParam(
             0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.bfloat16)
         )
@@ -226,7 +229,7 @@ def add_noise(h: jax.Array, alpha: jax.Array, key: jax.Array, micro_batch: jax.A
 class Head(nnx.Module):
     """Final norm and projection to the vocabulary; `weight` [V, D] is the embedding's own array when the two are tied."""
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Architecture, rngs: nnx.Rngs) -> None:
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.weight = FrozenParam(
             0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.bfloat16)

@@ -19,8 +19,9 @@ from flax import nnx
 
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.model.lora_matmul import How, Pair, Weight, dense, multiply
-from qlora_jax.ops import dispatch, nf4
+from qlora_jax.ops import nf4
 from qlora_jax.ops.dropout import Dropout
+from qlora_jax.ops.operands import Rotation
 
 
 class FrozenParam(nnx.Variable):
@@ -97,7 +98,7 @@ def project(
     first: jax.Array | int = 0,
     matrices: Sequence[jax.Array | None] | None = None,
     residual: jax.Array | None = None,
-    rotation: dispatch.Rotation | None = None,
+    rotation: Rotation | None = None,
     rotated: Sequence[bool] | None = None,
 ) -> list[jax.Array]:
     """Linears of one input x [..., in] → what each gives, [..., out] in x's dtype. x may be heads side by side, [..., heads, P].

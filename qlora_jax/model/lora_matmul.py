@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qlora_jax.ops import dispatch, nf4
+from qlora_jax.ops import dispatch, nf4, twins
 from qlora_jax.ops.dropout import Dropout
+from qlora_jax.ops.operands import Rotation
 
 ADAPTER_OUTPUT = "adapter"
 """The name of x·Aᵀ [..., R] for what chooses the values to keep for the backward pass."""
@@ -33,7 +34,7 @@ def dense(weight: Weight) -> jax.Array:
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     """x [N, in] times the transpose of a frozen weight of shape (out, in)."""
-    return dispatch.matmul(x, weight) if isinstance(weight, nf4.QuantizedTensor) else dispatch.dense_matmul(x, weight)
+    return dispatch.matmul(x, weight) if isinstance(weight, nf4.QuantizedTensor) else twins.dense_matmul(x, weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def multiply(
     pairs: tuple[Pair | None, ...],
     residual: jax.Array | None,
     draw: Draw | None,
-    rotation: dispatch.Rotation | None,
+    rotation: Rotation | None,
     how: How,
 ) -> list[jax.Array]:
     """`project` on x of any shape that is [N, in] in memory, and its residual [N, out]."""
@@ -69,7 +70,7 @@ def _multiply_forward(
     pairs: tuple[Pair | None, ...],
     residual: jax.Array | None,
     draw: Draw | None,
-    rotation: dispatch.Rotation | None,
+    rotation: Rotation | None,
     how: How,
 ) -> tuple[list[jax.Array], Any]:
     kept_x, x = x if any(pairs) else None, _as_rows(x, weights)
@@ -86,7 +87,7 @@ def _multiply_forward(
         turn = rotation if turned else None
         if pair is None:
             total = functools.reduce(jnp.add, base)
-            outputs.append(total if turn is None else dispatch.plain_rotate(total, turn))
+            outputs.append(total if turn is None else twins.plain_rotate(total, turn))
         else:
             options = {"factor": scaling, "first": first, "transposed": True, "rotation": turn}
             outputs.append(dispatch.low_rank_add(base, down, pair[1].astype(x.dtype), **options))
@@ -98,8 +99,7 @@ def _multiply_backward(how: How, kept: Any, dys: list[jax.Array]) -> tuple[Any, 
     x, weights, pairs, again, down, rotation, added = kept
     dresidual = dys[0] if added else None
     dys = [
-        dispatch.plain_rotate(dy, rotation.inverse) if turned else dy
-        for dy, turned in zip(dys, how.rotated, strict=True)
+        twins.plain_rotate(dy, rotation.inverse) if turned else dy for dy, turned in zip(dys, how.rotated, strict=True)
     ]
     bases, ddown = toward_input(dys, weights, pairs, how.scalings)
     if not any(pairs):

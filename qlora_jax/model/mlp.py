@@ -32,7 +32,8 @@ from qlora_jax.model.lora_matmul import (
     stacked,
     toward_input,
 )
-from qlora_jax.ops import dispatch
+from qlora_jax.ops import dispatch, twins
+from qlora_jax.ops.operands import Gated
 
 GATED_PRODUCTS = ("gate", "up")
 """The names of the two products that enter SwiGLU, for what chooses the values to keep for the backward pass."""
@@ -76,7 +77,7 @@ def _one_by_one(
     """`feed_forward` of linears that not all have an adapter."""
     matrices = matrices or [None] * 3
     products = project(linears[:2], x, keys[0], first=first, matrices=matrices[:2])
-    inner = dispatch.plain_swiglu(*map(checkpoint_name, products, GATED_PRODUCTS))
+    inner = twins.plain_swiglu(*map(checkpoint_name, products, GATED_PRODUCTS))
     (out,) = project(linears[2:], inner, keys[1], first=first, matrices=matrices[2:], residual=residual)
     return out
 
@@ -140,7 +141,7 @@ def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
 _feed_forward.defvjp(_forward, _backward)
 
 
-def _gated(products: tuple[jax.Array, ...], u: jax.Array, pairs: tuple[Pair, ...], how: How) -> dispatch.Gated:
+def _gated(products: tuple[jax.Array, ...], u: jax.Array, pairs: tuple[Pair, ...], how: How) -> Gated:
     """Two linears' products and their adapters, as SwiGLU takes them."""
     gate_v, up_v = (lora_b.astype(u.dtype) for _, lora_b in pairs[:2])
-    return dispatch.Gated(*products, u, gate_v, up_v, how.scalings[:2], tuple(firsts(pairs[:2])))
+    return Gated(*products, u, gate_v, up_v, how.scalings[:2], tuple(firsts(pairs[:2])))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.model.linear import FrozenParam
-from qlora_jax.ops import dispatch
+from qlora_jax.ops import dispatch, twins
 
 
 class RMSNorm(nnx.Module):
@@ -20,7 +20,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] → the same shape and dtype."""
-        return dispatch.plain_rms_norm(x, self.weight[...], self.eps)
+        return twins.plain_rms_norm(x, self.weight[...], self.eps)
 
     def and_skip(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [..., D] → (normed, x). What goes past the norm should be the second, whose gradient is then added to the norm's in one pass.

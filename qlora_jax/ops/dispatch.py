@@ -9,7 +9,7 @@ import concurrent.futures
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,15 @@ import jax.numpy as jnp
 from qlora_jax.ops import nf4
 from qlora_jax.ops.blockwise import BlockwiseTensor
 from qlora_jax.ops.nf4 import QuantizedTensor, QuantType
+from qlora_jax.ops.operands import Adam, Gated, Rotation
+from qlora_jax.ops.twins import dense_matmul, plain_low_rank_add, plain_rms_norm, plain_rotate, plain_sums, plain_swiglu
 
 __all__ = [
-    "Adam",
-    "Gated",
-    "Rotation",
     "adamw_8bit",
     "available",
-    "dense_matmul",
     "dequantize",
     "low_rank_add",
     "matmul",
-    "plain_rotate",
-    "plain_swiglu",
     "quantize",
     "rms_norm",
     "rms_norm_backward",
@@ -75,32 +71,6 @@ def matmul(x: jax.Array, weight: QuantizedTensor) -> jax.Array:
     return dense_matmul(x, dequantize(weight))
 
 
-def dense_matmul(x: jax.Array, dense: jax.Array) -> jax.Array:
-    """x [..., in] times the transpose of a dequantized weight [out, in]: [..., out] in x's dtype."""
-    return jnp.einsum("...i,oi->...o", x, dense.astype(x.dtype))
-
-
-class Rotation(NamedTuple):
-    """Rotary embedding's angles of N tokens for heads of P features, of which (i, i + P/2) are a pair."""
-
-    cos: jax.Array  # [N, P/2] float32
-    sin: jax.Array
-
-    @property
-    def inverse(self) -> "Rotation":
-        """The other way round."""
-        return Rotation(self.cos, -self.sin)
-
-
-def plain_rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Heads side by side, [N, heads · P] → rotated, in float32 and rounded to x's dtype; in XLA's operations."""
-    cos, sin = (each[:, None, :] for each in rotation)
-    heads = x.reshape(len(x), -1, 2 * rotation.cos.shape[1]).astype(jnp.float32)
-    first, second = jnp.split(heads, 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype).reshape(x.shape)
-
-
 def low_rank_add(
     bases: Sequence[jax.Array],
     u: jax.Array,
@@ -130,44 +100,6 @@ def low_rank_add(
             return kernel.add(bases, u, v, **options, rotation=rotation)
     total = plain_low_rank_add(bases, u, v, **options)
     return total if rotation is None else plain_rotate(total, rotation)
-
-
-def plain_low_rank_add(
-    bases: Sequence[jax.Array],
-    u: jax.Array,
-    v: jax.Array,
-    *,
-    factor: float = 1.0,
-    first: int = 0,
-    transposed: bool = False,
-    drawn: jax.Array | None = None,
-    threshold: int = 0,
-) -> jax.Array:
-    """The twin of the kernel in XLA's operations, see `low_rank_add`."""
-    v = v.T if transposed else v
-    product = u[:, first : first + v.shape[0]] @ v
-    product = product if factor == 1 else product * jnp.asarray(factor, product.dtype)
-    if drawn is not None:
-        product = jnp.where(drawn >= threshold, product, 0)
-    base, *more = bases
-    return functools.reduce(jnp.add, more, base + product)
-
-
-class Gated(NamedTuple):
-    """The two products that enter SwiGLU, and their adapters' terms: gate + factors[0] · u[:, firsts[0]:]·gate_vᵀ, and so for up."""
-
-    gate: jax.Array  # [tokens, features]
-    up: jax.Array  # [tokens, features]
-    u: jax.Array  # [tokens, R']
-    gate_v: jax.Array  # [features, R]
-    up_v: jax.Array  # [features, R]
-    factors: tuple[float, float]
-    firsts: tuple[int, int]
-
-    @property
-    def halves(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """(base, v, factor, first) of the gate and of what it lets through."""
-        return tuple(zip((self.gate, self.up), (self.gate_v, self.up_v), self.factors, self.firsts, strict=True))
 
 
 def swiglu(gated: Gated, *, spent: bool = False) -> jax.Array:
@@ -210,32 +142,10 @@ def swiglu_backward(
     return [inner, *pull(dy)]
 
 
-def plain_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """The function itself, in XLA's operations."""
-    return jax.nn.silu(gate) * up
-
-
 def _supported(gated: Gated) -> bool:
     from qlora_jax.ops.pallas import low_rank as kernel
 
     return all(kernel.supported([base], gated.u, v.T) for base, v, *_ in gated.halves)
-
-
-def plain_sums(gated: Gated) -> list[jax.Array]:
-    """The two products with their adapters' terms, in XLA's operations."""
-    return [
-        plain_low_rank_add([base], gated.u, v, factor=factor, first=first, transposed=True)
-        for base, v, factor, first in gated.halves
-    ]
-
-
-class Adam(NamedTuple):
-    """What is constant about AdamW."""
-
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
 
 
 def updates_8bit(param: jax.Array, mu: Any) -> bool:
@@ -284,13 +194,6 @@ def rms_norm_backward(x: jax.Array, weight: jax.Array, dnormed: jax.Array, dskip
             return kernel.backward(rows, scale, dnormed_rows, dskip_rows, eps).reshape(x.shape)
     _, pull = jax.vjp(lambda x: (plain_rms_norm(x, weight, eps), x), x)
     return pull((dnormed, dskip))[0]
-
-
-def plain_rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """The twin of `rms_norm`; the weight may be any that broadcasts against x [..., D]."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * jnp.broadcast_to(weight.astype(x.dtype), x.shape)
 
 
 @functools.cache

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from qlora_jax.ops import blockwise, nf4
-from qlora_jax.ops.dispatch import Adam, Gated, Rotation, plain_rotate, plain_sums, plain_swiglu
+from qlora_jax.ops.operands import Adam, Gated, Rotation
+from qlora_jax.ops.twins import plain_rotate, plain_sums, plain_swiglu
 
 ROUNDING = 0.02
 """Relative: a few roundings to bfloat16, 2⁻⁹ each, where the twin rounds every step."""

@@ -7,8 +7,6 @@ from typing import Any
 from qlora_jax.planning.estimate import Item, Job, Layout, Seconds, Workspace, items, seconds, total
 from qlora_jax.planning.hardware import Rates
 
-GIB = 2**30
-
 SPARE_SHARE = 0.04
 """Of the device's memory, left free: what the estimate may be wrong by."""
 FRAGMENTS_SHARE = 0.25

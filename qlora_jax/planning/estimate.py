@@ -12,6 +12,7 @@ it moves.
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.engine import programs
 from qlora_jax.engine.optimizer import abstract_moments
-from qlora_jax.model.decoder import MLP_TOKENS, Attention, DecoderLayer, LlamaConfig
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import MLP_TOKENS, Attention, DecoderLayer
 from qlora_jax.model.loss import LOGIT_BYTES
 from qlora_jax.planning.hardware import Rates
 from qlora_jax.runtime.placement import READ_AHEAD, SLOTS, LayerPlace, Tree, Where, nbytes, spread
@@ -32,7 +34,7 @@ PROCESS_BYTES = {True: 6 * 2**30, False: 0.7 * 2**30}
 class Job:
     """What is to be trained: everything about a run that its memory and time depend on, but for where things live."""
 
-    config: LlamaConfig
+    config: Architecture
     lora: LoraSettings
     quantization: QuantizationSettings
     optim: str
@@ -156,9 +158,10 @@ def workspace(job: Job, layout: Layout) -> Workspace:
     """An estimate, for where nothing can be compiled; see the module's docstring."""
     config, itemsize = job.config, jnp.dtype(job.dtype).itemsize
     hidden, mlp, tokens = config.hidden_size, config.intermediate_size, job.tokens
-    dense = [itemsize * rows * columns for rows, columns in config.linear_shapes().values()]
+    bytes_of = {name: itemsize * rows * columns for name, (rows, columns) in config.linear_shapes().items()}
+    dense, mlp_dense = [*bytes_of.values()], [bytes_of[name] for name in config.mlp_linears]
     chunk = min(tokens, layout.mlp_tokens)
-    hoisted = sum(dense[4:]) if chunk < tokens else max(dense)
+    hoisted = sum(mlp_dense) if chunk < tokens else max(dense)
     scores = 0
     if job.attention == "xla":
         scores = 4 * job.rows * config.num_attention_heads * job.length**2  # float32 [B, H, T, T]
@@ -327,7 +330,7 @@ def seconds(job: Job, layout: Layout, rates: Rates) -> Seconds:
 def _layer_seconds(job: Job, layout: Layout, rates: Rates) -> tuple[float, float, float]:
     """One layer on one micro-batch: forwards, backwards with running it again, backwards from what was kept."""
     chunk = min(job.tokens, layout.mlp_tokens)
-    mlp = sum(rows * columns for rows, columns in list(job.config.linear_shapes().values())[4:])
+    mlp = sum(math.prod(job.config.linears[name].shape) for name in job.config.mlp_linears)
     slower = 1 + FEW_TOKENS / job.tokens + mlp / job.layer_weights * (FEW_TOKENS / chunk - FEW_TOKENS / job.tokens)
     product = 2 * job.layer_weights * job.tokens / rates.flop * slower
     heads = job.config.num_attention_heads * job.config.head_dim
@@ -336,7 +339,7 @@ def _layer_seconds(job: Job, layout: Layout, rates: Rates) -> tuple[float, float
     moved = [factor * job.hidden_bytes / rates.memory for factor in ELEMENTWISE]
     launches = [number * LAUNCH_SECONDS for number in KERNELS]
     forward = product + attention + dequantize + moved[0] + launches[0]
-    rows, columns = job.config.linear_shapes()["down_proj"]
+    rows, columns = job.config.linears[job.config.mlp_linears[-1]].shape
     product_again = product * (1 - rows * columns / job.layer_weights)  # nothing needs what down_proj gives
     again = product + product_again + 3.5 * attention + moved[1] + launches[1]
     again += dequantize * (1 if layout.share_dense else 2)

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qlora_jax.base.errors import InputError
-from qlora_jax.config import MemorySettings, QuantizationSettings
-from qlora_jax.engine import programs
+from qlora_jax.base.units import GIB
+from qlora_jax.config import MemorySettings
 from qlora_jax.engine.compiled_memory import temporary_bytes
 from qlora_jax.engine.engine import Engine
-from qlora_jax.model.decoder import MLP_TOKENS, DecoderLayer, LlamaConfig
-from qlora_jax.planning.budget import GIB, Limits, Plan, spare_bytes
+from qlora_jax.model.decoder import MLP_TOKENS
+from qlora_jax.planning.budget import Limits, Plan, spare_bytes
 from qlora_jax.planning.estimate import Job, Layout, Workspace, items, total, workspace
 from qlora_jax.planning.hardware import Rates
-from qlora_jax.runtime.placement import SLOTS, nbytes
+from qlora_jax.runtime.placement import SLOTS
 
 CHUNKS = (MLP_TOKENS, 4096, 2048, 1024)
 """Tokens that the MLP may work on at a time where all of a micro-batch's are too many."""
@@ -83,11 +83,6 @@ def choose(
         if workspace_of is workspace or _mode(job, plan.layout) in known:
             return plan
         known[_mode(job, plan.layout)] = workspace_of(job, plan.layout)
-
-
-def layer_bytes(config: LlamaConfig, quantization: QuantizationSettings) -> int:
-    """Bytes of one decoder layer's frozen weights, from its shapes: 441 MB for Llama-2-70B."""
-    return nbytes(programs.describe(DecoderLayer, config, None, quantization, "xla")[2])
 
 
 def _on_a_processor(job: Job, memory: MemorySettings, gradient_checkpointing: str, limits: Limits) -> Plan:

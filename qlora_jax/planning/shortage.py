@@ -4,8 +4,9 @@ import dataclasses
 import math
 import os
 
+from qlora_jax.base.units import GIB
 from qlora_jax.config import MemorySettings
-from qlora_jax.planning.budget import GIB, HOST_SPARE_SHARE, Limits, Plan
+from qlora_jax.planning.budget import HOST_SPARE_SHARE, Limits, Plan
 from qlora_jax.planning.search import choose, remedies
 from qlora_jax.runtime.machine import CONTEXT_BYTES, POOL_VARIABLE
 

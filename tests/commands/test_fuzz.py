@@ -19,7 +19,7 @@ from convert.quantize import quantize
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Engine
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from qlora_jax.runtime.placement import put
 from qlora_jax.training.checkpoint import Checkpoints
 from tests.helpers import tiny
@@ -332,5 +332,5 @@ def test_a_tokenizers_own_code_is_not_run(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def shape_of(place: Path) -> LlamaConfig:
+def shape_of(place: Path) -> Architecture:
     return read_config(ModelFolder(place / "plain"))

@@ -22,7 +22,7 @@ from qlora_jax.compare.both import Ours, Reference, Steps, Subject, differences,
 from qlora_jax.compare.report import as_json
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.engine.engine import Weights
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from qlora_jax.runtime.placement import LayerStore
 from tests.helpers import tiny
 
@@ -173,7 +173,7 @@ def test_a_number_that_is_none_is_exceeded() -> None:
 
 
 def test_bounds_grow_with_depth_and_stay_far_below_what_matters() -> None:
-    config = LlamaConfig.from_hf(tiny.hf_config())
+    config = Architecture.from_hf(tiny.hf_config())
     deeper = [bounds.arithmetic(config, depth) for depth in range(80)]
     assert deeper == sorted(deeper)
     llama_70b = dataclasses.replace(config, hidden_size=8192, intermediate_size=28672)

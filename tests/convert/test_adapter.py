@@ -21,7 +21,7 @@ from convert.load import load_weights, read_bfloat16, read_config
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Adapters, Engine, Weights
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from qlora_jax.ops import nf4
 from tests.helpers import tiny
 
@@ -39,16 +39,16 @@ def folder(tiny_folder: Path) -> ModelFolder:
 
 
 @pytest.fixture(scope="module")
-def config(folder: ModelFolder) -> LlamaConfig:
+def config(folder: ModelFolder) -> Architecture:
     return read_config(folder)
 
 
 @pytest.fixture(scope="module")
-def weights(folder: ModelFolder, config: LlamaConfig) -> Weights:
+def weights(folder: ModelFolder, config: Architecture) -> Weights:
     return load_weights(folder, config, QUANTIZATION, "device")
 
 
-def random_adapters(config: LlamaConfig, lora: LoraSettings, seed: int = 0) -> Adapters:
+def random_adapters(config: Architecture, lora: LoraSettings, seed: int = 0) -> Adapters:
     """A and B both random, so that the adapter is a good part of the output."""
     rng = np.random.default_rng(seed)
 
@@ -61,7 +61,9 @@ def random_adapters(config: LlamaConfig, lora: LoraSettings, seed: int = 0) -> A
     return [{name: {"adapter": pair(*shapes[name])} for name in lora.targets} for _ in range(config.num_hidden_layers)]
 
 
-def our_logits(config: LlamaConfig, weights: Weights, lora: LoraSettings | None, adapters: Sequence[Any]) -> np.ndarray:
+def our_logits(
+    config: Architecture, weights: Weights, lora: LoraSettings | None, adapters: Sequence[Any]
+) -> np.ndarray:
     engine = Engine(config, lora, QUANTIZATION, compute_dtype=jnp.float32)
     return np.asarray(engine.logits(weights, list(adapters), INPUT_IDS))
 
@@ -73,7 +75,7 @@ def assert_same_function(ours: np.ndarray, theirs: np.ndarray, base: np.ndarray)
 
 
 @pytest.fixture(scope="module")
-def base_logits(config: LlamaConfig, weights: Weights) -> np.ndarray:
+def base_logits(config: Architecture, weights: Weights) -> np.ndarray:
     return our_logits(config, weights, None, [{}] * config.num_hidden_layers)
 
 
@@ -116,14 +118,14 @@ def save(folder: Path, adapters: Adapters, lora: LoraSettings = ALL, quantizatio
 
 
 @pytest.fixture
-def saved(tmp_path: Path, config: LlamaConfig) -> Path:
+def saved(tmp_path: Path, config: Architecture) -> Path:
     return save(tmp_path / "adapter", random_adapters(config, ALL))
 
 
 # Out
 
 
-def test_the_file_is_as_peft_writes_it(saved: Path, config: LlamaConfig) -> None:
+def test_the_file_is_as_peft_writes_it(saved: Path, config: Architecture) -> None:
     tensors = safetensors.numpy.load_file(saved / WEIGHTS_FILE)
     modules = {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
     modules |= {"o_proj": "self_attn.o_proj", "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj"}
@@ -160,7 +162,7 @@ def test_peft_knows_every_field_of_the_config(saved: Path) -> None:
 )
 def test_peft_computes_what_we_do(
     tmp_path: Path,
-    config: LlamaConfig,
+    config: Architecture,
     weights: Weights,
     base_logits: np.ndarray,
     make_reference: Callable[[], Any],
@@ -173,7 +175,7 @@ def test_peft_computes_what_we_do(
     assert_same_function(our_logits(config, weights, lora, adapters), their_logits(model), base_logits)
 
 
-def test_a_folder_is_replaced_whole(saved: Path, config: LlamaConfig) -> None:
+def test_a_folder_is_replaced_whole(saved: Path, config: Architecture) -> None:
     (saved / "stray").write_text("of another run")
     few = LoraSettings(r=2, target_modules=["q_proj"])
     adapters = random_adapters(config, few, seed=1)
@@ -183,7 +185,7 @@ def test_a_folder_is_replaced_whole(saved: Path, config: LlamaConfig) -> None:
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
-def test_what_is_there_stays_if_writing_fails(saved: Path, config: LlamaConfig) -> None:
+def test_what_is_there_stays_if_writing_fails(saved: Path, config: Architecture) -> None:
     before = (saved / WEIGHTS_FILE).read_bytes()
     adapters = random_adapters(config, ALL, seed=1)
     del adapters[1]["down_proj"]
@@ -198,7 +200,7 @@ def test_what_is_there_stays_if_writing_fails(saved: Path, config: LlamaConfig) 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_round_trip_bit_for_bit(tmp_path: Path, config: LlamaConfig, use_rslora: bool, double_quant: bool) -> None:
+def test_round_trip_bit_for_bit(tmp_path: Path, config: Architecture, use_rslora: bool, double_quant: bool) -> None:
     lora = LoraSettings(r=3, lora_alpha=5.0, target_modules=["v_proj", "up_proj"], use_rslora=use_rslora)
     quantization = QuantizationSettings(double_quant=double_quant)
     adapters = random_adapters(config, lora)
@@ -213,7 +215,7 @@ def test_round_trip_bit_for_bit(tmp_path: Path, config: LlamaConfig, use_rslora:
             assert loaded.tobytes() == np.asarray(adapters[layer][name]["adapter"][part]).tobytes()
 
 
-def test_as_adapters_is_what_the_engine_trained(saved: Path, config: LlamaConfig) -> None:
+def test_as_adapters_is_what_the_engine_trained(saved: Path, config: Architecture) -> None:
     lora, adapters = as_adapters(load_adapter(saved, config), config)
     assert (lora.r, lora.scaling, lora.targets) == (ALL.r, ALL.scaling, ALL.targets)
     expected = random_adapters(config, ALL)
@@ -229,7 +231,7 @@ def test_as_adapters_is_what_the_engine_trained(saved: Path, config: LlamaConfig
 )
 def test_an_adapter_that_peft_wrote(
     tmp_path: Path,
-    config: LlamaConfig,
+    config: Architecture,
     weights: Weights,
     base_logits: np.ndarray,
     make_reference: Callable[[], Any],
@@ -253,7 +255,7 @@ def test_an_adapter_that_peft_wrote(
     assert_same_function(our_logits(config, weights, lora, adapters), their_logits(model), base_logits)
 
 
-def test_an_adapter_in_sixteen_bits_is_widened(saved: Path, config: LlamaConfig) -> None:
+def test_an_adapter_in_sixteen_bits_is_widened(saved: Path, config: Architecture) -> None:
     tensors = safetensors.numpy.load_file(saved / WEIGHTS_FILE)
     halves = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     safetensors.numpy.save_file(halves, saved / WEIGHTS_FILE)
@@ -265,7 +267,7 @@ def test_an_adapter_in_sixteen_bits_is_widened(saved: Path, config: LlamaConfig)
 # Refusals
 
 
-def refusal(folder: Path, config: LlamaConfig) -> str:
+def refusal(folder: Path, config: Architecture) -> str:
     with pytest.raises(InputError) as caught:
         load_adapter(folder, config)
     return str(caught.value)
@@ -282,19 +284,19 @@ LAST = names.adapter(1, "down_proj", "lora_b")
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-def test_a_missing_file(saved: Path, config: LlamaConfig, name: str) -> None:
+def test_a_missing_file(saved: Path, config: Architecture, name: str) -> None:
     (saved / name).unlink()
     message = refusal(saved, config)
     assert message.startswith(str(saved))
     assert f"no {name}" in message
 
 
-def test_a_missing_folder(tmp_path: Path, config: LlamaConfig) -> None:
+def test_a_missing_folder(tmp_path: Path, config: Architecture) -> None:
     assert str(tmp_path / "nowhere") in refusal(tmp_path / "nowhere", config)
 
 
 @pytest.mark.parametrize(("text", "found"), [("{", "not JSON"), ("[]", "a JSON list")])
-def test_a_config_that_is_not_an_object(saved: Path, config: LlamaConfig, text: str, found: str) -> None:
+def test_a_config_that_is_not_an_object(saved: Path, config: Architecture, text: str, found: str) -> None:
     (saved / CONFIG_FILE).write_text(text)
     message = refusal(saved, config)
     assert str(saved / CONFIG_FILE) in message
@@ -327,7 +329,7 @@ def test_a_config_that_is_not_an_object(saved: Path, config: LlamaConfig, text: 
         ("lora_alpha", float("nan")),
     ],
 )
-def test_a_kind_that_cannot_be_applied(saved: Path, config: LlamaConfig, key: str, value: Any) -> None:
+def test_a_kind_that_cannot_be_applied(saved: Path, config: Architecture, key: str, value: Any) -> None:
     settings = json.loads((saved / CONFIG_FILE).read_text())
     (saved / CONFIG_FILE).write_text(json.dumps({**settings, key: value}))
     message = refusal(saved, config)
@@ -336,7 +338,7 @@ def test_a_kind_that_cannot_be_applied(saved: Path, config: LlamaConfig, key: st
 
 
 @pytest.mark.parametrize("key", ["modules_to_save", "rank_pattern", "layers_to_transform", "bias"])
-def test_unused_kinds_may_be_absent_or_null(saved: Path, config: LlamaConfig, key: str) -> None:
+def test_unused_kinds_may_be_absent_or_null(saved: Path, config: Architecture, key: str) -> None:
     settings = json.loads((saved / CONFIG_FILE).read_text())
     settings.pop(key, None)
     (saved / CONFIG_FILE).write_text(json.dumps(settings))
@@ -346,21 +348,21 @@ def test_unused_kinds_may_be_absent_or_null(saved: Path, config: LlamaConfig, ke
         assert load_adapter(saved, config)
 
 
-def test_a_wrong_shape(saved: Path, config: LlamaConfig) -> None:
+def test_a_wrong_shape(saved: Path, config: Architecture) -> None:
     change_tensors(saved, lambda tensors: tensors.update({FIRST: np.zeros((RANK, 3), np.float32)}))
     message = refusal(saved, config)
     assert f"{FIRST} is of shape (4, 3), expected (4, 64)" in message
     assert str(saved / WEIGHTS_FILE) in message
 
 
-def test_another_rank_than_the_configs(saved: Path, config: LlamaConfig) -> None:
+def test_another_rank_than_the_configs(saved: Path, config: Architecture) -> None:
     settings = json.loads((saved / CONFIG_FILE).read_text())
     (saved / CONFIG_FILE).write_text(json.dumps({**settings, "r": 8}))
     assert f"{FIRST} is of shape (4, 64), expected (8, 64)" in refusal(saved, config)
 
 
 @pytest.mark.parametrize("name", [FIRST, LAST])
-def test_half_a_pair(saved: Path, config: LlamaConfig, name: str) -> None:
+def test_half_a_pair(saved: Path, config: Architecture, name: str) -> None:
     change_tensors(saved, lambda tensors: tensors.pop(name))
     assert f"{name} is missing" in refusal(saved, config)
 
@@ -374,7 +376,7 @@ def test_half_a_pair(saved: Path, config: LlamaConfig, name: str) -> None:
         "base_model.model.model.embed_tokens.lora_embedding_A",
     ],
 )
-def test_an_unknown_tensor(saved: Path, config: LlamaConfig, name: str) -> None:
+def test_an_unknown_tensor(saved: Path, config: Architecture, name: str) -> None:
     change_tensors(saved, lambda tensors: tensors.update({name: np.zeros((1,), np.float32)}))
     assert f"unknown tensor {name}" in refusal(saved, config)
 
@@ -384,17 +386,17 @@ def test_a_layer_the_model_lacks(tmp_path: Path, saved: Path) -> None:
     assert "layer 1 of q_proj: the model has 1 layers" in refusal(saved, shallow)
 
 
-def test_a_value_that_is_not_finite(saved: Path, config: LlamaConfig) -> None:
+def test_a_value_that_is_not_finite(saved: Path, config: Architecture) -> None:
     change_tensors(saved, lambda tensors: tensors[LAST].__setitem__((0, 0), np.nan))
     assert f"{LAST} holds values that are not finite" in refusal(saved, config)
 
 
-def test_no_tensors(saved: Path, config: LlamaConfig) -> None:
+def test_no_tensors(saved: Path, config: Architecture) -> None:
     safetensors.numpy.save_file({}, saved / WEIGHTS_FILE)
     assert "no adapter tensors" in refusal(saved, config)
 
 
-def test_everything_wrong_is_said_at_once(saved: Path, config: LlamaConfig) -> None:
+def test_everything_wrong_is_said_at_once(saved: Path, config: Architecture) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
         del tensors[FIRST]
         tensors[LAST] = np.zeros((2, 2), np.float32)
@@ -407,7 +409,7 @@ def test_everything_wrong_is_said_at_once(saved: Path, config: LlamaConfig) -> N
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_truncated_file(saved: Path, config: LlamaConfig, keep: int) -> None:
+def test_a_truncated_file(saved: Path, config: Architecture, keep: int) -> None:
     data = (saved / WEIGHTS_FILE).read_bytes()
     (saved / WEIGHTS_FILE).write_bytes(data[:keep])
     message = refusal(saved, config)
@@ -416,7 +418,7 @@ def test_a_truncated_file(saved: Path, config: LlamaConfig, keep: int) -> None:
 
 
 @pytest.mark.parametrize("note", ["no JSON", '{"double_quant": "perhaps"}', '{"stranger": 1}'])
-def test_a_damaged_note_about_quantization(saved: Path, config: LlamaConfig, note: str) -> None:
+def test_a_damaged_note_about_quantization(saved: Path, config: Architecture, note: str) -> None:
     tensors = safetensors.numpy.load_file(saved / WEIGHTS_FILE)
     safetensors.numpy.save_file(tensors, saved / WEIGHTS_FILE, {"quantization": note})
     message = refusal(saved, config)
@@ -424,7 +426,7 @@ def test_a_damaged_note_about_quantization(saved: Path, config: LlamaConfig, not
     assert "quantization" in message
 
 
-def test_layers_that_differ_cannot_be_run(saved: Path, config: LlamaConfig) -> None:
+def test_layers_that_differ_cannot_be_run(saved: Path, config: Architecture) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
         for part in names.ADAPTER_PARTS:
             del tensors[names.adapter(1, "o_proj", part)]
@@ -439,6 +441,6 @@ def test_layers_that_differ_cannot_be_run(saved: Path, config: LlamaConfig) -> N
         as_adapters(adapter, config)
 
 
-def test_a_copy_of_the_folder_loads(saved: Path, tmp_path: Path, config: LlamaConfig) -> None:
+def test_a_copy_of_the_folder_loads(saved: Path, tmp_path: Path, config: Architecture) -> None:
     copy = shutil.copytree(saved, tmp_path / "elsewhere")
     assert load_adapter(str(copy), config).pairs.keys() == load_adapter(saved, config).pairs.keys()

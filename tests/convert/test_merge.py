@@ -25,7 +25,7 @@ from convert.quantize import quantize
 from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Engine
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from qlora_jax.ops import nf4
 from tests.helpers import tiny
 
@@ -212,7 +212,7 @@ def test_logits_of_base_and_adapter(model: Path, adapter: Path, merged: dict[str
     assert np.linalg.norm(without - theirs) > 10 * tolerance * np.linalg.norm(theirs)
 
 
-def trained_logits(config: LlamaConfig, lora: LoraSettings | None, weights: Any, adapters: Any) -> Any:
+def trained_logits(config: Architecture, lora: LoraSettings | None, weights: Any, adapters: Any) -> Any:
     engine = Engine(config, lora, QuantizationSettings(), compute_dtype=jnp.float32)
     return engine.logits(weights, adapters, INPUT_IDS)
 

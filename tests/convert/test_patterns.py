@@ -19,10 +19,10 @@ from convert.adapters.patterns import evaluate
 from convert.files import names
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import LINEAR_NAMES
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from tests.helpers import tiny
 
-CONFIG = LlamaConfig.from_hf(tiny.hf_config(num_hidden_layers=12, tie_word_embeddings=False))
+CONFIG = Architecture.from_hf(tiny.hf_config(num_hidden_layers=12, tie_word_embeddings=False))
 PLACE = Path("an adapter/adapter_config.json")
 UNSLOTH = (
     r"(?:.*?(?:vision|visual|language|text).*?(?:self_attn|attn|mlp|ffn).*?(?:q_proj|v_proj).*?)|"

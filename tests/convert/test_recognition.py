@@ -18,10 +18,10 @@ from convert.model import open_model, open_shape
 from convert.quantize import main as quantize
 from qlora_jax.__main__ import main as command
 from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from tests.helpers import tiny
 
-SHAPE = LlamaConfig.from_hf(tiny.hf_config())
+SHAPE = Architecture.from_hf(tiny.hf_config())
 PEFT = {
     "peft_type": "LORA",
     "base_model_name_or_path": "org/base",

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.tokenizer import byte_tokenizer as make_tokenizer
 from convert.files.shapes import tensor_shapes
 from convert.files.shards import TensorSpec, write_index, write_json, write_shard
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtypes
     """Weights under Hugging Face's names: norms near 1, the rest normal with a deviation that keeps activations near 1."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in tensor_shapes(LlamaConfig.from_hf(config)).items():
+    for name, shape in tensor_shapes(Architecture.from_hf(config)).items():
         values = rng.standard_normal(shape)
         tensors[name] = (1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5).astype(dtype)
     return tensors

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
-from qlora_jax.model.decoder import DecoderLayer, LlamaConfig
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import DecoderLayer
 from qlora_jax.model.linear import FrozenParam, LoRA, NF4Linear, project
 from qlora_jax.ops import nf4
 from qlora_jax.ops.dropout import Dropout
@@ -282,7 +283,7 @@ def test_split_separates_exactly_the_adapter() -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "q_proj"], ["down_proj"]], ids=str)
 def test_split_of_a_decoder_layer(targets: Any) -> None:
-    config, lora = LlamaConfig.from_hf(tiny.hf_config()), LoraSettings(r=RANK, target_modules=targets)
+    config, lora = Architecture.from_hf(tiny.hf_config()), LoraSettings(r=RANK, target_modules=targets)
     layer = nnx.eval_shape(lambda: DecoderLayer(config, lora, QuantizationSettings(), "xla", nnx.Rngs(0)))
     _, trained, frozen = nnx.split(layer, nnx.LoRAParam, ...)
     names = LINEAR_NAMES if targets == "all-linear" else targets

@@ -18,7 +18,8 @@ from convert.load import load_weights, read_config
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
 from qlora_jax.engine.engine import Engine, Weights
-from qlora_jax.model.decoder import LlamaConfig, RMSNorm, rotate
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import RMSNorm, rotate
 from qlora_jax.ops import nf4
 from tests.helpers import tiny
 
@@ -151,7 +152,7 @@ def test_logits_without_quantization_equal_transformers(tiny_folder: Path) -> No
 def test_logits_would_show_an_overlooked_key(tiny_folder: Path, name: str) -> None:
     """The variants above change the logits by far more than the tolerance: an engine that ignored the key would fail there."""
     engine, weights = load_model(tiny_folder)
-    config = LlamaConfig.from_hf(tiny.hf_config(**{k: v for k, v in VARIANTS[name].items() if v is not ...}))
+    config = Architecture.from_hf(tiny.hf_config(**{k: v for k, v in VARIANTS[name].items() if v is not ...}))
     other = Engine(config, None, QuantizationSettings(), compute_dtype=jnp.float32)
     input_ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, (2, 24)).astype(np.int32)
     found, expected = (np.asarray(e.logits(weights, no_adapters(e), input_ids)) for e in (other, engine))
@@ -236,21 +237,21 @@ def test_every_key_of_transformers_is_read_checked_or_harmless() -> None:
 @pytest.mark.parametrize("key", READ)
 def test_read_keys_matter(key: str) -> None:
     config = tiny.hf_config()
-    changed = LlamaConfig.from_hf({**config, key: READ[key]})
-    assert changed != LlamaConfig.from_hf(config)
+    changed = Architecture.from_hf({**config, key: READ[key]})
+    assert changed != Architecture.from_hf(config)
     if key != "rope_parameters":
         assert getattr(changed, key) == READ[key]
 
 
 @pytest.mark.parametrize("key", sorted(HARMLESS))
 def test_harmless_keys_do_not_matter(key: str) -> None:
-    assert LlamaConfig.from_hf(tiny.hf_config(**{key: 7})) == LlamaConfig.from_hf(tiny.hf_config())
+    assert Architecture.from_hf(tiny.hf_config(**{key: 7})) == Architecture.from_hf(tiny.hf_config())
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values])
 def test_unsupported_values_are_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(InputError) as error:
-        LlamaConfig.from_hf(tiny.hf_config(**{key: value}), "here/config.json")
+        Architecture.from_hf(tiny.hf_config(**{key: value}), "here/config.json")
     assert error.value.where == "here/config.json"
     assert error.value.found.startswith(f"{key} is {value!r}")
     assert ";" not in error.value.found  # that one alone
@@ -300,9 +301,9 @@ def test_keys_without_effect_are_not_refused(tmp_path: Path, changes: dict[str, 
 
 def test_advice_on_keys_that_transformers_ignores() -> None:
     with pytest.raises(InputError, match="as transformers runs it, remove sliding_window and logit_softcapping from"):
-        LlamaConfig.from_hf(tiny.hf_config(sliding_window=4, logit_softcapping=30.0))
+        Architecture.from_hf(tiny.hf_config(sliding_window=4, logit_softcapping=30.0))
     with pytest.raises(InputError) as caught:
-        LlamaConfig.from_hf(tiny.hf_config(sliding_window=4, model_type="mistral"))
+        Architecture.from_hf(tiny.hf_config(sliding_window=4, model_type="mistral"))
     assert caught.value.fix == "use another base model"
 
 
@@ -310,7 +311,7 @@ def test_all_problems_are_named_at_once() -> None:
     config = tiny.hf_config(**{key: values[0] for key, values in REFUSED.items()})
     del config["vocab_size"], config["hidden_size"]
     with pytest.raises(InputError) as error:
-        LlamaConfig.from_hf(config)
+        Architecture.from_hf(config)
     assert {problem.split()[0] for problem in error.value.found.split("; ")} == {*REFUSED, "vocab_size", "hidden_size"}
 
 
@@ -321,7 +322,7 @@ def test_missing_keys_are_named(key: str) -> None:
     config = tiny.hf_config()
     del config[key]
     with pytest.raises(InputError) as error:
-        LlamaConfig.from_hf(config)
+        Architecture.from_hf(config)
     assert error.value.found == f"{key} is missing"
 
 
@@ -342,22 +343,22 @@ def test_missing_keys_are_named(key: str) -> None:
 )
 def test_what_is_no_such_number(changes: dict[str, Any], found: str) -> None:
     with pytest.raises(InputError, match=re.escape(found)):
-        LlamaConfig.from_hf(tiny.hf_config(**changes))
+        Architecture.from_hf(tiny.hf_config(**changes))
 
 
 def test_defaults_are_those_of_transformers() -> None:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     required = {name: tiny.hf_config()[name] for name in names}
     expected = transformers.LlamaConfig(**required).to_dict()
-    config = LlamaConfig.from_hf(required)
-    assert config == LlamaConfig.from_hf(expected)
+    config = Architecture.from_hf(required)
+    assert config == Architecture.from_hf(expected)
     for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"):
         assert getattr(config, name) == expected[name]
     assert config.rope_theta == expected["rope_parameters"]["rope_theta"]
 
 
 def test_shapes_of_the_linears() -> None:
-    config = LlamaConfig.from_hf(tiny.hf_config(head_dim=24))
+    config = Architecture.from_hf(tiny.hf_config(head_dim=24))
     q, kv, hidden, mlp = 4 * 24, 2 * 24, 64, 128
     expected = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (mlp, hidden), (mlp, hidden), (hidden, mlp)]
     assert list(config.linear_shapes().items()) == list(zip(LINEAR_NAMES, expected, strict=True))

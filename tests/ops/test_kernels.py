@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.ops import blockwise, dispatch, nf4, self_test
+from qlora_jax.ops import blockwise, dispatch, nf4, self_test, twins
 from qlora_jax.ops.nf4 import QuantizedTensor
+from qlora_jax.ops.operands import Adam, Gated, Rotation
 from qlora_jax.ops.pallas import adam, dequantization, low_rank, narrow_matmul, norm, quantization, triton
 from tests.helpers.linears import frozen_matmul
 
@@ -183,7 +184,7 @@ def test_the_twin_of_low_rank_add(case: tuple[Any, ...]) -> None:
     summands, u, v = jax.tree.map(lambda x: x.astype(jnp.float32), (summands, u, v))
     assert not low_rank.supported(summands, u, v)
     with jax.default_matmul_precision("highest"):
-        assert_low_rank_sum(dispatch.plain_low_rank_add(summands, u, v, **options), (summands, u, v), options)
+        assert_low_rank_sum(twins.plain_low_rank_add(summands, u, v, **options), (summands, u, v), options)
 
 
 ROTATED_CASES = [(48, 3, 32, 16), (70, 4, 64, 48)]  # tokens, heads, head dim, rank
@@ -191,15 +192,15 @@ ROTATED_CASES = [(48, 3, 32, 16), (70, 4, 64, 48)]  # tokens, heads, head dim, r
 
 def rotated_case(
     tokens: int, heads: int, head_dim: int, rank: int, dtype: Any = jnp.bfloat16
-) -> tuple[tuple[Any, ...], dispatch.Rotation, dict[str, Any]]:
+) -> tuple[tuple[Any, ...], Rotation, dict[str, Any]]:
     """Arguments of `low_rank_add` and angles."""
     (summands, u, v), options = low_rank_case(tokens, heads * head_dim, rank, True, 1, False)
     angles = jax.random.uniform(jax.random.key(9), (tokens, head_dim // 2), jnp.float32, -3, 3)
-    rotation = dispatch.Rotation(jnp.cos(angles), jnp.sin(angles))
+    rotation = Rotation(jnp.cos(angles), jnp.sin(angles))
     return jax.tree.map(lambda x: x.astype(dtype), (summands, u, v)), rotation, options
 
 
-def assert_rotated_sum(found: jax.Array, arguments: tuple[Any, ...], rotation: dispatch.Rotation, rank: int) -> None:
+def assert_rotated_sum(found: jax.Array, arguments: tuple[Any, ...], rotation: Rotation, rank: int) -> None:
     """Against float64: both halves' sums have float32's error of their product, rotated they are rounded once more."""
     (base,), u, v = (jax.tree.map(lambda x: np.asarray(x, np.float64), each) for each in arguments)
     u = u[:, 16 : 16 + rank]
@@ -238,7 +239,7 @@ def test_the_twin_of_the_rotated_sum(case: tuple[int, ...]) -> None:
 
 def test_which_rotations_are_left_to_the_twin() -> None:
     def rotates(half: int, transposed: bool = True) -> bool:
-        return low_rank.rotates(dispatch.Rotation(jnp.zeros((4, half)), jnp.zeros((4, half))), transposed)
+        return low_rank.rotates(Rotation(jnp.zeros((4, half)), jnp.zeros((4, half))), transposed)
 
     assert rotates(32)
     assert not any((rotates(48), rotates(8), rotates(32, transposed=False)))
@@ -250,26 +251,22 @@ THRESHOLD = 100
 
 def gated_case(
     tokens: int, features: int, rank: int, masked: bool, dtype: Any = jnp.bfloat16
-) -> tuple[dispatch.Gated, list[jax.Array], jax.Array | None]:
+) -> tuple[Gated, list[jax.Array], jax.Array | None]:
     """Two sums of ordinary size; a gradient and the factors of what is added to it; what dropout drew."""
     draws = Draws()
     gate, up, dy = (draws.normal(tokens, features, dtype=dtype) for _ in range(3))
     u, du = (draws.normal(tokens, columns, dtype=dtype) for columns in (2 * rank, rank))
     gate_v, up_v, dv = (draws.normal(features, rank, dtype=dtype, scale=rank**-0.5) for _ in range(3))
     drawn = draws.bits(tokens, features) if masked else None
-    return dispatch.Gated(gate, up, u, gate_v, up_v, (2.0, 0.5), (0, rank)), [dy, du, dv.T], drawn
+    return Gated(gate, up, u, gate_v, up_v, (2.0, 0.5), (0, rank)), [dy, du, dv.T], drawn
 
 
-def run_gated(
-    gated: dispatch.Gated, back: list[jax.Array], drawn: jax.Array | None, module: Any, **options: Any
-) -> Any:
+def run_gated(gated: Gated, back: list[jax.Array], drawn: jax.Array | None, module: Any, **options: Any) -> Any:
     masked = {} if drawn is None else {"drawn": drawn, "threshold": THRESHOLD}
     return [module.swiglu(gated, **options), *module.swiglu_backward(gated, *back, factor=0.7, **masked, **options)]
 
 
-def assert_swiglu(
-    found: list[jax.Array], gated: dispatch.Gated, back: list[jax.Array], drawn: jax.Array | None
-) -> None:
+def assert_swiglu(found: list[jax.Array], gated: Gated, back: list[jax.Array], drawn: jax.Array | None) -> None:
     """y twice, dgate, dup against float64. Their slopes in gate and up are at most 1.1 times the other factors; a sum has the error of
     its product in float32."""
     base, up, u, gate_v, up_v, dy, du, dv = (np.asarray(x, np.float64) for x in (*gated[:5], *back))
@@ -356,7 +353,7 @@ def test_what_is_written_in_place_was_read_before() -> None:
         assert assert_read_before_it_is_written(run) == outputs
 
 
-ADAM = dispatch.Adam(0.9, 0.99, 1e-8, 0.1)
+ADAM = Adam(0.9, 0.99, 1e-8, 0.1)
 
 
 def adam_case(shape: tuple[int, ...], dtype: Any = jnp.float32) -> tuple[Any, ...]:
@@ -498,9 +495,9 @@ def small_integers(tokens: int, features: int) -> tuple[jax.Array, jax.Array]:
 @interpreted
 def test_rms_norm_rounds_where_the_twin_does() -> None:
     x, weight = small_integers(5, 512)
-    found, expected = norm.forward(x, weight, NORM_EPS, interpret=True), dispatch.plain_rms_norm(x, weight, NORM_EPS)
+    found, expected = norm.forward(x, weight, NORM_EPS, interpret=True), twins.plain_rms_norm(x, weight, NORM_EPS)
     np.testing.assert_array_equal(bits(found), bits(expected))
-    once = dispatch.plain_rms_norm(x.astype(jnp.float32), weight, NORM_EPS).astype(jnp.bfloat16)
+    once = twins.plain_rms_norm(x.astype(jnp.float32), weight, NORM_EPS).astype(jnp.bfloat16)
     assert (found != once).any()  # so the rounding between norm and weight shows
 
 
@@ -736,7 +733,7 @@ def test_rotated_sum_on_the_gpu(case: tuple[int, ...]) -> None:
 def test_swiglu_on_the_gpu(case: tuple[Any, ...]) -> None:
     gated, back, drawn = gated_case(*case)
     static = gated[5:]
-    run = jax.jit(lambda arrays, back, drawn: run_gated(dispatch.Gated(*arrays, *static), back, drawn, dispatch))
+    run = jax.jit(lambda arrays, back, drawn: run_gated(Gated(*arrays, *static), back, drawn, dispatch))
     assert_swiglu(run(gated[:5], back, drawn), gated, back, drawn)
 
 
@@ -769,7 +766,7 @@ def test_adamw_8bit_on_the_gpu(shape: tuple[int, int], dtype: Any) -> None:
 def test_rms_norm_rounds_where_the_twin_does_on_the_gpu() -> None:
     x, weight = small_integers(100, 4096)
     with jax.disable_jit():  # compiled as one, XLA leaves out the rounding in the middle
-        expected = dispatch.plain_rms_norm(x, weight, NORM_EPS)
+        expected = twins.plain_rms_norm(x, weight, NORM_EPS)
     np.testing.assert_array_equal(bits(dispatch.rms_norm(x, weight, NORM_EPS)), bits(expected))
 
 

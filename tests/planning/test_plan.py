@@ -11,22 +11,25 @@ import pytest
 
 from qlora_jax.__main__ import main
 from qlora_jax.base.errors import InputError
+from qlora_jax.base.units import GIB, parse_bytes
 from qlora_jax.commands import plan as plan_module
 from qlora_jax.commands.plan import memory_explained
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, load_config
-from qlora_jax.model.decoder import MLP_TOKENS, LlamaConfig
+from qlora_jax.engine.layer_program import layer_bytes
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import MLP_TOKENS
 from qlora_jax.planning import remembered
-from qlora_jax.planning.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.planning.budget import PINNED_SLACK, Limits, Plan
 from qlora_jax.planning.estimate import PROCESS_BYTES, Job, Layout, Workspace, items, seconds, total, workspace
 from qlora_jax.planning.hardware import Rates, published
-from qlora_jax.planning.search import compiled_workspace, layer_bytes, make_plan
+from qlora_jax.planning.search import compiled_workspace, make_plan
 from qlora_jax.planning.shortage import explain
 from qlora_jax.runtime import machine
-from qlora_jax.runtime.machine import CONTEXT_BYTES, parse_bytes
+from qlora_jax.runtime.machine import CONTEXT_BYTES
 from tests.helpers import tiny
 
-LLAMA2_70B = LlamaConfig(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 10000.0, False)
-LLAMA2_7B = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 10000.0, False)
+LLAMA2_70B = Architecture(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 10000.0, False)
+LLAMA2_7B = Architecture(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 10000.0, False)
 SMALL_CARD = Limits(int(22.8 * GIB), 60 * GIB)
 LARGE_CARD = Limits(130 * GIB, 100 * GIB)
 H200 = published("NVIDIA H200")
@@ -34,7 +37,7 @@ NORM_BYTES = 2 * 8192 * 2
 OFFSET_BYTES = 7 * 4
 
 
-def job(config: LlamaConfig, rows: int, length: int, micro_batches: int = 1, **changes: Any) -> Job:
+def job(config: Architecture, rows: int, length: int, micro_batches: int = 1, **changes: Any) -> Job:
     lora = LoraSettings(r=64, lora_dropout=0.0)
     options = {"optim": "paged_adamw_32bit", **changes}
     return Job(config, lora, QuantizationSettings(), rows=rows, length=length, micro_batches=micro_batches, **options)
@@ -231,7 +234,7 @@ def test_the_compiled_workspace_decides() -> None:
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_workspace_of_functions_compiled_here(keep: int) -> None:
-    config = LlamaConfig(264, 64, 128, 2, 4, 2, 16, 1e-5, 10000.0, False)
+    config = Architecture(264, 64, 128, 2, 4, 2, 16, 1e-5, 10000.0, False)
     run = Job(config, LoraSettings(r=4), QuantizationSettings(), "adamw", 2, 32, 1, "float32", "xla")
     work = compiled_workspace(run, Layout(2, keep=keep))
     assert (work.forward > 0, work.kept_forward > 0) == (keep < 2, keep > 0)

@@ -23,14 +23,14 @@ from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
 from qlora_jax.commands.plan import make_job
 from qlora_jax.commands.space import FILE_BYTES_A_TOKEN, TOKEN_BYTES, space_of, with_guessed_tokens
 from qlora_jax.config import Config, QuantizationSettings, load_config
-from qlora_jax.model.decoder import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 from qlora_jax.planning import disk as space_module
 from qlora_jax.planning.disk import NAME_BYTES, RECORD_BYTES, SMALL_BYTES, STATE_BYTES, Need, Space, bytes_in
 from tests.convert.test_merge import make_adapter
 from tests.helpers import tiny
 from tests.helpers.runs import records, train_main, write_place
 
-LLAMA2_70B = LlamaConfig(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 10000.0, False)
+LLAMA2_70B = Architecture(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 10000.0, False)
 GIB = 2**30
 
 

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from qlora_jax.base.units import GIB, parse_bytes
 from qlora_jax.runtime import machine, pinned
-from qlora_jax.runtime.machine import GIB, Gpu
+from qlora_jax.runtime.machine import Gpu
 
 CARD = Gpu("a card", 24 * GIB, 23 * GIB)
 
@@ -25,13 +26,13 @@ CARD = Gpu("a card", 24 * GIB, 23 * GIB)
     ],
 )
 def test_sizes(text: str, expected: int) -> None:
-    assert machine.parse_bytes(text) == expected
+    assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "lots", "24XB", "-1GiB", "GiB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="expected a size such as 24GiB"):
-        machine.parse_bytes(text)
+        parse_bytes(text)
 
 
 def test_host_memory_is_what_kernel_and_control_group_allow(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plt
 
 from qlora_jax.ops import blockwise
 from qlora_jax.ops.blockwise import BLOCK_SIZE, BlockwiseTensor
-from qlora_jax.ops.dispatch import Adam
+from qlora_jax.ops.operands import Adam
 from qlora_jax.ops.pallas import triton
 
 BLOCKS, WARPS = 4, 4

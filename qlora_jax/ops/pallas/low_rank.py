@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from qlora_jax.ops.dispatch import Gated, Rotation
+from qlora_jax.ops.operands import Gated, Rotation
 from qlora_jax.ops.pallas import triton
 
 SMALLEST, MAX_STEP = 16, 64
