@@ -15,7 +15,7 @@ from flax import nnx
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.model.architecture import Architecture
 from qlora_jax.model.linear import FrozenParam, LoRA, NF4Linear, project
-from qlora_jax.model.lora_matmul import ADAPTER_OUTPUT
+from qlora_jax.model.lora_matmul import LORA_X
 from qlora_jax.model.mlp import GATED_PRODUCTS, feed_forward
 from qlora_jax.model.norms import RMSNorm
 from qlora_jax.ops.operands import Rotation
@@ -27,7 +27,7 @@ NOISE = 2**31 - 1
 MLP_TOKENS = 8192
 """Tokens the MLP works on at a time, by default: at 70B, 0.5 GB for each of its [N, F] arrays in bfloat16."""
 
-KEPT = jax.checkpoint_policies.save_only_these_names(*GATED_PRODUCTS, ADAPTER_OUTPUT)
+KEPT = jax.checkpoint_policies.save_only_these_names(*GATED_PRODUCTS, LORA_X)
 """What a layer that is not run again keeps of its projections and of its MLP, besides their inputs and attention's own."""
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values seen so far, each [B, S, K, P]
@@ -94,7 +94,7 @@ class DecoderLayer(nnx.Module):
             adapter = None
             if lora is not None and name in lora.targets:
                 adapter = LoRA(columns, rows, lora.r, lora.scaling, lora.lora_dropout, rngs, lora.dtype)
-            linear = NF4Linear(columns, rows, adapter, quantization, rngs, run_again=not keep, share_dense=share_dense)
+            linear = NF4Linear(columns, rows, adapter, quantization, rngs, recomputed=not keep, share_dense=share_dense)
             setattr(self, name, linear)
 
     def __call__(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.model.lora_matmul import How, Pair, Weight, dense, multiply
+from qlora_jax.model.lora_matmul import Draw, MatmulOptions, Pair, Weight, dense, lora_matmul
 from qlora_jax.ops import nf4
 from qlora_jax.ops.dropout import Dropout
 from qlora_jax.ops.operands import Rotation
@@ -52,8 +52,8 @@ class LoRA(nnx.Module):
         self.scaling, self.dropout = scaling, Dropout.of(dropout)
 
     def pair(self) -> Pair:
-        """(A, B)."""
-        return self.lora_a[...], self.lora_b[...]
+        """Return A and B."""
+        return Pair(self.lora_a[...], self.lora_b[...])
 
 
 class NF4Linear(nnx.Module):
@@ -61,7 +61,7 @@ class NF4Linear(nnx.Module):
 
     A new one holds random weights (normal, deviation 0.02) until a checkpoint's take their place.
 
-    `run_again`: differentiated, its forward is run again within the same compiled function, where nothing else wants what it keeps.
+    `recomputed`: when differentiated, its forward pass is recomputed within the same compiled function, where nothing else wants what it saves.
     `share_dense`: see `project`.
     """
 
@@ -73,12 +73,12 @@ class NF4Linear(nnx.Module):
         quantization: QuantizationSettings,
         rngs: nnx.Rngs,
         *,
-        run_again: bool = False,
+        recomputed: bool = False,
         share_dense: bool = False,
     ) -> None:
         weight = 0.02 * jax.random.normal(rngs.params(), (out_features, in_features), jnp.bfloat16)
         self.weight = FrozenParam(nf4.quantize(weight, quantization.double_quant, quantization.quant_type))
-        self.adapter, self.run_again, self.share_dense = adapter, run_again or share_dense, share_dense
+        self.adapter, self.recomputed, self.share_dense = adapter, recomputed or share_dense, share_dense
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [..., in] → [..., out] in x's dtype; `key` as in `project`."""
@@ -118,14 +118,14 @@ def project(
     """
     weights = weights_of(linears, matrices)
     whole = x.shape[-1] == weights[0].shape[1]
-    outputs = multiply(
+    outputs = lora_matmul(
         x,
         weights,
         tuple(None if linear.adapter is None else linear.adapter.pair() for linear in linears),
         None if residual is None else residual.reshape(-1, residual.shape[-1]),
-        None if key is None else (key, first),
+        None if key is None else Draw(key, first),
         rotation,
-        how_to(linears, rotated, x.shape),
+        matmul_options(linears, rotated, x.shape),
     )
     return [y.reshape(*x.shape[: -1 if whole else -2], -1) for y in outputs]
 
@@ -138,14 +138,16 @@ def weights_of(linears: Sequence[NF4Linear], matrices: Sequence[jax.Array | None
     )
 
 
-def how_to(linears: Sequence[NF4Linear], rotated: Sequence[bool] | None = None, shape: tuple[int, ...] = ()) -> How:
-    """What is static about linears of one layer, which share dropout's rate."""
+def matmul_options(
+    linears: Sequence[NF4Linear], rotated: Sequence[bool] | None = None, shape: tuple[int, ...] = ()
+) -> MatmulOptions:
+    """Return what is static about linears of one layer, which share dropout's rate."""
     adapters = [linear.adapter for linear in linears]
-    return How(
-        tuple(1.0 if adapter is None else adapter.scaling for adapter in adapters),
-        next((adapter.dropout for adapter in adapters if adapter is not None), None),
-        linears[0].run_again,
-        linears[0].share_dense,
-        tuple(rotated or [False] * len(linears)),
-        shape,
+    return MatmulOptions(
+        scalings=tuple(1.0 if adapter is None else adapter.scaling for adapter in adapters),
+        dropout=next((adapter.dropout for adapter in adapters if adapter is not None), None),
+        recomputed=linears[0].recomputed,
+        share_dense=linears[0].share_dense,
+        rotated=tuple(rotated or [False] * len(linears)),
+        shape=shape,
     )

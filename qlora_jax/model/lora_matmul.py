@@ -1,15 +1,16 @@
-"""Products with frozen weights and their adapters, the backward pass written out.
+"""LoRA matmuls: frozen weights with their adapters, the backward pass written out.
 
     y = x·Wᵀ + scaling · (dropout(x)·Aᵀ)·Bᵀ          W frozen, in 4 bits or a plain matrix [out, in]; A [R, in] and B [out, R] trained
 
-`multiply` is that for several linears of one input; the other functions are its parts, for who writes a longer piece out (feed_forward.py).
+`lora_matmul` is that for several linears of one input; the other functions are its parts, for whoever writes a longer stretch out
+(mlp.py). `lora_x` is dropout(x)·Aᵀ [N, ΣR] of all the linears, whose A's are one matrix [ΣR, in]: x and its gradient are read once.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,198 +20,254 @@ from qlora_jax.ops import dispatch, nf4, twins
 from qlora_jax.ops.dropout import Dropout
 from qlora_jax.ops.operands import Rotation
 
-ADAPTER_OUTPUT = "adapter"
-"""The name of x·Aᵀ [..., R] for what chooses the values to keep for the backward pass."""
+LORA_X = "lora_x"
+"""Name of dropout(x)·Aᵀ [..., ΣR] for the policy that chooses which activations are saved for the backward pass."""
 
 Weight = nf4.QuantizedTensor | jax.Array
-Pair = tuple[jax.Array, jax.Array]  # an adapter's A [R, in] and B [out, R]
-Draw = tuple[jax.Array, jax.Array | int]  # dropout's key; the number of the input's first token among the micro-batch's
+
+
+class Pair(NamedTuple):
+    """The matrices of a linear's adapter."""
+
+    lora_a: jax.Array  # [R, in]
+    lora_b: jax.Array  # [out, R]
+
+
+class Draw(NamedTuple):
+    """Where dropout's random bits come from."""
+
+    key: jax.Array
+    first: jax.Array | int
+    """The number of the input's first token among the micro-batch's."""
+
+
+class DroppedOut(NamedTuple):
+    """An input of adapters after dropout."""
+
+    bits: jax.Array | None  # [N, in] unsigned integers, None without dropout
+    x: jax.Array  # [N, in]
+
+
+class AdapterInput(NamedTuple):
+    """What a backward pass is given of the input of adapters.
+
+    Either x, and where its dropout bits come from; or, if the backward pass is in the same compiled function as the forward pass, the
+    dropped-out input itself, and no x.
+    """
+
+    x: jax.Array | None
+    draw: Draw | None
+    dropped: DroppedOut | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatmulOptions:
+    """Static options of the LoRA matmuls of one input."""
+
+    scalings: tuple[float, ...]
+    """Factor on B·A of each linear; 1 without an adapter."""
+    dropout: Dropout | None
+    recomputed: bool
+    """Whether the forward pass is recomputed within the function that differentiates it."""
+    share_dense: bool
+    """Whether the dense matrices are saved for the backward pass instead of codes and scales."""
+    rotated: tuple[bool, ...] = ()
+    """Which outputs are rotated."""
+    shape: tuple[int, ...] = ()
+    """The shape of x, which the gradient has too."""
+
+
+class _Residuals(NamedTuple):
+    """What `lora_matmul` saves for its backward pass."""
+
+    input: AdapterInput
+    weights: tuple[Weight, ...]
+    pairs: tuple[Pair | None, ...]
+    lora_x: jax.Array | None
+    rotation: Rotation | None
+    added: bool
+    """Whether a residual was added to the first output, which then has its gradient."""
 
 
 def dense(weight: Weight) -> jax.Array:
-    """A frozen weight as a matrix [out, in]: dequantized if it is in 4 bits, else as it is."""
+    """Return a frozen weight as a matrix [out, in]: dequantized if it is in 4 bits, else as it is."""
     return dispatch.dequantize(weight) if isinstance(weight, nf4.QuantizedTensor) else weight
 
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
-    """x [N, in] times the transpose of a frozen weight of shape (out, in)."""
+    """Multiply x [N, in] by the transpose of a frozen weight of shape (out, in)."""
     return dispatch.matmul(x, weight) if isinstance(weight, nf4.QuantizedTensor) else twins.dense_matmul(x, weight)
 
 
-@dataclasses.dataclass(frozen=True)
-class How:
-    """What is compiled for a group of linears: each one's scaling, dropout if any, whether the forward is run again within the function
-    that differentiates it, and whether dense matrices are kept there; in `multiply` also which outputs are rotated, and the shape of x."""
-
-    scalings: tuple[float, ...]
-    dropout: Dropout | None
-    run_again: bool
-    share_dense: bool
-    rotated: tuple[bool, ...] = ()
-    shape: tuple[int, ...] = ()
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def multiply(
+def lora_matmul(
     x: jax.Array,
     weights: tuple[Weight, ...],
     pairs: tuple[Pair | None, ...],
     residual: jax.Array | None,
     draw: Draw | None,
     rotation: Rotation | None,
-    how: How,
+    options: MatmulOptions,
 ) -> list[jax.Array]:
-    """`project` on x of any shape that is [N, in] in memory, and its residual [N, out]."""
-    return _multiply_forward(x, weights, pairs, residual, draw, rotation, how)[0]
+    """Apply linears to x of any shape that is [N, in] in memory: one output [N, out] a linear, in x's dtype.
+
+    Args:
+        residual: [N, out], added to the first output.
+        rotation: rotary embedding's angles, for the outputs that `options.rotated` says.
+    """
+    return _forward(x, weights, pairs, residual, draw, rotation, options)[0]
 
 
-def _multiply_forward(
+def _forward(
     x: jax.Array,
     weights: tuple[Weight, ...],
     pairs: tuple[Pair | None, ...],
     residual: jax.Array | None,
     draw: Draw | None,
     rotation: Rotation | None,
-    how: How,
-) -> tuple[list[jax.Array], Any]:
-    kept_x, x = x if any(pairs) else None, _as_rows(x, weights)
-    if how.share_dense:
+    options: MatmulOptions,
+) -> tuple[list[jax.Array], _Residuals]:
+    saved_x, x = x if any(pairs) else None, _as_rows(x, weights)
+    if options.share_dense:
         weights = tuple(map(dense, weights))
     bases = [[matmul(x, weight)] for weight in weights]
     if residual is not None:
         bases[0].append(residual)
-    drawn = drawn_for(x.shape, draw, how)
-    seen = seen_by_adapters(x, drawn, how.dropout)
-    down = adapter_output(seen, pairs) if any(pairs) else None
+    dropped = drop_out(x, draw, options)
+    lora_x = project_down(dropped.x, pairs) if any(pairs) else None
     outputs = []
-    for base, pair, scaling, first, turned in zip(bases, pairs, how.scalings, firsts(pairs), how.rotated, strict=True):
+    for base, pair, scaling, first, turned in zip(
+        bases, pairs, options.scalings, first_rows(pairs), options.rotated, strict=True
+    ):
         turn = rotation if turned else None
         if pair is None:
             total = functools.reduce(jnp.add, base)
             outputs.append(total if turn is None else twins.plain_rotate(total, turn))
         else:
-            options = {"factor": scaling, "first": first, "transposed": True, "rotation": turn}
-            outputs.append(dispatch.low_rank_add(base, down, pair[1].astype(x.dtype), **options))
-    again = draw, (drawn, seen) if how.run_again and drawn is not None else None
-    return outputs, (None if again[1] else kept_x, weights, pairs, again, down, rotation, residual is not None)
+            how = {"factor": scaling, "first": first, "transposed": True, "rotation": turn}
+            outputs.append(dispatch.low_rank_add(base, lora_x, pair.lora_b.astype(x.dtype), **how))
+    saves_dropped = options.recomputed and dropped.bits is not None
+    given = AdapterInput(None if saves_dropped else saved_x, draw, dropped if saves_dropped else None)
+    return outputs, _Residuals(given, weights, pairs, lora_x, rotation, residual is not None)
 
 
-def _multiply_backward(how: How, kept: Any, dys: list[jax.Array]) -> tuple[Any, ...]:
-    x, weights, pairs, again, down, rotation, added = kept
+def _backward(options: MatmulOptions, saved: _Residuals, dys: list[jax.Array]) -> tuple[Any, ...]:
+    given, weights, pairs, lora_x, rotation, added = saved
     dresidual = dys[0] if added else None
     dys = [
-        twins.plain_rotate(dy, rotation.inverse) if turned else dy for dy, turned in zip(dys, how.rotated, strict=True)
+        twins.plain_rotate(dy, rotation.inverse) if turned else dy
+        for dy, turned in zip(dys, options.rotated, strict=True)
     ]
-    bases, ddown = toward_input(dys, weights, pairs, how.scalings)
+    bases, dlora_x = toward_input(dys, weights, pairs, options.scalings)
     if not any(pairs):
-        return functools.reduce(jnp.add, bases).reshape(how.shape), None, pairs, dresidual, None, None
-    drawn, seen = seen_again(None if x is None else _as_rows(x, weights), again, how)
-    dx = input_gradient(bases, ddown, pairs, drawn, how.dropout).reshape(how.shape)
-    dpairs = pair_gradients(dys, ddown, seen, down, pairs, how.scalings)
+        return functools.reduce(jnp.add, bases).reshape(options.shape), None, pairs, dresidual, None, None
+    dropped = drop_out_again(given._replace(x=None if given.x is None else _as_rows(given.x, weights)), options)
+    dx = input_gradient(bases, dlora_x, pairs, dropped.bits, options.dropout).reshape(options.shape)
+    dpairs = pair_gradients(dys, Gradients(dlora_x, dropped.x, lora_x), pairs, options.scalings)
     return dx, None, dpairs, dresidual, None, None  # weights are frozen: no cotangent
 
 
-multiply.defvjp(_multiply_forward, _multiply_backward)
+lora_matmul.defvjp(_forward, _backward)
 
 
 def _as_rows(x: jax.Array, weights: Sequence[Weight]) -> jax.Array:
     """x of any shape as [N, in].
 
-    Its shape is changed on this side of what the backward pass keeps: kept in another shape, it would be another array. And it is made
-    once: without the barrier XLA makes it again for every product.
+    Its shape is changed on this side of what the backward pass saves: saved in another shape, it would be another array. And it is made
+    once: without the barrier XLA makes it again for every matmul.
     """
     return jax.lax.optimization_barrier(x.reshape(-1, weights[0].shape[1]))
 
 
-def drawn_for(shape: tuple[int, ...], draw: Draw | None, how: How) -> jax.Array | None:
-    """What dropout draws for an input [N, features], if anything."""
-    return None if draw is None or how.dropout is None else how.dropout.draw(shape, *draw)
+def dropout_bits(shape: tuple[int, ...], draw: Draw | None, options: MatmulOptions) -> jax.Array | None:
+    """Draw dropout's bits for an input [N, features]; None where there is no dropout."""
+    return None if draw is None or options.dropout is None else options.dropout.draw(shape, *draw)
 
 
-def seen_again(
-    x: jax.Array | None, again: tuple[Draw | None, tuple[jax.Array, jax.Array] | None], how: How
-) -> tuple[jax.Array | None, jax.Array]:
-    """What was drawn for x [N, features], if anything, and what the adapters saw of it, in the backward pass.
-
-    That is given both, and no x, if it runs within the same compiled function; else it draws again.
-    """
-    draw, both = again
-    if both is not None:
-        return both
-    drawn = drawn_for(x.shape, draw, how)
-    return drawn, seen_by_adapters(x, drawn, how.dropout)
+def dropped_out(x: jax.Array, bits: jax.Array | None, dropout: Dropout | None) -> jax.Array:
+    """Apply dropout to x [N, in], if bits were drawn for it."""
+    return x if bits is None else dropout(x, bits)
 
 
-def seen_by_adapters(x: jax.Array, drawn: jax.Array | None, dropout: Dropout | None) -> jax.Array:
-    """x [N, in] after dropout, if anything was drawn for it."""
-    return x if drawn is None else dropout(x, drawn)
+def drop_out(x: jax.Array, draw: Draw | None, options: MatmulOptions) -> DroppedOut:
+    """Draw dropout's bits for x [N, in] and apply them."""
+    bits = dropout_bits(x.shape, draw, options)
+    return DroppedOut(bits, dropped_out(x, bits, options.dropout))
 
 
-def adapter_output(seen: jax.Array, pairs: Sequence[Pair | None]) -> jax.Array:
-    """What adapters see [N, in] through all A's: [N, ΣR], under the name `ADAPTER_OUTPUT`."""
-    return checkpoint_name(jnp.einsum("ni,ri->nr", seen, stacked(pairs, seen.dtype)), ADAPTER_OUTPUT)
+def drop_out_again(given: AdapterInput, options: MatmulOptions) -> DroppedOut:
+    """Return in the backward pass the dropped-out input [N, in] of the forward pass: as saved, or drawn again."""
+    return drop_out(given.x, given.draw, options) if given.dropped is None else given.dropped
+
+
+def project_down(x: jax.Array, pairs: Sequence[Pair | None]) -> jax.Array:
+    """Multiply the dropped-out input [N, in] by all A's: lora_x [N, ΣR]."""
+    return checkpoint_name(jnp.einsum("ni,ri->nr", x, stacked_a(pairs, x.dtype)), LORA_X)
 
 
 def toward_input(
     dys: Sequence[jax.Array], weights: Sequence[Weight], pairs: Sequence[Pair | None], scalings: Sequence[float]
 ) -> tuple[list[jax.Array], jax.Array | None]:
-    """Gradients of outputs [N, out] → through the weights, [N, in] each; through the B's, [N, ΣR], if there is any."""
+    """Pull gradients of outputs [N, out] back: through the weights, [N, in] each; through the B's, dlora_x [N, ΣR] if there is any."""
     bases = [
         jnp.einsum("no,oi->ni", dy, dense(weight).astype(dy.dtype)) for dy, weight in zip(dys, weights, strict=True)
     ]
     pieces = []
     for dy, pair, scaling in zip(dys, pairs, scalings, strict=True):
         if pair is not None:
-            piece = jnp.einsum("no,or->nr", dy, pair[1].astype(dy.dtype), preferred_element_type=jnp.float32)
+            piece = jnp.einsum("no,or->nr", dy, pair.lora_b.astype(dy.dtype), preferred_element_type=jnp.float32)
             pieces.append((piece * scaling).astype(dy.dtype))
     return bases, jnp.concatenate(pieces, axis=-1) if pieces else None
 
 
-def dropped(drawn: jax.Array | None, dropout: Dropout | None) -> dict[str, Any]:
-    """What `kernels.low_rank_add` is told of dropout on the way back."""
-    return {} if drawn is None else {"drawn": drawn, "threshold": dropout.threshold, "factor": 1 / dropout.share}
+def dropout_options(bits: jax.Array | None, dropout: Dropout | None) -> dict[str, Any]:
+    """Options of `dispatch.low_rank_add` that apply dropout to a gradient."""
+    return {} if bits is None else {"drawn": bits, "threshold": dropout.threshold, "factor": 1 / dropout.share}
 
 
 def input_gradient(
     bases: Sequence[jax.Array],
-    ddown: jax.Array,
+    dlora_x: jax.Array,
     pairs: Sequence[Pair | None],
-    drawn: jax.Array | None,
+    bits: jax.Array | None,
     dropout: Dropout | None,
 ) -> jax.Array:
-    """What `toward_input` gives, summed: the gradient of x [N, in]."""
-    return dispatch.low_rank_add(bases, ddown, stacked(pairs, ddown.dtype), **dropped(drawn, dropout))
+    """Sum what `toward_input` gives: the gradient of x [N, in]."""
+    return dispatch.low_rank_add(bases, dlora_x, stacked_a(pairs, dlora_x.dtype), **dropout_options(bits, dropout))
+
+
+class Gradients(NamedTuple):
+    """The arrays that the gradients of A's and B's are made of, besides those of the outputs."""
+
+    dlora_x: jax.Array  # [N, ΣR]
+    dropped_x: jax.Array  # [N, in]
+    lora_x: jax.Array  # [N, ΣR]
 
 
 def pair_gradients(
-    dys: Sequence[jax.Array],
-    ddown: jax.Array,
-    seen: jax.Array,
-    down: jax.Array,
-    pairs: Sequence[Pair | None],
-    scalings: Sequence[float],
+    dys: Sequence[jax.Array], parts: Gradients, pairs: Sequence[Pair | None], scalings: Sequence[float]
 ) -> tuple[Pair | None, ...]:
-    """The gradients of A's and B's: from those of the outputs [N, out] and of x·Aᵀ [N, ΣR], what the adapters saw [N, in], and x·Aᵀ."""
-    das = jnp.einsum("nr,ni->ri", ddown, seen, preferred_element_type=jnp.float32)
+    """Return the gradients of A's and B's from those of the outputs [N, out], in the matrices' own dtypes."""
+    das = jnp.einsum("nr,ni->ri", parts.dlora_x, parts.dropped_x, preferred_element_type=jnp.float32)
     gradients: list[Pair | None] = []
-    for dy, pair, scaling, first in zip(dys, pairs, scalings, firsts(pairs), strict=True):
+    for dy, pair, scaling, first in zip(dys, pairs, scalings, first_rows(pairs), strict=True):
         if pair is None:
             gradients.append(None)
             continue
         lora_a, lora_b = pair
         rows = slice(first, first + len(lora_a))
-        # Written with a transpose, it is a product of rank rows: twice as fast on a CPU as one of rank columns.
-        db = jnp.einsum("nr,no->ro", down[:, rows], dy, preferred_element_type=jnp.float32).T * scaling
-        gradients.append((das[rows].astype(lora_a.dtype), db.astype(lora_b.dtype)))
+        # Written with a transpose, it is a matmul of rank rows: twice as fast on a CPU as one of rank columns.
+        db = jnp.einsum("nr,no->ro", parts.lora_x[:, rows], dy, preferred_element_type=jnp.float32).T * scaling
+        gradients.append(Pair(das[rows].astype(lora_a.dtype), db.astype(lora_b.dtype)))
     return tuple(gradients)
 
 
-def stacked(pairs: Sequence[Pair | None], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """All A's as one matrix [ΣR, in]."""
-    return jnp.concatenate([pair[0] for pair in pairs if pair is not None]).astype(dtype)
+def stacked_a(pairs: Sequence[Pair | None], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Concatenate all A's to one matrix [ΣR, in]."""
+    return jnp.concatenate([pair.lora_a for pair in pairs if pair is not None]).astype(dtype)
 
 
-def firsts(pairs: Sequence[Pair | None]) -> list[int]:
-    """Where each linear's rows begin in `stacked`."""
-    ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]
+def first_rows(pairs: Sequence[Pair | None]) -> list[int]:
+    """Return where each linear's rows begin in `stacked_a`."""
+    ranks = [0 if pair is None else pair.lora_a.shape[0] for pair in pairs]
     return list(itertools.accumulate(ranks[:-1], initial=0))

@@ -1,44 +1,68 @@
 """SwiGLU between its three linears: down(silu(gate(x)) · up(x)), forward and backward pass written out.
 
-The arrays here are [tokens, F], the largest of a layer, and all that is done to them but the products is moving them. Forwards, one pass
-adds the adapters' terms to the two products and multiplies. Backwards, one pass takes the two products and what comes back through
-down_proj, and writes the gradients of both and what down_proj saw, for its adapter's gradient; nothing but the products is kept, or made
-again, before.
+The arrays here are [N, F], the largest of a layer, and all that is done to them but the matmuls is moving them. Forward, one pass adds
+the adapters' terms to gate and up and multiplies. Backward, one pass takes gate, up and the gradient that comes through down_proj, and
+writes the gradients of both and down_proj's input, for its adapter's gradient; nothing but gate and up is saved, or recomputed, before.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from qlora_jax.model.linear import NF4Linear, how_to, project, weights_of
+from qlora_jax.model.linear import NF4Linear, matmul_options, project, weights_of
 from qlora_jax.model.lora_matmul import (
+    AdapterInput,
     Draw,
-    How,
+    Gradients,
+    MatmulOptions,
     Pair,
     Weight,
-    adapter_output,
     dense,
-    drawn_for,
-    dropped,
-    firsts,
+    drop_out,
+    drop_out_again,
+    dropout_bits,
+    dropout_options,
+    dropped_out,
+    first_rows,
     input_gradient,
     matmul,
     pair_gradients,
-    seen_again,
-    seen_by_adapters,
-    stacked,
+    project_down,
+    stacked_a,
     toward_input,
 )
 from qlora_jax.ops import dispatch, twins
 from qlora_jax.ops.operands import Gated
 
 GATED_PRODUCTS = ("gate", "up")
-"""The names of the two products that enter SwiGLU, for what chooses the values to keep for the backward pass."""
+"""Names of gate and up [N, F] before the adapters' terms, for the policy that chooses which activations are saved."""
 
-Draws = tuple[Draw | None, Draw | None]  # dropout's, for x [N, D] and for what SwiGLU gives [N, F]
+
+class Draws(NamedTuple):
+    """Where dropout's bits come from, for each of the two inputs that linears have here."""
+
+    x: Draw | None  # [N, D]
+    inner: Draw | None  # SwiGLU's output [N, F]
+
+
+class _Residuals(NamedTuple):
+    """What the forward pass saves for the backward pass."""
+
+    input: AdapterInput
+    inner_draw: Draw | None
+    inner_bits: jax.Array | None
+    """Dropout bits of SwiGLU's output, if both passes are in one compiled function; drawn again otherwise."""
+    weights: tuple[Weight, ...]
+    pairs: tuple[Pair, ...]
+    products: tuple[jax.Array, ...]
+    """gate and up [N, F], without the adapters' terms."""
+    lora_x: jax.Array
+    """That of gate and up."""
+    inner_lora_x: jax.Array | None
+    """That of down; None if the backward pass makes it again."""
 
 
 def feed_forward(
@@ -50,20 +74,20 @@ def feed_forward(
     first: jax.Array | int = 0,
     matrices: Sequence[jax.Array | None] | None = None,
 ) -> jax.Array:
-    """x and residual [N, D] → residual + down(silu(gate(x)) · up(x)) [N, D] in x's dtype.
+    """Return residual + down(silu(gate(x)) · up(x)) [N, D] in x's dtype, for x and residual [N, D].
 
     Args:
         linears: gate, up and down.
-        keys: draw the dropout masks of x and of what SwiGLU gives; None means no dropout.
+        keys: draw the dropout masks of x and of SwiGLU's output; None means no dropout.
         first: the number of x's first token among the micro-batch's, for the masks.
         matrices: the linears' weights where they were dequantized before.
     """
     if not all(linear.adapter for linear in linears):
         return _one_by_one(linears, x, residual, keys, first, matrices)
-    draws = tuple(None if key is None else (key, first) for key in keys)
+    draws = Draws(*(None if key is None else Draw(key, first) for key in keys))
     pairs = tuple(linear.adapter.pair() for linear in linears)
-    x = jax.lax.optimization_barrier(x)  # or XLA makes it again for every product, instead of once
-    return _feed_forward(x, residual, weights_of(linears, matrices), pairs, draws, how_to(linears))
+    x = jax.lax.optimization_barrier(x)  # or XLA makes it again for every matmul, instead of once
+    return _feed_forward(x, residual, weights_of(linears, matrices), pairs, draws, matmul_options(linears))
 
 
 def _one_by_one(
@@ -84,64 +108,87 @@ def _one_by_one(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _feed_forward(
-    x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], draws: Draws, how: How
+    x: jax.Array,
+    residual: jax.Array,
+    weights: tuple[Weight, ...],
+    pairs: tuple[Pair, ...],
+    draws: Draws,
+    options: MatmulOptions,
 ) -> jax.Array:
-    return _forward(x, residual, weights, pairs, draws, how)[0]
+    return _forward(x, residual, weights, pairs, draws, options)[0]
 
 
 def _forward(
-    x: jax.Array, residual: jax.Array, weights: tuple[Weight, ...], pairs: tuple[Pair, ...], draws: Draws, how: How
-) -> tuple[jax.Array, Any]:
-    if how.share_dense:
+    x: jax.Array,
+    residual: jax.Array,
+    weights: tuple[Weight, ...],
+    pairs: tuple[Pair, ...],
+    draws: Draws,
+    options: MatmulOptions,
+) -> tuple[jax.Array, _Residuals]:
+    if options.share_dense:
         weights = tuple(map(dense, weights))
     products = tuple(
         checkpoint_name(matmul(x, weight), name) for weight, name in zip(weights, GATED_PRODUCTS, strict=False)
     )
-    drawn = drawn_for(x.shape, draws[0], how)
-    seen = seen_by_adapters(x, drawn, how.dropout)
-    u = adapter_output(seen, pairs[:2])
-    inner = dispatch.swiglu(_gated(products, u, pairs, how), spent=how.run_again)
-    inner_drawn = drawn_for(inner.shape, draws[1], how)
-    down = adapter_output(seen_by_adapters(inner, inner_drawn, how.dropout), pairs[2:])
-    bases, lora_b = [matmul(inner, weights[2]), residual], pairs[2][1].astype(x.dtype)
-    out = dispatch.low_rank_add(bases, down, lora_b, factor=how.scalings[2], transposed=True)
-    # A forward that is run again for its backward pass alone need not come as far as `down`: `_backward` makes what SwiGLU gives anyway.
-    masked = how.run_again and drawn is not None
-    again = (draws[0], (drawn, seen) if masked else None), (draws[1], inner_drawn if how.run_again else None)
-    return out, (None if masked else x, weights, pairs, again, products, u, None if how.run_again else down)
-
-
-def _backward(how: How, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
-    x, weights, pairs, (again, (inner_draw, inner_drawn)), products, u, down = kept
-    drawn, seen_outside = seen_again(x, again, how)
-    if inner_drawn is None:
-        inner_drawn = drawn_for(products[0].shape, inner_draw, how)
-    outer, inmost = slice(2, 3), slice(2)
-    (dinner,), ddown = toward_input([dy], weights[outer], pairs[outer], how.scalings[outer])
-    inner, *dproducts = dispatch.swiglu_backward(
-        _gated(products, u, pairs, how),
-        dinner,
-        ddown,
-        stacked(pairs[outer], dy.dtype),
-        **dropped(inner_drawn, how.dropout),
-        spent=how.run_again,
+    dropped = drop_out(x, draws.x, options)
+    lora_x = project_down(dropped.x, pairs[:2])
+    inner = dispatch.swiglu(_gated(products, lora_x, pairs, options), spent=options.recomputed)
+    inner_bits = dropout_bits(inner.shape, draws.inner, options)
+    inner_lora_x = project_down(dropped_out(inner, inner_bits, options.dropout), pairs[2:])
+    bases, lora_b = [matmul(inner, weights[2]), residual], pairs[2].lora_b.astype(x.dtype)
+    out = dispatch.low_rank_add(bases, inner_lora_x, lora_b, factor=options.scalings[2], transposed=True)
+    saves_dropped = options.recomputed and dropped.bits is not None
+    return out, _Residuals(
+        input=AdapterInput(None if saves_dropped else x, draws.x, dropped if saves_dropped else None),
+        inner_draw=draws.inner,
+        inner_bits=inner_bits if options.recomputed else None,
+        weights=weights,
+        pairs=pairs,
+        products=products,
+        lora_x=lora_x,
+        # A forward pass recomputed for its backward pass alone need not come as far: `_backward` makes SwiGLU's output anyway.
+        inner_lora_x=None if options.recomputed else inner_lora_x,
     )
-    seen = seen_by_adapters(inner, inner_drawn, how.dropout)
-    if down is None:
-        down = adapter_output(seen, pairs[outer])
-    dpairs = pair_gradients([dy], ddown, seen, down, pairs[outer], how.scalings[outer])
+
+
+def _backward(options: MatmulOptions, saved: _Residuals, dy: jax.Array) -> tuple[Any, ...]:
+    weights, pairs, products, lora_x = saved.weights, saved.pairs, saved.products, saved.lora_x
+    dropped = drop_out_again(saved.input, options)
+    inner_bits = saved.inner_bits
+    if inner_bits is None:
+        inner_bits = dropout_bits(products[0].shape, saved.inner_draw, options)
+    down, gate_up = slice(2, 3), slice(2)
+    (dinner,), dinner_lora_x = toward_input([dy], weights[down], pairs[down], options.scalings[down])
+    inner, *dproducts = dispatch.swiglu_backward(
+        _gated(products, lora_x, pairs, options),
+        dinner,
+        dinner_lora_x,
+        stacked_a(pairs[down], dy.dtype),
+        **dropout_options(inner_bits, options.dropout),
+        spent=options.recomputed,
+    )
+    inner_dropped = dropped_out(inner, inner_bits, options.dropout)
+    inner_lora_x = saved.inner_lora_x
+    if inner_lora_x is None:
+        inner_lora_x = project_down(inner_dropped, pairs[down])
+    parts = Gradients(dinner_lora_x, inner_dropped, inner_lora_x)
+    dpairs = pair_gradients([dy], parts, pairs[down], options.scalings[down])
     # What is made of dy and of `inner` is made before the rest, which then may take their memory.
     dproducts, dpairs = jax.lax.optimization_barrier((dproducts, dpairs))
-    bases, du = toward_input(dproducts, weights[inmost], pairs[inmost], how.scalings[inmost])
-    dx = input_gradient(bases, du, pairs[inmost], drawn, how.dropout)
-    dpairs = pair_gradients(dproducts, du, seen_outside, u, pairs[inmost], how.scalings[inmost]) + dpairs
+    bases, dlora_x = toward_input(dproducts, weights[gate_up], pairs[gate_up], options.scalings[gate_up])
+    dx = input_gradient(bases, dlora_x, pairs[gate_up], dropped.bits, options.dropout)
+    parts = Gradients(dlora_x, dropped.x, lora_x)
+    dpairs = pair_gradients(dproducts, parts, pairs[gate_up], options.scalings[gate_up]) + dpairs
     return dx, dy, None, dpairs, None  # weights are frozen: no cotangent
 
 
 _feed_forward.defvjp(_forward, _backward)
 
 
-def _gated(products: tuple[jax.Array, ...], u: jax.Array, pairs: tuple[Pair, ...], how: How) -> Gated:
-    """Two linears' products and their adapters, as SwiGLU takes them."""
-    gate_v, up_v = (lora_b.astype(u.dtype) for _, lora_b in pairs[:2])
-    return Gated(*products, u, gate_v, up_v, how.scalings[:2], tuple(firsts(pairs[:2])))
+def _gated(
+    products: tuple[jax.Array, ...], lora_x: jax.Array, pairs: tuple[Pair, ...], options: MatmulOptions
+) -> Gated:
+    """Gate and up with their adapters, as SwiGLU takes them."""
+    gate_v, up_v = (pair.lora_b.astype(lora_x.dtype) for pair in pairs[:2])
+    return Gated(*products, lora_x, gate_v, up_v, options.scalings[:2], tuple(first_rows(pairs[:2])))
