@@ -96,12 +96,10 @@ def main() -> None:
     if not theirs:
         print(f"bitsandbytes' side did not run: {(peer.stderr.strip() or 'no message').splitlines()[-1]}")
 
-    import jax
-
     from benchmarks.machine import write_result
 
     ours = measure(options.rows, options.columns)
-    name = f"kernels-{jax.devices()[0].device_kind.split()[-1].lower()}"
+    name = f"kernels-{device_kind().split()[-1].lower()}"
     result = {
         "what": "kernels",
         "rows": options.rows,

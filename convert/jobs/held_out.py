@@ -24,7 +24,8 @@ from qlora_jax.engine.engine import Engine, Weights
 from qlora_jax.model.architecture import Architecture
 from qlora_jax.model.decoder import default_attention
 from qlora_jax.runtime import machine
-from qlora_jax.runtime.placement import READ_AHEAD, SLOTS, put
+from qlora_jax.runtime.machine import device_memory
+from qlora_jax.runtime.placement import READ_AHEAD, SLOTS, one_device
 
 HIDDEN_BYTES = 2**29
 """Hidden states held at a time."""
@@ -113,13 +114,13 @@ def _groups(batches: Iterable[Batch], config: Architecture, compute_dtype: str) 
 
 def _sums(engine: Engine, weights: Weights, batches: Sequence[Batch], advance: Callable[[], object]) -> np.ndarray:
     """(sum of losses, tokens) of each batch, [n, 2] float64; the layers are the outer loop."""
-    embedded = (engine.hidden_states(weights, [], put(batch.input_ids[0], "device")) for batch in batches)
+    embedded = (engine.hidden_states(weights, [], one_device().put(batch.input_ids[0], "device")) for batch in batches)
     hidden = [next(states) for states in embedded]
     packings = [
-        None if batch.segment_ids is None else put((batch.positions[0], batch.segment_ids[0]), "device")
+        None if batch.segment_ids is None else one_device().put((batch.positions[0], batch.segment_ids[0]), "device")
         for batch in batches
     ]
-    zero = put(np.int32(0), "device")
+    zero = one_device().put(np.int32(0), "device")
     for _, frozen in weights.layers.walk(range(len(weights.layers))):
         for index, packing in enumerate(packings):
             hidden[index], token = programs.forward(
@@ -129,7 +130,7 @@ def _sums(engine: Engine, weights: Weights, batches: Sequence[Batch], advance: C
         del frozen
         advance()
     found = [
-        programs.loss(engine.head_def, weights.head, h, put(batch.labels[0], "device"))
+        programs.loss(engine.head_def, weights.head, h, one_device().put(batch.labels[0], "device"))
         for h, batch in zip(hidden, batches, strict=True)
     ]
     return np.asarray(jax.device_get(found), np.float64)
@@ -139,7 +140,7 @@ def _check_room(config: Architecture) -> None:
     """Raises NoRoomError: vocabulary, a few layers and what they work with are more than there is."""
     layers = (SLOTS + READ_AHEAD) * frozen_bytes(config, None)
     needed = total_bytes(config, None, "disk") + layers + HIDDEN_BYTES + WORKSPACE_BYTES
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = device_memory() or {}
     there = machine.available_host_bytes()
     if "bytes_limit" in stats:
         needed -= READ_AHEAD * frozen_bytes(config, None)  # these are on the host until their turn comes

@@ -29,6 +29,7 @@ from qlora_jax.engine.generation import Sampling
 from qlora_jax.planning.budget import Plan
 from qlora_jax.planning.disk import Space
 from qlora_jax.planning.search import keeps, make_engine
+from qlora_jax.runtime.machine import device_kind
 from qlora_jax.runtime.placement import nbytes
 from qlora_jax.training.checkpoint import Checkpoint
 from qlora_jax.training.samples import Samples
@@ -123,7 +124,7 @@ def describe(
     places, quant_type = config.memory, config.quantization.quant_type
     console.print(
         f"{len(weights.layers)} layers in {quant_type.upper()}: {layers / 2**20:,.0f} MiB ({places.base_weights}), embedding and head: "
-        f"{nbytes(weights.embedding) / 2**20:,.0f} MiB, {engine.compute_dtype.name} on {jax.devices()[0].device_kind}"
+        f"{nbytes(weights.embedding) / 2**20:,.0f} MiB, {engine.compute_dtype.name} on {device_kind()}"
     )
     console.print(f"LoRA r={config.lora.r} on {', '.join(config.lora.targets)}: {trainable:,} trainable parameters")
     rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps

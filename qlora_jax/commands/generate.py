@@ -3,7 +3,6 @@
 import argparse
 import functools
 
-import jax
 from rich.console import Console
 
 from convert.adapters.adapter import Adapter, as_adapters, load_adapter
@@ -26,6 +25,7 @@ from qlora_jax.model.architecture import Architecture
 from qlora_jax.model.decoder import default_attention, default_compute_dtype
 from qlora_jax.ops import nf4
 from qlora_jax.runtime import machine
+from qlora_jax.runtime.machine import device_kind
 from qlora_jax.runtime.placement import SLOTS, LayerPlace, spread
 
 SPARE_BYTES = 2**31
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         model.config, lora, quantization or QuantizationSettings(), compute_dtype=dtype, attention=attention
     )
     form = "bfloat16, as it is" if quantization is None else quantization.quant_type
-    console.print(f"{model.folder.path}: in {form}, computed in {dtype} on {jax.devices()[0].device_kind}")
+    console.print(f"{model.folder.path}: in {form}, computed in {dtype} on {device_kind()}")
     with byte_bar(console) as progress:
         task = progress.add_task("loading", total=total_bytes(model.config, quantization, "device"))
         advance = functools.partial(progress.advance, task)

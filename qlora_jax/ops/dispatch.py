@@ -19,6 +19,7 @@ from qlora_jax.ops.blockwise import BlockwiseTensor
 from qlora_jax.ops.nf4 import QuantizedTensor, QuantType
 from qlora_jax.ops.operands import Adam, Gated, Rotation
 from qlora_jax.ops.twins import dense_matmul, plain_low_rank_add, plain_rms_norm, plain_rotate, plain_sums, plain_swiglu
+from qlora_jax.runtime.machine import device_kind
 
 __all__ = [
     "adamw_8bit",
@@ -209,7 +210,7 @@ def available() -> bool:
         problem = elsewhere.submit(find_problem).result()
     if problem:
         warnings.warn(
-            f"the 4-bit kernels do not work on {jax.devices()[0].device_kind} ({problem}): "
+            f"the 4-bit kernels do not work on {device_kind()} ({problem}): "
             "using XLA's operations instead, which give the same numbers more slowly",
             stacklevel=2,
         )

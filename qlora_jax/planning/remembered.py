@@ -20,6 +20,7 @@ from qlora_jax.base.files import write_json
 from qlora_jax.planning.estimate import Job, Layout, Workspace
 from qlora_jax.planning.hardware import Rates, measured
 from qlora_jax.planning.search import compiled_workspace, keeps
+from qlora_jax.runtime.machine import device_kind
 
 COMPILED = (
     "analysis", "blockwise", "compiled", "dropout", "engine", "feed_forward", "kernels", "linear", "llama", "llama_config", "loss",
@@ -61,7 +62,7 @@ def _code() -> str:
 
 
 def _entry(folder: Path, about: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "card": jax.devices()[0].device_kind}
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "card": device_kind()}
     about = {**about, **versions, "code": _code()}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     return folder / f"{about['what']}-{name}.json", about

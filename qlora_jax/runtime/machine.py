@@ -143,3 +143,18 @@ def prepare(gpu: Gpu | None, device_bytes: int | None, pinned_bytes: int, cache:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # out of memory, XLA would print every block it has
     limit = os.environ[POOL_VARIABLE]
     return PINNED_UNIT * int(limit) if limit.isdigit() else None
+
+
+def device_kind() -> str:
+    """Return the name of the device that JAX uses, which starts its backend: `NVIDIA H200`, `cpu`."""
+    return jax.devices()[0].device_kind
+
+
+def device_memory() -> dict[str, int] | None:
+    """Return XLA's account of the device's memory (`bytes_limit`, `peak_bytes_in_use`, ...); None where it keeps none, as on a CPU."""
+    return jax.devices()[0].memory_stats()
+
+
+def platform_version() -> str:
+    """Return the version of XLA's platform: for a GPU, that of CUDA."""
+    return jax.devices()[0].client.platform_version

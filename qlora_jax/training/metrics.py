@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-
 from qlora_jax.base.files import replacing
+from qlora_jax.runtime.machine import device_memory
 
 Record = dict[str, Any]
 
@@ -59,7 +58,7 @@ class MetricsLog:
 
 def peak_device_gib() -> float | None:
     """The most memory in use on the first device so far, GiB; None on a CPU, which does not say."""
-    stats = jax.devices()[0].memory_stats()
+    stats = device_memory()
     return round(stats["peak_bytes_in_use"] / 2**30, 3) if stats else None
 
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import jax
-
 from qlora_jax.base.errors import FULL, InputError, InterruptedRunError
 from qlora_jax.base.files import (
     link_folder,
@@ -33,6 +31,7 @@ from qlora_jax.base.files import (
 )
 from qlora_jax.base.reading import kind_of, read_json_object
 from qlora_jax.config import Config, TrainingSettings
+from qlora_jax.runtime.machine import device_kind, device_memory, platform_version
 from qlora_jax.training.about import LINES, check_complete, check_lines
 from qlora_jax.training.checkpoint import Checkpoint, Checkpoints
 
@@ -355,12 +354,10 @@ def _versions() -> dict[str, str]:
 
 
 def _device() -> dict[str, Any]:
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
     return {
-        "kind": device.device_kind,
-        "platform": device.client.platform_version,
-        "memory": stats.get("bytes_limit"),
+        "kind": device_kind(),
+        "platform": platform_version(),
+        "memory": (device_memory() or {}).get("bytes_limit"),
         "host": platform.platform(),
         "cpus": os.cpu_count(),
     }

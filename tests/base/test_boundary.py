@@ -24,7 +24,7 @@ from qlora_jax.data import RawRow
 from qlora_jax.data.corpus import tokenize_rows
 from qlora_jax.data.rows.files import read_file
 from qlora_jax.data.tokens.store import TokenStore
-from qlora_jax.runtime.placement import put
+from qlora_jax.runtime.placement import one_device
 from qlora_jax.training.about import check_complete, check_lines
 from qlora_jax.training.checkpoint import Checkpoint, Checkpoints, DamagedError, open_checkpoint
 from qlora_jax.training.output_dir import OutputDir
@@ -181,7 +181,7 @@ def step(tmp_path: Path) -> Path:
 
 
 def layers() -> dict[str, list[Any]]:
-    return {"adapters": [put({"a": np.zeros((3, 2), np.float32)}, "device")] * 2}
+    return {"adapters": [one_device().put({"a": np.zeros((3, 2), np.float32)}, "device")] * 2}
 
 
 def continue_from(step: Path) -> Checkpoint:
@@ -237,7 +237,7 @@ def test_forged_arrays(step: Path, name: str, data: bytes) -> None:
 
 def test_arrays_of_another_shape_are_not_loaded(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = open_checkpoint(step)
-    other = {"adapters": [put({"a": np.zeros((3, 2), np.float32)}, "device")] * 3}
+    other = {"adapters": [one_device().put({"a": np.zeros((3, 2), np.float32)}, "device")] * 3}
     found.about["arrays"]["adapters['a'] float32[3, 2]"] = 3
     with pytest.raises(InputError, match="arrays that cannot be read"):
         found.restore(other)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from qlora_jax.runtime import placement
-from qlora_jax.runtime.placement import sharding
+from qlora_jax.runtime.placement import one_device
 from qlora_jax.training import snapshot
 
 LIMIT = int(sys.argv.pop(1)) if __name__ == "__main__" else 0
@@ -19,7 +19,7 @@ MOST = [0]
 
 def count(more: int = 0) -> None:
     """Raise as XLA does if what is in pinned memory, and `more`, is beyond the limit."""
-    host = sharding("host")
+    host = one_device().sharding("host")
     found = more + sum(x.nbytes for x in jax.live_arrays() if x.sharding == host and not x.is_deleted())
     MOST[0] = max(MOST[0], found)
     if found > LIMIT:
@@ -37,7 +37,7 @@ def main() -> int:
 
     def counted_put(x: Any, device: Any = None, **options: Any) -> Any:
         moved = put(x, device, **options)
-        if device == sharding("host"):
+        if device == one_device().sharding("host"):
             count()
         return moved
 

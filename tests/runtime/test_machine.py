@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax.base.units import GIB, parse_bytes
 from qlora_jax.runtime import machine, pinned
-from qlora_jax.runtime.machine import Gpu
+from qlora_jax.runtime.machine import Gpu, device_kind, device_memory
 
 CARD = Gpu("a card", 24 * GIB, 23 * GIB)
 
@@ -140,5 +140,5 @@ def test_the_driver_registers_what_it_says_it_does() -> None:
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 def test_the_driver_and_jax_speak_of_the_same_card() -> None:
     gpu = machine.find_gpu()
-    assert gpu.name == jax.devices()[0].device_kind
-    assert gpu.total_bytes >= jax.devices()[0].memory_stats()["bytes_limit"]
+    assert gpu.name == device_kind()
+    assert gpu.total_bytes >= device_memory()["bytes_limit"]
