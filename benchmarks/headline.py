@@ -82,6 +82,8 @@ class Watched:
     seconds: float = 0.0
     first_step_s: float | None = None
     peak_host_gib: float = 0.0
+    host_parts_gib: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What the host's peak, as far as it was seen, consisted of: anonymous memory, files' and shared."""
     peak_disk_gib: float = 0.0
     pool_gib: float | None = None
     log: list[str] = dataclasses.field(default_factory=list)
@@ -131,8 +133,11 @@ def watch(
 def _poll(seen: Watched, pid: int, out: Path, over: threading.Event) -> None:
     while not over.wait(POLL_SECONDS):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-            seen.peak_host_gib = max(seen.peak_host_gib, round(int(peak[1]) / 2**20, 3) if peak else 0)
+            status = Path(f"/proc/{pid}/status").read_text()
+            sizes = {name: round(int(kib) / 2**20, 3) for name, kib in re.findall(r"(VmHWM|Rss\w+):\s+(\d+)", status)}
+            seen.peak_host_gib = max(seen.peak_host_gib, sizes.pop("VmHWM", 0))
+            if sum(sizes.values()) > sum(seen.host_parts_gib.values()):
+                seen.host_parts_gib = sizes
         seen.peak_disk_gib = max(seen.peak_disk_gib, round(size_of(out) / GIB, 3))
 
 
@@ -231,6 +236,7 @@ def measured(seen: Watched, out: Path) -> dict[str, Any]:
         "eval_loss": [each["eval_loss"] for each in metrics if "eval_loss" in each],
         "losses": [each["loss"] for each in metrics if each.get("loss") is not None],
         "peaks": peaks,
+        "host_parts_gib": seen.host_parts_gib,
         "items": plan["items"],
         "layout": plan["layout"],
         "predicted_step_s": plan.get("seconds_per_step"),

@@ -1,6 +1,6 @@
 """What an adapter's base was quantized to when it was trained, as far as anything says, and what to do where nothing does.
 
-Our adapters say so in their file's metadata. PEFT's say so in the README.md that PEFT writes, or the base that they name is in 4 bits.
+Our adapters say so in their file's metadata. PEFT's say so in the README.md of older versions, or the base that they name is in 4 bits.
 """
 
 import dataclasses

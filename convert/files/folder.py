@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from convert.files.companions import MAX_COMPANION_BYTES, OTHER_WEIGHT_SUFFIXES, PICKLE_SUFFIXES, companion_files
 from convert.files.recognition import not_a_model
 from convert.files.shapes import refusals
-from convert.files.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec
+from convert.files.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec, is_inside
 from qlora_jax.base.errors import InputError
 from qlora_jax.base.reading import (
     MAX_JSON_BYTES,
@@ -32,6 +32,8 @@ from qlora_jax.base.reading import (
 
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library: a longer header is damage or an attack."""
+PACKED = ".quant_state."
+"""What the name of a tensor in bitsandbytes' 4 bits has, beside that of the weight."""
 SHOWN_NAMES = 5
 MAX_REFUSALS = 20
 XLA_ALIGNMENT = 64
@@ -67,12 +69,12 @@ class ModelFolder:
         refuse_odd_files(self.path)
         problems: list[str] = []
         self.config: dict[str, Any] = _json_object(self.path / "config.json", problems) or {}
-        problems += _quantization_problems(self.config)
         weight_map = self._weight_map(problems)
         self.shards = sorted(set(weight_map.values())) if weight_map else []
         self._headers = {shard: _read_header(self.path / shard, problems) for shard in self.shards}
         self._where = self._locate(weight_map, problems)
         self.names = list(self._where)
+        problems += _quantization_problems(self.config, is_packed=any(PACKED in name for name in self.names))
         if problems:
             problems += self._refusals()
             raise InputError(
@@ -183,8 +185,8 @@ class ModelFolder:
                 "to safetensors first, e.g. with transformers' save_pretrained, on a machine where you trust them"
             )
         else:
-            others = [name for name in files if name.endswith(OTHER_WEIGHT_SUFFIXES)]
-            instead = f"; formats that are not read: {some(others)}" if others else ""
+            others = some([name for name in files if name.endswith(OTHER_WEIGHT_SUFFIXES)])
+            instead = others and f"; formats that are not read: {others}"
             problems.append(f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}{instead}")
         return {}
 
@@ -194,7 +196,7 @@ class ModelFolder:
             return {}
         bad = set()
         for shard in sorted(set(map(str, weight_map.values()))):
-            if not _is_inside(shard):
+            if not is_inside(shard):
                 bad.add(shard)
                 problems.append(f"{INDEX_NAME}: names {shard!r}, which is not a safetensors file inside the folder")
             elif not is_file(self.path / shard):
@@ -334,28 +336,20 @@ def _json_object(path: Path, problems: list[str], at_most: int = MAX_JSON_BYTES)
     return None
 
 
-def _quantization_problems(config: dict[str, Any]) -> list[str]:
+def _quantization_problems(config: dict[str, Any], *, is_packed: bool) -> list[str]:
     """Only bitsandbytes' 4 bits can be read. Settings that ask for nothing are left over from another model, and none to transformers."""
-    quantization = config.get("quantization_config")
-    if quantization is None or quantization == {}:
+    if (quantization := config.get("quantization_config")) in (None, {}):
         return []
     settings = quantization if isinstance(quantization, dict) else {}
     flags = [flag for flag in ("load_in_4bit", "load_in_8bit") if settings.get(flag)]
     method = settings.get("quant_method", "bitsandbytes" if flags else "unnamed")  # old transformers did not write it
-    if method == "bitsandbytes" and flags in (["load_in_4bit"], []):
+    if method == "bitsandbytes" and (flags == ["load_in_4bit"] or (not flags and not is_packed)):
         return []
     kind = f"{method}, {' and '.join(flags) or 'without load_in_4bit'}" if method == "bitsandbytes" else method
     return [
         f"already quantized ({kind}), and only bitsandbytes' load_in_4bit can be read: give the unquantized model, which is "
         "quantized on the way in"
     ]
-
-
-def _is_inside(shard: str) -> bool:
-    """Whether an index's file name stays in the folder. Links are not followed: the hub's cache is made of them."""
-    path = PurePosixPath(shard.replace("\\", "/"))
-    drive = ":" in shard
-    return not (drive or path.is_absolute() or ".." in path.parts) and path.suffix == ".safetensors"
 
 
 def some(names: list[str]) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import IO, Any
 
@@ -196,3 +196,10 @@ def _write_tensor(file: IO[bytes], spec: TensorSpec, tensor: np.ndarray | bytes)
 def _buffer(piece: Piece) -> memoryview | bytes:
     """bfloat16 has no buffer of its own."""
     return piece.reshape(-1).view(np.uint8).data if isinstance(piece, np.ndarray) else piece
+
+
+def is_inside(shard: str) -> bool:
+    """Whether an index's file name stays in the folder. Links are not followed: the hub's cache is made of them."""
+    path = PurePosixPath(shard.replace("\\", "/"))
+    drive = ":" in shard
+    return not (drive or path.is_absolute() or ".." in path.parts) and path.suffix == ".safetensors"

@@ -165,7 +165,7 @@ def read_bytes(path: str | Path, *, at_most: int = MAX_TEXT_BYTES, expected: str
     """
     with open_file(path, expected=expected, fix=fix) as file:
         with reading(path, "cannot be read", expected=expected, fix=fix):
-            data = file.read(at_most + 1)
+            data = file.read(min(os.fstat(file.fileno()).st_size, at_most) + 1)  # it makes room for all it is asked for
         if len(data) > at_most:
             size = os.fstat(file.fileno()).st_size
             found = f"{max(size, at_most + 1):,} bytes"

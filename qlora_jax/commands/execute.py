@@ -54,8 +54,7 @@ def execute(run: PreparedRun, command: Sequence[str]) -> None:
         console.print(line)
     with memory_explained(plan, run.asked.memory, run.asked.training.gradient_checkpointing, folder.path):
         engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
-        ahead = compiled_ahead(engine, plan, config)
-        weights = load(config, model, plan, run.space, console, phases)
+        weights = load(config, engine, model, plan, run.space, console, phases)
         adapters = first_adapters(config, engine, model, run.start)
         describe(config, engine, weights, adapters, run.training, console)
         samples = make_samples(
@@ -67,8 +66,6 @@ def execute(run: PreparedRun, command: Sequence[str]) -> None:
             trackers=open_trackers(config, folder.path, run.resumed.step if run.resumed else 0, folder.record["id"]),
             hooks=make_hooks(samples, folder.path / "best", config, model, run.conversation), phases=phases,
         )  # fmt: skip
-        with phases.time("compiling"):
-            ahead.wait()
         adapters = trainer.train(adapters, run.resumed)
         best_step, last_step = trainer.progress.best_step, trainer.progress.step
         del engine, weights, trainer
@@ -77,8 +74,15 @@ def execute(run: PreparedRun, command: Sequence[str]) -> None:
     finish(config, folder, checkpoints, last_step)
 
 
-def load(config: Config, model: BaseModel, plan: Plan, space: Space, console: Console, phases: Phases) -> Weights:
-    """The base model in 4 bits, each layer where the plan wants it. What was kept of it and is damaged is made again, once."""
+def load(
+    config: Config, engine: Engine, model: BaseModel, plan: Plan, space: Space, console: Console, phases: Phases
+) -> Weights:
+    """The base model in 4 bits, each layer where the plan wants it. What was kept of it and is damaged is made again, once.
+
+    Meanwhile a step's functions are compiled.
+    """
+    on_gpu = plan.limits.device is not None  # a processor is busy enough, and may never see the longest row's shape
+    ahead = compiled_ahead(engine, plan, config) if on_gpu else None
     reserved = space.beside(cache_dir() / "quantized")
     places = plan.layout.places(model.config.num_hidden_layers)
     for last in (False, True):
@@ -97,6 +101,9 @@ def load(config: Config, model: BaseModel, plan: Plan, space: Space, console: Co
                 raise
             discard(in_4_bits.path, error.found, console)
     weights.layers.pace.slots = plan.layout.slots
+    if ahead is not None:
+        with phases.time("compiling"):
+            ahead.wait()
     return weights
 
 

@@ -1,5 +1,6 @@
 """From settings to batches: finds sources, settles formats and template, tokenizes, holds rows out; for `train.py` and the preview."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -44,6 +45,8 @@ from qlora_jax.data.rows.row import RowError
 
 LEARNED = {"text": "all", "prompt_completion": "completion"}
 """What `data.loss_on: auto` comes to where rows do not become chats."""
+UNUSED_SHOWN = 20
+"""Names of unused fields in a source's summary."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,12 @@ def load_corpus(
         ),
         strict=True,
     )
+    for source, settings, layout, is_chat in zip(sources, data.all_sources, layouts, chats, strict=False):
+        _check_names(source.name, settings, layout, is_chat)
     template = None
+    if not any(chats) and data.chat_template not in ("auto", "model"):
+        expected = "auto, for no source's rows are conversations: a template would write none of them"
+        raise InputError("data.chat_template", found=data.chat_template, expected=expected, fix="take it out")
     if any(chats):
         formats = [layout.format for layout in layouts[: len(sources)]]
         template = choose_template(data.chat_template, tokenizer, formats, console.print)
@@ -229,6 +237,17 @@ def _settle(
     return Layout(format, settings.fields, settings.roles), is_chat
 
 
+def _check_names(name: str, settings: SourceSettings, layout: Layout, is_chat: bool) -> None:
+    """Check that every name that is mapped is one that such rows have a use for."""
+    known = layout.known_fields
+    if unknown := sorted(settings.fields.keys() - set(known)):
+        where, expected = f"data.fields, for {name}", f"{layout.format}'s fields: {', '.join(known)}"
+        raise InputError(where, found=", ".join(unknown), expected=expected, fix="take them out, or set data.format")
+    if settings.roles and not (is_chat and layout.format != "alpaca"):
+        fix = "take them out, or set data.format"
+        raise InputError(f"data.roles, for {name}", found=f"roles for rows without ({layout.format})", fix=fix)
+
+
 def _settled(
     data: DataSettings, layouts: Sequence[Layout], chats: Sequence[bool], template: ChatTemplate | None
 ) -> DataSettings:
@@ -271,7 +290,15 @@ def summary(name: str, format: Format, store: TokenStore, max_seq_length: int) -
     skipped = [
         f"\n  skipped {count:,}: {kind}, first {report.first_skipped[kind]}" for kind, count in report.skipped.items()
     ]
-    return ", ".join(part for part in parts if part) + "".join(skipped)
+    unused = f"\n  not used: {_fields(report.unused)}" if report.unused else ""
+    return ", ".join(part for part in parts if part) + "".join(skipped) + unused
+
+
+def _fields(unused: Counter[str]) -> str:
+    """Names of fields with the number of rows that have them, the commonest first."""
+    counted = sorted(unused.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{name} ({count:,} rows)" for name, count in counted[:UNUSED_SHOWN]]
+    return ", ".join(shown) + (f" and {len(counted) - len(shown)} more" if len(counted) > len(shown) else "")
 
 
 def _hold_out(rows: Selection, fraction: float, seed: int, console: Console) -> tuple[Selection, Selection]:

@@ -91,10 +91,13 @@ def fetch(array: jax.Array) -> np.ndarray:
     """Return one array, wherever it lives, in plain host memory; it may share the array's own where that is the host's.
 
     On a GPU it passes through XLA's pool of pinned memory, whose limit follows from the plan. So whatever leaves the device in bulk leaves
-    it through here, one array after the other, and the pool holds one of them at a time. The array keeps no copy, as it would if numpy
-    were given the array itself.
+    it through here, a few arrays at a time, and the pool holds no more of them. The array keeps no copy of its values, as it does, for as
+    long as it lives, where numpy is given the array itself or one of its shards: numpy is given another array of the same memory.
     """
-    return np.asarray(array.addressable_data(0)) if isinstance(array, jax.Array) else np.asarray(array)
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    shards = [array.addressable_data(0)]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
 
 
 def nbytes(tree: Tree) -> int:

@@ -20,6 +20,7 @@ The arrays hold values, not places: a run may be resumed with moments, adapters 
 import concurrent.futures
 import contextlib
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ import jax
 import numpy as np
 
 from qlora_jax.base.checksums import checksums, difference
-from qlora_jax.base.errors import InputError
+from qlora_jax.base.errors import FULL, InputError
 from qlora_jax.base.files import (
     Anchor,
     FileSoFar,
@@ -44,7 +45,7 @@ from qlora_jax.base.heap import give_back_free_memory
 from qlora_jax.base.reading import kind_of, read_bytes, read_json, read_json_object, reading, shown
 from qlora_jax.runtime.placement import Tree
 from qlora_jax.training.about import check_about
-from qlora_jax.training.array_files import import_orbax, is_full, orbax
+from qlora_jax.training.array_files import import_orbax, orbax, system_error
 from qlora_jax.training.snapshot import Layers, Snapshot, columns, keys
 
 FORMAT = 1
@@ -196,9 +197,7 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             place.close()
-            if is_full(error):
-                raise self._full(step) from None
-            raise
+            raise self._not_saved(step, error) from None
         return place
 
     def wait(self) -> None:
@@ -273,17 +272,21 @@ class Checkpoints:
             except BaseException as error:
                 shutil.rmtree(aside, ignore_errors=True)
                 self.check_ours()
-                if is_full(error):
-                    raise self._full(step) from None
-                raise
+                if system_error(error) is None:
+                    raise
+                raise self._not_saved(step, error) from None
             self._prune(place.path)
         give_back_free_memory()
 
-    def _full(self, step: int) -> InputError:
-        kept = max(_steps(self.folder), default=None)
-        fix = "make room and run the same command again" + ("" if kept is None else f": it continues after step {kept}")
-        free = describe_size(shutil.disk_usage(self.folder).free)
-        return InputError(self.folder, found=f"the disk became full while step {step} was saved: {free} free", fix=fix)
+    def _not_saved(self, step: int, error: BaseException) -> InputError:
+        """The error of a file that could not be written, for people."""
+        number, kept = system_error(error), max(_steps(self.folder), default=None)
+        found, fix = f"step {step} could not be saved: {os.strerror(number)}", "see to that disk"
+        if number in FULL:
+            free = describe_size(shutil.disk_usage(self.folder).free)
+            found, fix = f"the disk became full while step {step} was saved: {free} free", "make room"
+        more = "" if kept is None else f": it continues after step {kept}"
+        return InputError(self.folder, found=found, fix=f"{fix} and run the same command again{more}")
 
     def _prune(self, folder: Path) -> None:
         """All but the newest `keep`."""

@@ -9,10 +9,7 @@ run.json                  what happened: versions, device, settings, command; st
 """
 
 import contextlib
-import datetime
-import importlib.metadata
 import os
-import platform
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,13 +26,12 @@ from qlora_jax.base.files import (
     try_lock,
     write_json,
 )
-from qlora_jax.base.reading import kind_of, read_json_object
+from qlora_jax.base.reading import kind_of
 from qlora_jax.config import Config, TrainingSettings
-from qlora_jax.runtime.machine import device_kind, device_memory, platform_version
 from qlora_jax.training.about import LINES, check_complete, check_lines
 from qlora_jax.training.checkpoint import Checkpoint, Checkpoints
+from qlora_jax.training.run_record import device, now, read_record, versions
 
-PACKAGES = ("qlora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 GROWING = ("metrics.jsonl", "samples.jsonl")
 """Files that grow line by line; checkpoints hold them as they were."""
 LOCK = ".lock"
@@ -44,8 +40,6 @@ FILES = (*GROWING, "loss.png", "config.yaml", "run.json")
 FOLDERS = ("adapter", "best", "checkpoints", "merged")
 """What a run leaves."""
 ANOTHER = "name another training.output_dir"
-MAX_RECORD_BYTES = 2**28
-"""Bytes of a `run.json`: each start of a run adds some thousands."""
 
 
 class OutputDir:
@@ -74,7 +68,7 @@ class OutputDir:
             raise InputError(self.path, found=found, expected="a folder, or nothing", fix=ANOTHER)
         if kind_of(self.path / LOCK) != "nothing":
             self._take_lock()
-        self.record = _read(self.path / "run.json")
+        self.record = read_record(self.path / "run.json")
         settings, results = self._settings, self._has_results()
         saved = any(self.checkpoints_path.glob("step-*"))
         finished = results and (
@@ -240,8 +234,8 @@ class OutputDir:
         starts = self.record.get("starts", []) if resumed else []
         run_id = self.record.get("id") if resumed else None
         start = {
-            "time": _now(), "process": os.getpid(), "command": list(command), "after_step": resumed.step if resumed else 0,
-            "versions": _versions(), "device": _device(), "config": config.model_dump(mode="json"), "plan": dict(plan),
+            "time": now(), "process": os.getpid(), "command": list(command), "after_step": resumed.step if resumed else 0,
+            "versions": versions(), "device": device(), "config": config.model_dump(mode="json"), "plan": dict(plan),
         }  # fmt: skip
         replaces = self._has_results() if resumed is None else self.record.get("replaces", False)
         self.record = {"id": run_id or secrets.token_hex(4), "state": "running", "starts": [*starts, start]}
@@ -265,7 +259,7 @@ class OutputDir:
         if self.record.get("state") != "running" or not self._is_ours():
             return  # it did not get so far, or the folder has become another run's
         self.record["state"] = state
-        self.record["starts"][-1] |= {"ended": _now(), "state": state, "seconds": dict(self._seconds)}
+        self.record["starts"][-1] |= {"ended": now(), "state": state, "seconds": dict(self._seconds)}
         with contextlib.suppress(OSError):  # a full disk has been reported already
             write_json(self.path / "run.json", self.record)
 
@@ -324,40 +318,3 @@ class OutputDir:
             self._lock.truncate(0)
             self._lock.write(self._token)
             self._lock.flush()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A `run.json`; nothing where there is none, or where it is not ours: a value is of another type than we write."""
-    try:
-        record = read_json_object(path, at_most=MAX_RECORD_BYTES)
-    except InputError:
-        return {}
-    starts = record.get("starts", [])
-    ours = isinstance(starts, list) and all(isinstance(start, dict) for start in starts)
-    ours = ours and all(isinstance(record.get(name, ""), str) for name in ("id", "state"))
-    parts = [start.get(part, {}) for start in starts for part in ("versions", "device", "config")] if ours else [None]
-    ours = all(isinstance(part, dict) for part in parts)
-    settings = [start.get("config", {}).get("training", {}) for start in starts] if ours else [None]
-    return record if ours and all(isinstance(part, dict) for part in settings) else {}
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _device() -> dict[str, Any]:
-    return {
-        "kind": device_kind(),
-        "platform": platform_version(),
-        "memory": (device_memory() or {}).get("bytes_limit"),
-        "host": platform.platform(),
-        "cpus": os.cpu_count(),
-    }

@@ -2,9 +2,10 @@
 
 A run's arrays change in an optimizer's update only, where new values take the memory of the old (donation). So a thread may copy them, one
 array after the other, from one update to the next, which waits until all are taken: byte for byte the values of that moment. No more than
-one array is in XLA's pool of pinned memory at a time, wherever the arrays live; all of them are in the snapshot, which the plan counts.
+a few arrays are in XLA's pool of pinned memory at a time, wherever they live; all of them are in the snapshot, which the plan counts.
 """
 
+import concurrent.futures
 import threading
 from collections.abc import Mapping
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from qlora_jax.runtime.placement import Tree, fetch
 
+FETCHERS = 4
+"""Arrays on their way at a time, each copied by a thread: most of the time goes to memory that is touched for the first time."""
 Layers = Mapping[str, list[Tree]]
 """By name ("adapters", "moments"), one tree of arrays a layer."""
 
@@ -32,10 +35,15 @@ class Snapshot:
             stacked = {
                 key: np.empty((len(leaves), *leaves[0].shape), leaves[0].dtype) for key, leaves in taking.items()
             }
-            for layer in range(max(map(len, taking.values()), default=0)):
-                for key, leaves in taking.items():
-                    if layer < len(leaves):
-                        stacked[key][layer], leaves[layer] = fetch(leaves[layer]), None
+            places = [(key, layer) for key, leaves in taking.items() for layer in range(len(leaves))]
+            places.sort(key=lambda place: place[1])
+
+            def take_one(place: tuple[str, int]) -> None:
+                key, layer = place
+                stacked[key][layer], taking[key][layer] = fetch(taking[key][layer]), None
+
+            with concurrent.futures.ThreadPoolExecutor(FETCHERS, thread_name_prefix="checkpoint") as fetchers:
+                list(fetchers.map(take_one, places))  # raises what one of them raises
             return stacked
         finally:
             self.taken.set()

@@ -23,6 +23,7 @@ from qlora_jax.config import TrainingSettings
 from qlora_jax.data import RawRow
 from qlora_jax.data.corpus import tokenize_rows
 from qlora_jax.data.rows.files import read_file
+from qlora_jax.data.rows.row import RowError
 from qlora_jax.data.tokens.store import TokenStore
 from qlora_jax.runtime.placement import one_device
 from qlora_jax.training.about import check_complete, check_lines
@@ -76,8 +77,9 @@ def test_damaged_deflate_data(tmp_path: Path, place: int) -> None:
 def test_parquet_whose_text_is_not_utf_8(tmp_path: Path) -> None:
     array = _text_array(b"\xff\xfe")
     pyarrow.parquet.write_table(pyarrow.table({"text": array}), tmp_path / "rows.parquet")
-    with pytest.raises(InputError, match="not a Parquet file, or a damaged one"):
-        list(read_file(tmp_path / "rows.parquet"))
+    (row,) = read_file(tmp_path / "rows.parquet")
+    with pytest.raises(RowError, match="not UTF-8"):
+        row.parse()
 
 
 def _text_array(data: bytes) -> pyarrow.Array:
@@ -175,7 +177,8 @@ def step(tmp_path: Path) -> Path:
     checkpoints = Checkpoints(tmp_path / "runs" / "checkpoints", 1)
     about = {"config": {"lora": {"r": 2}}, "identity": {"data": "x"}, "position": {"epoch": 0, "row": 1}, "work": {"keep": 1},
         "progress": vars(Progress(step=2))}  # fmt: skip
-    checkpoints.save(2, layers(), about, {"metrics.jsonl": b'{"step": 1, "loss": 1.0}\n'})
+    (lines := tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n')
+    checkpoints.save(2, layers(), about, [lines])
     checkpoints.wait()
     return tmp_path / "runs" / "checkpoints" / "step-2"
 
@@ -284,6 +287,7 @@ def write_store(place: Path) -> Path:
         "num_duplicates": 0,
         "skipped": {},
         "first_skipped": {},
+        "unused": {},
     }
     (place / "report.json").write_text(json.dumps(report))
     assert len(TokenStore(place)) == 2

@@ -63,7 +63,7 @@ LLAMA_2_70B = {
 def blocks(text: str) -> Iterator[tuple[str, str]]:
     """(language, text) of every block of code, fenced or indented by four."""
     for match in re.finditer(r"^```(\w*)\n(.*?)^```|((?:^    [^\n]*\n|^\n(?=    ))+)", text, re.MULTILINE | re.DOTALL):
-        yield ("", re.sub("^    ", "", match[3], flags=re.MULTILINE)) if match[3] else (match[1], match[2])
+        yield ("", re.sub("^    ", "", match[3], flags=re.MULTILINE).lstrip("\n")) if match[3] else (match[1], match[2])
 
 
 def commands_of(text: str) -> Iterator[str]:

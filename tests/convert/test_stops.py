@@ -185,13 +185,14 @@ def test_a_tokenizer_that_cannot_be_loaded_is_no_hindrance_to_a_merge(
         ({}, NAMED["alpaca"], (END,)),
         (
             {},
-            "{% for m in messages %}{% generation %}{{ m.content }}{{ '<|eot|>' if m.tool_calls else '<|im_end|>' }}\n{% endgeneration %}"
-            "{% for c in m.tool_calls or [] %}{% endfor %}{% endfor %}",
+            "{% for m in messages %}{% generation %}{{ m.content }}"
+            "{{ (m.tool_calls | tojson) ~ '<|eot|>' if m.tool_calls else '<|im_end|>' }}\n{% endgeneration %}"
+            "{% endfor %}",
             (END, TURN_END, 259),  # marked, with white space after the end
         ),
         (
             {},
-            "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}<|eot|>{% else %}<|im_end|>"
+            "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}<|eot|>{% else %}<|im_end|>"
             "{% endif %}\n{% endfor %}",
             (END, TURN_END, 259),  # calls of tools end with another token
         ),

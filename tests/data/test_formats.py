@@ -66,7 +66,7 @@ def test_calls_of_tools_in_sharegpts_way() -> None:
         {"role": "tool", "content": "1"},
         ASSISTANT,
     ]
-    assert chat.tools == [call]
+    assert chat.tools == [{"type": "function", "function": call}]
 
 
 @pytest.mark.parametrize("tools", [None, "", "null", "[]", []])
@@ -154,7 +154,7 @@ def test_an_empty_system_message_is_allowed() -> None:
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "fields", "a part that is not text"),
         ("chat", {"messages": [USER]}, "nothing to learn", "no assistant turn, so nothing to learn from; its roles: user"),
         ("chat", {"messages": [USER, ASSISTANT], "tools": "no"}, "fields", "`tools` is a string"),
-        ("chat", {"messages": [USER, ASSISTANT], "tools": [3]}, "fields", "`tools` is a list"),
+        ("chat", {"messages": [USER, ASSISTANT], "tools": [3]}, "fields", "`tools[0]` is a number"),
         ("sharegpt", {"conversations": [GPT | {"value": ""}]}, "empty", "`conversations[0].value` is an empty string"),
         ("openassistant", {"text": "plain"}, "fields", "does not begin with"),
         ("openassistant", {"text": "### Human: hi"}, "nothing to learn", "no assistant turn"),

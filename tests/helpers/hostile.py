@@ -116,8 +116,8 @@ KINDS = {
     "ends": Kind(file="cache/tokenized/*/where_ends.npy", change=changed_npy, command=DATA, weight=2),
     "tokens": Kind(file="cache/tokenized/*/input_ids.bin", change=changed_bytes, command=DATA, weight=1),
     "report": Kind(file="cache/tokenized/*/report.json", change=changed_json, command=DATA, weight=2),
-    "run.json": Kind(file="runs/run.json", change=changed_json, command=TRAIN, weight=2),
-    "about": Kind(file=f"{STEP}/about.json", change=changed_json, command=TRAIN, weight=2, finish=sum_again),
+    "run.json": Kind(file="runs/run.json", change=changed_json, command=TRAIN),
+    "about": Kind(file=f"{STEP}/about.json", change=changed_json, command=TRAIN, finish=sum_again),
     "metrics": Kind(file=f"{STEP}/metrics.jsonl", change=changed_bytes, command=TRAIN, finish=sum_again),
     "arrays": Kind(file=f"{STEP}/arrays/state/_METADATA", change=changed_json, command=TRAIN, finish=sum_again),
     "manifest": Kind(file=f"{STEP}/arrays/state/manifest.ocdbt", change=changed_bytes, command=TRAIN, finish=sum_again),
@@ -331,8 +331,10 @@ def _waited(pid: int, started: float) -> tuple[Any, object]:
 def main() -> None:
     """The program; see the module."""
     import datasets  # noqa: F401 - imported once, here
+    import matplotlib.figure  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import transformers.utils.chat_template_utils  # noqa: F401
+    from orbax.checkpoint import v1  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 
     from qlora_jax.commands import train  # noqa: F401

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from qlora_jax.runtime import pinned, placement
-from qlora_jax.runtime.placement import LayerInputs, LayerStore, nbytes, put
+from qlora_jax.runtime.placement import LayerInputs, LayerStore, fetch, nbytes, put
 
 
 def make_store(depth: int, where: placement.Where) -> LayerStore:
@@ -165,3 +166,14 @@ def test_inputs_come_back_from_the_host_no_faster_than_layers_are_done(monkeypat
 def test_nbytes_of_arrays_and_of_descriptions() -> None:
     tree = {"a": jnp.zeros((3, 5), jnp.bfloat16), "b": jax.ShapeDtypeStruct((7,), jnp.uint8)}
     assert nbytes(tree) == 3 * 5 * 2 + 7
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_an_array_that_is_fetched_keeps_no_copy(where: str) -> None:
+    """Or each checkpoint would take twice its memory. 4-bit numbers are copied on a CPU too, where others share the array's memory."""
+    array = jax.block_until_ready(put(np.arange(16).astype(ml_dtypes.int4), where))
+    first, second = fetch(array), fetch(array)
+    np.testing.assert_array_equal(first.astype(np.int8), np.arange(16).astype(ml_dtypes.int4).astype(np.int8))
+    assert not np.shares_memory(first, second)
+    assert first.tobytes() == second.tobytes()
+    assert fetch(np.ones(3)).tobytes() == np.ones(3).tobytes()

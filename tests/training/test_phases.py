@@ -44,7 +44,8 @@ def run(place: Path, out: Path, settings: list[str], *phases: str) -> dict[str, 
 
 def everything(out: Path) -> dict[str, Any]:
     """All that must be the same: every file's name, and every file but for times, the lock's bytes and orbax's own."""
-    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if "arrays" not in path.parts)
+    files = [path for path in out.rglob("*") if "arrays" not in path.parts and ".before-" not in path.name]
+    names = sorted(str(path.relative_to(out)) for path in files)
     contents = {
         name: (out / name).read_bytes() for name in ("config.yaml", "loss.png", "metrics.jsonl", "samples.jsonl")
     }

@@ -430,8 +430,8 @@ def test_run_json(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     failed = json.loads((tmp_path / "run.json").read_text())
     assert (failed["state"], len(failed["starts"])) == ("failed", 1)
     with monkeypatch.context() as newer:
-        versions = output_dir._versions
-        newer.setattr(output_dir, "_versions", lambda: {**versions(), "jax": "99.0"})
+        versions = output_dir.versions
+        newer.setattr(output_dir, "versions", lambda: {**versions(), "jax": "99.0"})
         assert train_main(place, tmp_path, *PLAIN) == 0
     run = json.loads((tmp_path / "run.json").read_text())
     assert (run["state"], run["id"]) == ("finished", failed["id"])
@@ -472,7 +472,7 @@ def test_the_log_tells_what_changed_and_how_long_it_took(
     place: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(stopped, tmp_path / "out")
-    monkeypatch.setattr(output_dir, "_versions", lambda: {"jax": "99.0"})
+    monkeypatch.setattr(output_dir, "versions", lambda: {"jax": "99.0"})
     assert (
         train_main(
             place, out, *PLAIN, "training.learning_rate=1e-3", "training.logging_steps=2", "training.max_steps=6"

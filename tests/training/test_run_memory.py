@@ -11,7 +11,7 @@ import pytest
 from qlora_jax.training.trainer import Trainer
 from tests.helpers.runs import train_main, write_place
 
-TINY = ["lora.target_modules=[q_proj]", "data.preview_rows=0", "data.max_seq_length=16", "training.optim=adamw"]
+TINY = ["lora.target_modules=[q_proj]", "data.preview_rows=0", "training.optim=adamw"]
 
 
 def resident_bytes() -> int:

@@ -5,8 +5,9 @@ transformers has no public way to a compiled template, so templates are compiled
 and where they differ transformers renders every row, which the log says.
 """
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,8 @@ Tools = list[dict[str, Any]]
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 REASONING_KEYS = {"reasoning_content", "thinking", "reasoning"}
 """Keys of a message that transformers copies to one another."""
+PROBE = "zqxprobezqx"
+"""A text that no template writes by itself."""
 TRIED = (
     ("user",),
     ("user", "assistant"),
@@ -58,12 +61,20 @@ class JinjaTemplate:
         self.text, self._special_tokens, self._by_transformers = text, special_tokens, by_transformers
         self.is_marked = bool(GENERATION_MARK.search(text))
 
-    def writer(self, messages: list[Message], tools: Tools | None) -> Callable[[int, bool], str]:
+    def writer(
+        self, messages: list[Message], tools: Tools | None, kwargs: Mapping[str, Any] | None = None
+    ) -> Callable[[int, bool], str]:
         """A function that writes the first so many messages of a conversation and, if asked, the start of the assistant's turn.
 
         Both raise RenderError.
+
+        Args:
+            kwargs: what the template is told beside the messages and the tools.
         """
-        write = self._write if self._is_ours(messages, tools) else self._write_through_transformers
+        if not kwargs and self._is_ours(messages, tools):
+            write = self._write
+        else:
+            write = functools.partial(self._write_through_transformers, kwargs or {})
 
         def first(number: int, add_generation_prompt: bool) -> str:
             try:
@@ -73,16 +84,20 @@ class JinjaTemplate:
 
         return first
 
-    def render_marked(self, messages: list[Message], tools: Tools | None) -> tuple[str, list[Span]]:
+    def render_marked(
+        self, messages: list[Message], tools: Tools | None, kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[str, list[Span]]:
         """The text, and what lies between `{% generation %}` and `{% endgeneration %}`, as half-open ranges of characters.
 
         Raises:
             RenderError: see there.
         """
         try:
-            if self._is_ours(messages, tools):
+            if not kwargs and self._is_ours(messages, tools):
                 return self._write_marked(messages)
-            (text,), (spans,) = self._through_transformers(messages, tools, return_assistant_tokens_mask=True)
+            (text,), (spans,) = self._through_transformers(
+                messages, tools, kwargs or {}, return_assistant_tokens_mask=True
+            )
         except Exception as error:
             raise _failed(error) from error
         return text, spans
@@ -99,9 +114,9 @@ class JinjaTemplate:
         return "".join(blocks), marks.spans
 
     def _write_through_transformers(
-        self, messages: list[Message], tools: Tools | None, add_generation_prompt: bool
+        self, kwargs: Mapping[str, Any], messages: list[Message], tools: Tools | None, add_generation_prompt: bool
     ) -> str:
-        (text,), _ = self._through_transformers(messages, tools, add_generation_prompt=add_generation_prompt)
+        (text,), _ = self._through_transformers(messages, tools, kwargs, add_generation_prompt=add_generation_prompt)
         return text
 
     def _is_ours(self, messages: list[Message], tools: Tools | None) -> bool:
@@ -126,18 +141,41 @@ class JinjaTemplate:
         return Sandbox().from_string(self.text)
 
     @cached_property
+    def words(self) -> frozenset[str] | None:
+        """Every name that the template asks anything for, and every text in it: a key of a message that is not among them is not written.
+
+        None where a message is written whole, whatever its keys.
+        """
+        import jinja2
+        from jinja2 import nodes
+
+        from qlora_jax.data.chat.sandbox import Sandbox
+
+        probe = [{"role": "user", "content": "a", PROBE: PROBE}, {"role": "assistant", "content": "b", PROBE: PROBE}]
+        try:
+            tree = Sandbox().parse(self.text)
+            if PROBE in self.writer(probe, None)(len(probe), False):
+                return None
+        except jinja2.TemplateSyntaxError:
+            return None
+        except RenderError:
+            pass
+        words = {node.attr for node in tree.find_all(nodes.Getattr)}
+        words |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return frozenset(words | REASONING_KEYS if words & REASONING_KEYS else words)
+
+    @cached_property
     def _values(self) -> dict[str, Any]:
         """All that a template sees but for the conversation: jinja would gather it again for each."""
         return {**self._compiled.globals, "tools": None, "documents": None, **self._special_tokens}
 
     def _through_transformers(
-        self, messages: list[Message], tools: Tools | None, **options: bool
+        self, messages: list[Message], tools: Tools | None, kwargs: Mapping[str, Any], **options: bool
     ) -> tuple[list[str], list[list[Span]]]:
         from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
 
-        return render_jinja_template(
-            [messages], tools=tools, chat_template=self.text, **self._special_tokens, **options
-        )
+        told = {**self._special_tokens, **kwargs, **options}
+        return render_jinja_template([messages], tools=tools, chat_template=self.text, **told)
 
 
 def _failed(error: Exception) -> Exception:

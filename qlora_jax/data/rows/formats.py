@@ -1,5 +1,6 @@
 """What a row may look like, and what every row becomes: a chat, a prompt and its completion, or a text."""
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,8 @@ from typing import Any
 
 from qlora_jax.base.errors import InputError
 from qlora_jax.config.data import Format
-from qlora_jax.data.rows.messages import KNOWN_ROLES, Message, check_text, kind_of, read_json, read_messages
+from qlora_jax.data.rows.calls import kind_of, read_json, read_tools
+from qlora_jax.data.rows.messages import KNOWN_ROLES, Message, check_text, read_messages
 from qlora_jax.data.rows.row import Row, RowError
 
 REQUIRED: dict[Format, tuple[str, ...]] = {
@@ -19,14 +21,24 @@ REQUIRED: dict[Format, tuple[str, ...]] = {
     "openassistant": ("text",),
     "text": ("text",),
 }
+OF_CHATS = ("system", "tools", "functions", "chat_template_kwargs")
 OPTIONAL: dict[Format, tuple[str, ...]] = {
-    "chat": ("tools",),
-    "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "system"),
-    "prompt_completion": ("tools",),
+    "chat": OF_CHATS,
+    "sharegpt": OF_CHATS,
+    "alpaca": ("input", "history", *OF_CHATS),
+    "prompt_completion": OF_CHATS,
     "openassistant": (),
     "text": (),
 }
+"""Fields that are read where a row has them. `history` and `system` are LLaMA-Factory's, `chat_template_kwargs` TRL's, `functions` what
+OpenAI called `tools` before."""
+REFUSED = ("images", "image", "videos", "video", "audios", "audio", "input_ids")
+"""Fields that say of a row what cannot be learned here: pictures, sounds, ids of another tokenizer."""
+RESERVED = {
+    "messages", "conversation", "conversations", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "return_dict", "return_assistant_tokens_mask", "return_tensors", "padding", "truncation", "max_length",
+}  # fmt: skip
+"""Names that `chat_template_kwargs` cannot set: they are ours to say."""
 EXPECTED: dict[Format, str] = {
     "chat": '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
     "sharegpt": '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
@@ -35,7 +47,7 @@ EXPECTED: dict[Format, str] = {
     "openassistant": '{"text": "### Human: ... ### Assistant: ..."}, or {"text": "<s>[INST] ... [/INST] ... </s>"}',
     "text": '{"text": "..."}',
 }
-MESSAGE_KEYS = ("role", "content")
+MESSAGE_KEYS = ("role", "content", "weight", "train")
 SEEN_FOR_DETECTION = 20
 
 HUMAN = re.compile(r"\s*### Human:")
@@ -51,6 +63,12 @@ class Chat:
     tools: list[dict[str, Any]] | None = None
     num_prompt: int = 0
     """Messages at the start that are a prompt, so never learned, whoever speaks."""
+    unlearned: frozenset[int] = frozenset()
+    """Messages that are not learned though the assistant speaks."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the template is told beside the messages."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Fields of the row that nothing was made of."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,7 @@ class Completion:
 
     prompt: str
     completion: str
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ class Text:
     """A text."""
 
     text: str
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 Sample = Chat | Completion | Text
@@ -81,6 +101,12 @@ class Layout:
     roles: Mapping[str, str] = field(default_factory=dict)
     """The data's name of a role to the template's."""
 
+    @property
+    def known_fields(self) -> tuple[str, ...]:
+        """Our names of all fields, and of a message's keys, that rows of this format may have, or that can be left out by another name."""
+        of_messages = MESSAGE_KEYS if self.format in ("chat", "sharegpt", "prompt_completion") else ()
+        return (*REQUIRED[self.format], *OPTIONAL[self.format], *of_messages, *REFUSED)
+
     def read(self, row: Row) -> Sample:
         """Check a row and bring it into one of three forms.
 
@@ -88,14 +114,32 @@ class Layout:
             RowError: it does not fit, naming its file and line and the fields it has.
         """
         fields = {ours: row.fields[self.fields.get(ours, ours)] for ours in self._present(row)}
+        self._check_nothing_refused(row)
         if self.format in ("chat", "sharegpt"):
-            return self._chat(row, fields)
-        if self.format == "alpaca":
-            return self._alpaca(row, fields)
-        if self.format == "prompt_completion":
-            return self._completion(row, fields)
-        check_text(row, "text", fields["text"], EXPECTED[self.format])
-        return _assistant_text(row, fields["text"]) if self.format == "openassistant" else Text(fields["text"])
+            sample: Sample = self._chat(row, fields)
+        elif self.format == "alpaca":
+            sample = self._alpaca(row, fields)
+        elif self.format == "prompt_completion":
+            sample = self._completion(row, fields)
+        else:
+            check_text(row, "text", fields["text"], EXPECTED[self.format])
+            is_chat = self.format == "openassistant"
+            sample = _assistant_text(row, fields["text"]) if is_chat else Text(fields["text"])
+        read = REQUIRED[self.format] if isinstance(sample, Completion) else fields
+        names = {self.fields.get(ours, ours) for ours in read}
+        unused = [name for name, value in row.fields.items() if value is not None and name not in names]
+        return dataclasses.replace(sample, unused=(*sample.unused, *unused)) if unused else sample
+
+    def _check_nothing_refused(self, row: Row) -> None:
+        for ours in REFUSED:
+            name = self.fields.get(ours, ours)
+            if row.fields.get(name) and not self._reads(name):
+                found = f"`{name}`, which a model of text and its tokenizer cannot learn from"
+                fix = f"drop the row, or read rows without theirs: data.fields={{{ours}: none}}"
+                raise RowError(row.where, "fields", found=found, expected="text", fix=fix)
+
+    def _reads(self, name: str) -> bool:
+        return name in {self.fields.get(ours, ours) for ours in (*REQUIRED[self.format], *OPTIONAL[self.format])}
 
     def _present(self, row: Row) -> list[str]:
         missing = [name for name in REQUIRED[self.format] if self.fields.get(name, name) not in row.fields]
@@ -106,21 +150,54 @@ class Layout:
         optional = [name for name in OPTIONAL[self.format] if row.fields.get(self.fields.get(name, name)) is not None]
         return [*REQUIRED[self.format], *optional]
 
-    def _messages(self, row: Row, name: str, value: Any) -> list[Message]:
+    def _messages(self, row: Row, name: str, value: Any) -> tuple[list[Message], list[int]]:
         keys = {key: self.fields[key] for key in MESSAGE_KEYS if key in self.fields}
         return read_messages(row, self.fields.get(name, name), value, keys, self.roles, EXPECTED[self.format])
 
     def _chat(self, row: Row, fields: dict[str, Any]) -> Chat:
         name = REQUIRED[self.format][0]
-        messages = self._messages(row, name, fields[name])
+        messages, unlearned = self._messages(row, name, fields[name])
+        return self._made(row, fields, Chat(messages, unlearned=frozenset(unlearned)))
+
+    def _made(self, row: Row, fields: dict[str, Any], chat: Chat) -> Chat:
+        """A chat, and what else the row says of it."""
+        _check_answered(row, chat.messages[chat.num_prompt :], self.format)
         if fields.get("system"):
-            check_text(row, self.fields.get("system", "system"), fields["system"], EXPECTED[self.format])
-            messages = [{"role": "system", "content": fields["system"]}, *messages]
-        _check_answered(row, messages, self.format)
-        return Chat(messages, _tools(row, fields.get("tools")))
+            chat = self._with_system(row, fields["system"], chat)
+        ours = next((ours for ours in ("tools", "functions") if fields.get(ours)), "tools")
+        tools = read_tools(row, self.fields.get(ours, ours), fields.get(ours))
+        return dataclasses.replace(chat, tools=tools, template_kwargs=self._template_kwargs(row, fields))
+
+    def _with_system(self, row: Row, system: Any, chat: Chat) -> Chat:
+        """The system prompt that a row has beside its messages; one among them wins, as in LLaMA-Factory and axolotl."""
+        name = self.fields.get("system", "system")
+        check_text(row, name, system, EXPECTED[self.format])
+        first = chat.messages[0]
+        if first["role"] == "system":
+            return chat if first["content"] == system else dataclasses.replace(chat, unused=(name,))
+        return dataclasses.replace(
+            chat,
+            messages=[{"role": "system", "content": system}, *chat.messages],
+            num_prompt=chat.num_prompt + bool(chat.num_prompt),
+            unlearned=frozenset(i + 1 for i in chat.unlearned),
+        )
+
+    def _template_kwargs(self, row: Row, fields: dict[str, Any]) -> dict[str, Any]:
+        name, value = (
+            self.fields.get("chat_template_kwargs", "chat_template_kwargs"),
+            fields.get("chat_template_kwargs"),
+        )
+        kwargs = (read_json(value) if isinstance(value, str) else value) or {}
+        if not isinstance(kwargs, dict):
+            expected = '{"enable_thinking": false}'
+            raise RowError(row.where, "fields", found=f"`{name}` is {kind_of(value)}", expected=expected)
+        if reserved := sorted(RESERVED & kwargs.keys()):
+            fix = "take it out; the settings of `data` say this"
+            raise RowError(row.where, "fields", found=f"`{name}` sets {', '.join(reserved)}", fix=fix)
+        return kwargs
 
     def _alpaca(self, row: Row, fields: dict[str, Any]) -> Chat:
-        """The instruction and its input are one message; a template may still tell them apart."""
+        """The instruction and its input are one message; a template may still tell them apart. `history` comes before it."""
         for name in ("instruction", "output"):
             check_text(row, self.fields.get(name, name), fields[name], EXPECTED["alpaca"])
         user: Message = {"role": "user", "content": fields["instruction"]}
@@ -128,19 +205,34 @@ class Layout:
             check_text(row, self.fields.get("input", "input"), fields["input"], EXPECTED["alpaca"])
             user |= {"content": f"{fields['instruction']}\n\n{fields['input']}"}
             user |= {"instruction": fields["instruction"], "input": fields["input"]}
-        system: list[Message] = []
-        if fields.get("system"):
-            check_text(row, self.fields.get("system", "system"), fields["system"], EXPECTED["alpaca"])
-            system = [{"role": "system", "content": fields["system"]}]
-        return Chat([*system, user, {"role": "assistant", "content": fields["output"]}])
+        turns = [*self._history(row, fields), user, {"role": "assistant", "content": fields["output"]}]
+        return self._made(row, fields, Chat(turns))
+
+    def _history(self, row: Row, fields: dict[str, Any]) -> list[Message]:
+        """Earlier turns: pairs of what was asked and answered."""
+        name, value = self.fields.get("history", "history"), fields.get("history")
+        pairs = read_json(value) if isinstance(value, str) and value else value
+        if not pairs and (not value or value in ("[]", "null")):
+            return []
+        if not (isinstance(pairs, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)):
+            expected = '[["asked", "answered"], ...]'
+            raise RowError(
+                row.where, "fields", found=f"`{name}` is {kind_of(value)} of other than pairs", expected=expected
+            )
+        turns: list[Message] = []
+        for number, pair in enumerate(pairs):
+            for role, text in zip(("user", "assistant"), pair, strict=True):
+                check_text(row, f"{name}[{number}]", text, EXPECTED["alpaca"])
+                turns.append({"role": role, "content": text})
+        return turns
 
     def _completion(self, row: Row, fields: dict[str, Any]) -> Sample:
         prompt, completion = fields["prompt"], fields["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            before = self._messages(row, "prompt", prompt)
-            messages = [*before, *self._messages(row, "completion", completion)]
-            _check_answered(row, messages[len(before) :], "prompt_completion")
-            return Chat(messages, _tools(row, fields.get("tools")), num_prompt=len(before))
+            before, _ = self._messages(row, "prompt", prompt)
+            after, unlearned = self._messages(row, "completion", completion)
+            shifted = frozenset(i + len(before) for i in unlearned)
+            return self._made(row, fields, Chat([*before, *after], num_prompt=len(before), unlearned=shifted))
         check_text(row, self.fields.get("prompt", "prompt"), prompt, EXPECTED["prompt_completion"])
         check_text(row, self.fields.get("completion", "completion"), completion, EXPECTED["prompt_completion"])
         return Completion(prompt, completion)
@@ -244,16 +336,6 @@ def _check_answered(row: Row, messages: Sequence[Message], format: Format) -> No
         found = f"no assistant turn, so nothing to learn from; its roles: {', '.join(m['role'] for m in messages) or 'none'}"
         fix = f"add the answer, drop the row, or name the roles with data.roles (known: {', '.join(KNOWN_ROLES)})"
         raise RowError(row.where, "nothing to learn", found=found, expected=EXPECTED[format], fix=fix)
-
-
-def _tools(row: Row, value: Any) -> list[dict[str, Any]] | None:
-    if not value or value == "null":
-        return None
-    tools = read_json(value) if isinstance(value, str) else value
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        expected = "a list of JSON schemas, or that list as a string"
-        raise RowError(row.where, "fields", found=f"`tools` is {kind_of(value)}", expected=expected)
-    return tools or None
 
 
 def _names(row: Row) -> str:

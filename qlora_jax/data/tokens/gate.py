@@ -12,6 +12,8 @@ from qlora_jax.data.tokens.tokenization import Tokens
 
 PROBLEMS_AT_ONCE = 10
 """Bad rows that are named before reading stops."""
+MAX_UNUSED, MAX_NAME = 100, 60
+"""Names of unused fields that are counted, and the characters of one."""
 
 
 @dataclass
@@ -27,6 +29,8 @@ class Report:
     """By kind of problem."""
     first_skipped: dict[str, str] = field(default_factory=dict)
     """Of each kind the first, in words."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """Rows that have a field, or a message's key, of which nothing was made; by name."""
 
 
 class Gate:
@@ -48,6 +52,9 @@ class Gate:
         report.num_read += tokens.num_read
         report.num_truncated += tokens.num_truncated
         report.num_split += tokens.num_split
+        for name, count in tokens.unused.items():
+            if name in report.unused or len(report.unused) < MAX_UNUSED:
+                report.unused[name[:MAX_NAME]] += count
         for problem in tokens.problems:
             self._refuse(problem)
         kept = np.ones(len(tokens.lengths), bool)

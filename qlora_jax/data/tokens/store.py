@@ -112,9 +112,10 @@ def _mapped(path: Path, dtype: type) -> np.ndarray:
 def _report(path: Path) -> Report:
     values = read_json_object(path)
     with reading(path, "a damaged report"):
-        counts = {name: values.pop(name) for name in ("skipped", "first_skipped")}
-        report = Report(**values | {"skipped": Counter(counts["skipped"]), "first_skipped": counts["first_skipped"]})
-        numbers = [*values.values(), *counts["skipped"].values()]
+        counts = {name: values.pop(name) for name in ("skipped", "unused", "first_skipped")}
+        skipped, unused, first_skipped = Counter(counts["skipped"]), Counter(counts["unused"]), counts["first_skipped"]
+        report = Report(**values, skipped=skipped, unused=unused, first_skipped=first_skipped)
+        numbers = [*values.values(), *skipped.values(), *unused.values()]
         if (
             not all(type(number) is int for number in numbers)
             or counts["skipped"].keys() != counts["first_skipped"].keys()

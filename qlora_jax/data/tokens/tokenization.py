@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from qlora_jax.data.tokens.encoding import Encoded, Encoder
 from qlora_jax.data.tokens.limits import EXPECTED, RESIZE, describe_missing
 from qlora_jax.data.tokens.recipe import Recipe
 
-if TYPE_CHECKING:
-    pass  # slow to import; a process that tokenizes need not
+MADE_HERE = {("alpaca", "instruction"), ("alpaca", "input")}
+"""Keys that messages of a format have from here, for templates that tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Tokens:
     num_split: int = 0
     """Rows more than there were, because a template rewrites turns."""
     problems: list[RowError] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
+    """Rows that have a field, or a message's key, of which nothing was made."""
 
 
 class RowTokenizer:
@@ -81,12 +83,14 @@ class RowTokenizer:
         texts: list[Rendered] = []
         samples: list[Sample] = []  # of each text
         numbers: list[int] = []
+        unused: Counter[str] = Counter()
         for number, raw in enumerate(rows):
             try:
                 sample, rendered = self.render(raw)
             except RowError as error:
                 problems[number] = error
             else:
+                unused.update(self._unused(sample))
                 texts += rendered
                 samples += [sample] * len(rendered)
                 numbers += [number] * len(rendered)
@@ -117,6 +121,7 @@ class RowTokenizer:
                 int((usable & (encoded.lengths > limit)).sum()),
                 len(numbers) - len(set(numbers)),
                 [problems[number] for number in sorted(problems)],
+                unused,
             )
         )
 
@@ -137,6 +142,17 @@ class RowTokenizer:
         """
         sample = self.recipe.layout.read(raw.parse())
         return sample, self._render(sample, raw.where)
+
+    def _unused(self, sample: Sample) -> Iterable[str]:
+        """Fields of a row, and keys of its messages, of which nothing was made."""
+        if not isinstance(sample, Chat):
+            return sample.unused
+        renderer = self._renderer if sample.tools is None else self._tool_renderer
+        keys = renderer.unused_keys(sample)
+        return (
+            *sample.unused,
+            *(f"messages[].{key}" for key in keys if (self.recipe.layout.format, key) not in MADE_HERE),
+        )
 
     def _render(self, sample: Sample, where: str) -> list[Rendered]:
         loss_on = self.recipe.loss_on
