@@ -97,6 +97,7 @@ def main() -> None:
         print(f"bitsandbytes' side did not run: {(peer.stderr.strip() or 'no message').splitlines()[-1]}")
 
     from benchmarks.machine import write_result
+    from qlora_jax.runtime.machine import device_kind
 
     ours = measure(options.rows, options.columns)
     name = f"kernels-{device_kind().split()[-1].lower()}"

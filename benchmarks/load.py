@@ -40,7 +40,7 @@ from convert.files.folder import ModelFolder
 from convert.load import load_weights, read_config
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.runtime import pinned
-from qlora_jax.runtime.placement import LayerStore, nbytes, sharding
+from qlora_jax.runtime.placement import LayerStore, nbytes, one_device
 
 ROOT = Path(__file__).parents[1]
 CHUNK = 2**24
@@ -203,7 +203,9 @@ def load(model: Path, threads: int) -> dict[str, Any]:
     folder = ModelFolder(model)
     config = read_config(folder)
     # As in train.py, where the plan has measured it: the first copy to a GPU takes a second or two, whatever is copied.
-    jax.block_until_ready([jax.device_put(np.zeros(1, np.uint8), sharding(where)) for where in ("host", "device")])
+    jax.block_until_ready(
+        [jax.device_put(np.zeros(1, np.uint8), one_device().sharding(where)) for where in ("host", "device")]
+    )
     loaded: list[LayerStore] = []
 
     def work() -> int:

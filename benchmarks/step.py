@@ -36,7 +36,7 @@ from qlora_jax.planning.estimate import Job, Layout, workspace
 from qlora_jax.planning.hardware import measured, published
 from qlora_jax.planning.search import compiled_workspace, make_engine, make_plan
 from qlora_jax.runtime import machine
-from qlora_jax.runtime.placement import SLOTS, LayerPlace, LayerStore, Tree, keep, put
+from qlora_jax.runtime.placement import SLOTS, LayerPlace, LayerStore, Tree, one_device
 from qlora_jax.training.metrics import peak_device_gib, peak_host_gib
 
 SHAPES = {
@@ -108,7 +108,9 @@ def random_weights(engine: Engine, places: list[LayerPlace], slots: int, distinc
         for layer, place in enumerate(places):
             if place == "device" or len(on_host) < distinct:
                 made = make(jax.random.key(layer))
-                tree = keep(jax.device_get(made) if place == "host" else made, place)  # as if it came from the disk
+                tree = one_device().keep(
+                    jax.device_get(made) if place == "host" else made, place
+                )  # as if it came from the disk
                 on_host.extend([tree] if place == "host" else [])
                 yield tree
             else:
@@ -118,9 +120,9 @@ def random_weights(engine: Engine, places: list[LayerPlace], slots: int, distinc
     embedding, head = (0.02 * jax.random.normal(jax.random.key(i), vocabulary, jnp.bfloat16) for i in (1, 2))
     norm = jnp.ones(vocabulary[1:], jnp.bfloat16)
     return Weights(
-        put({"weight": embedding}, "device"),
+        one_device().put({"weight": embedding}, "device"),
         LayerStore(layers(), places, slots=slots),
-        put({"norm": {"weight": norm}, "weight": head}, "device"),
+        one_device().put({"norm": {"weight": norm}, "weight": head}, "device"),
     )
 
 
@@ -201,7 +203,7 @@ class Case:
         self._started = self._start()
 
     def _start(self) -> Started:
-        key = put(jax.random.key(self.steps), "device") if self.engine.draws else None
+        key = one_device().put(jax.random.key(self.steps), "device") if self.engine.draws else None
         return self.engine.start(self.weights, self.batch, key)
 
     def step(self) -> tuple[float, float]:

@@ -97,8 +97,8 @@ def workspaces(options: argparse.Namespace) -> dict[str, float]:
     attention.check_compute_capability = lambda *arguments: True
     dispatch.available = lambda: True
     placement.jax.devices = lambda *arguments: [device]
-    placement.sharding.cache_clear()
-    with for_the_card(placement.sharding("device").mesh.abstract_mesh):
+    placement.one_device.cache_clear()
+    with for_the_card(placement.one_device().mesh.abstract_mesh):
         found = temporary_bytes(engine, options.batch, options.seq, packed=False, saves=(options.keep,))
     return {name: round(size / 2**30, 3) for name, size in found.items()}
 

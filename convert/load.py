@@ -20,7 +20,7 @@ from qlora_jax.engine.layer_program import layer_bytes
 from qlora_jax.model.architecture import LINEAR_PATHS, Architecture
 from qlora_jax.model.linear import Weight
 from qlora_jax.runtime import pinned
-from qlora_jax.runtime.placement import LayerPlace, LayerStore, Source, Tree, Where, keep, nbytes, put
+from qlora_jax.runtime.placement import LayerPlace, LayerStore, Source, Tree, Where, nbytes, one_device
 
 Advance = Callable[[int], object]
 BFLOAT16_BYTES = 2
@@ -162,7 +162,7 @@ def layer_parts(
     """
 
     def placed(part: Tree) -> Tree:
-        return part if place is None else keep(part, place)
+        return part if place is None else one_device().keep(part, place)
 
     def read_norms() -> Tree:
         return placed({name: {"weight": read_bfloat16(folder, names.norm(layer, name))} for name in names.NORM_NAMES})
@@ -189,7 +189,7 @@ def read_linear(
         return pinned.filled(read) if place == "host" else read()
     if quantization is None:
         return read_bfloat16(folder, name)
-    return put(quantized(folder, name, quantization), "device")
+    return one_device().put(quantized(folder, name, quantization), "device")
 
 
 def _vocabulary(folder: ModelFolder, config: Architecture) -> tuple[jax.Array, jax.Array, jax.Array]:

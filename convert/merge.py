@@ -43,7 +43,7 @@ from qlora_jax.base.console import byte_bar, make_console, progress_bar
 from qlora_jax.base.errors import InputError, end_process, exit_status
 from qlora_jax.config.arguments import path_argument, text_argument
 from qlora_jax.runtime import machine
-from qlora_jax.runtime.placement import put
+from qlora_jax.runtime.placement import one_device
 
 WHICH_BASE = """\
 Which base. `--base original` adds the adapter to the weights as they were before quantization, as the published recipe, peft, unsloth and
@@ -178,7 +178,7 @@ def _passes(
 
 def _merged_rows(rows: pieces.Rows, pair: Pair | None) -> Iterator[Callable[[], np.ndarray]]:
     if pair is not None:
-        pair = dataclasses.replace(pair, lora_a=put(pair.lora_a, "device"))
+        pair = dataclasses.replace(pair, lora_a=one_device().put(pair.lora_a, "device"))
     for some, values in rows:
         yield functools.partial(_merged, values, None if pair is None else pair.rows(some))
 

@@ -26,7 +26,7 @@ from qlora_jax.base.reading import kind_of, open_file, reading
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Adapters
 from qlora_jax.model.architecture import Architecture
-from qlora_jax.runtime.placement import Tree, Where, fetch, put
+from qlora_jax.runtime.placement import Tree, Where, fetch, one_device
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 QUANTIZATION_KEY = "quantization"
@@ -302,4 +302,6 @@ def as_adapters(
     def layer_tree(layer: int) -> Tree:
         return {name: {"adapter": matrices(adapter.pairs[layer, name])} for name in lora.targets}
 
-    return lora, [jax.block_until_ready(put(layer_tree(layer), where)) for layer in range(config.num_hidden_layers)]
+    return lora, [
+        jax.block_until_ready(one_device().put(layer_tree(layer), where)) for layer in range(config.num_hidden_layers)
+    ]

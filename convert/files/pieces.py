@@ -22,7 +22,7 @@ from convert.files.folder import ModelFolder, aligned
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.ops import dispatch, nf4
 from qlora_jax.runtime import pinned
-from qlora_jax.runtime.placement import put
+from qlora_jax.runtime.placement import one_device
 
 PIECE = 2**21
 """Elements. A multiple of `nf4.BLOCK_SIZE`; enough rows to multiply fast, few enough that a dozen of them are small beside a linear."""
@@ -86,7 +86,9 @@ def quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings
     absmax = np.empty(-(-math.prod(shape) // nf4.BLOCK_SIZE), np.float32)
 
     def quantize(begin: int, size: int) -> None:
-        part = nf4.quantize(put(_cast(folder, name, begin, size), "device"), False, quantization.quant_type)
+        part = nf4.quantize(
+            one_device().put(_cast(folder, name, begin, size), "device"), False, quantization.quant_type
+        )
         codes[begin // 2 : begin // 2 + part.codes.size] = part.codes
         absmax[begin // nf4.BLOCK_SIZE : begin // nf4.BLOCK_SIZE + part.absmax.size] = part.absmax
 
@@ -127,7 +129,7 @@ def through_4_bits(folder: ModelFolder, name: str, quantization: QuantizationSet
         blocks = slice(begin // nf4.BLOCK_SIZE, -(-end // nf4.BLOCK_SIZE))
         piece = _cast(folder, name, begin, end - begin).reshape(-1, columns)
         before, after = scales.result()
-        return nf4.round_trip(put(piece, "device"), before[blocks], after[blocks], quantization.quant_type)
+        return nf4.round_trip(one_device().put(piece, "device"), before[blocks], after[blocks], quantization.quant_type)
 
     return iter([*found, scales]), ((some, functools.partial(values, some)) for some in row_slices(*shape))
 
@@ -141,7 +143,7 @@ def dequantized(weight: nf4.QuantizedTensor) -> Rows:
     """A linear's values in what dequantizing rounds to."""
     columns = weight.shape[1]
     if jax.default_backend() != "cpu":
-        whole = _dequantize_whole(put(weight, "device"))
+        whole = _dequantize_whole(one_device().put(weight, "device"))
         return _taken(lambda: whole, weight.shape)
     absmax = np.asarray(_dequantize_absmax(weight))
 
@@ -170,8 +172,10 @@ def on_device(folder: ModelFolder, name: str) -> jax.Array:
         InputError: a value is not finite then.
     """
     if jax.default_backend() == "cpu":
-        return put(read_bfloat16(folder, name), "device")
-    return jax.block_until_ready(put(pinned.filled(functools.partial(_read_together, folder, name)), "device"))
+        return one_device().put(read_bfloat16(folder, name), "device")
+    return jax.block_until_ready(
+        one_device().put(pinned.filled(functools.partial(_read_together, folder, name)), "device")
+    )
 
 
 def _read_together(
@@ -239,7 +243,7 @@ def _is_finite(values: np.ndarray) -> bool:
 
 
 def _absmax(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:
-    return np.asarray(nf4.block_absmax(put(_cast(folder, name, begin, size), "device")))
+    return np.asarray(nf4.block_absmax(one_device().put(_cast(folder, name, begin, size), "device")))
 
 
 def _scales(
@@ -253,7 +257,7 @@ def _scales(
 
 def _send(folder: ModelFolder, name: str, begin: int, size: int) -> jax.Array:
     """A part of a tensor, in bfloat16, that has arrived on the device."""
-    return jax.block_until_ready(put(_cast(folder, name, begin, size), "device"))
+    return jax.block_until_ready(one_device().put(_cast(folder, name, begin, size), "device"))
 
 
 def _quantize_parts(

@@ -10,7 +10,7 @@ import numpy as np
 from qlora_jax.engine import programs
 from qlora_jax.engine.engine import Engine
 from qlora_jax.engine.layer_program import Context, LayerProgram
-from qlora_jax.runtime.placement import Tree, sharding
+from qlora_jax.runtime.placement import Tree
 
 COMPILERS = 4
 """Functions compiled at a time, each by a thread: XLA's compiler for a GPU uses little more than one core for most of its time."""
@@ -28,7 +28,7 @@ class StepShapes:
     def __init__(self, engine: Engine, rows: int, length: int, *, packed: bool = False, micro_batches: int = 1) -> None:
         """`rows` and `length` are a micro-batch's; `packed`: whether it has positions and segments."""
         self.engine, self.rows, self.length = engine, rows, length
-        self._device, self.micro_batches = sharding("device"), micro_batches
+        self._device, self.micro_batches = engine.placement.sharding("device"), micro_batches
         self.hidden = self.array(rows, length, engine.config.hidden_size, dtype=engine.compute_dtype)
         dropout = engine.lora is not None and engine.lora.lora_dropout > 0
         key = self.described(jax.eval_shape(lambda: jax.random.key(0))) if dropout else None

@@ -39,7 +39,7 @@ from qlora_jax.engine.layer_program import Context, LayerProgram, Packing, init_
 from qlora_jax.engine.objectives import CrossEntropy, Objective
 from qlora_jax.model.architecture import Architecture
 from qlora_jax.model.decoder import MLP_TOKENS, Attention, Cache, Embedding, Head
-from qlora_jax.runtime.placement import LayerInputs, LayerStore, Tree, Where, put, visits
+from qlora_jax.runtime.placement import LayerInputs, LayerStore, Placement, Tree, Where, one_device, visits
 
 Adapters = list[Tree]
 """One tree a layer: {"q_proj": {"adapter": {"lora_a": [R, in], "lora_b": [out, R]}}, ...}, of `lora.dtype`, on the device or the host."""
@@ -106,6 +106,7 @@ class Engine:
         share_dense: in the backward walk, dequantize each weight once for the recomputed forward and for dX; a layer's dense matrices
             (1.7 GB at 70B) then exist together while the layer is at work. Otherwise it is done twice, a matrix at a time.
         mlp_tokens: tokens the MLP works on at a time.
+        placement: the devices; by default the first alone.
     """
 
     def __init__(
@@ -122,10 +123,14 @@ class Engine:
         neftune_noise_alpha: float = 0.0,
         share_dense: bool = True,
         mlp_tokens: int = MLP_TOKENS,
+        placement: Placement | None = None,
     ) -> None:
+        self.placement = placement or one_device()
         self.config, self.lora = config, lora
         self.activations, self.adapters, self.keep = activations, adapters, keep
-        self._noise_alpha = put(np.float32(neftune_noise_alpha), "device") if neftune_noise_alpha else None
+        self._noise_alpha = (
+            self.placement.put(np.float32(neftune_noise_alpha), "device") if neftune_noise_alpha else None
+        )
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.adapter_dtype = lora.dtype if lora else "float32"
         self._layer_settings = (config, lora, quantization, attention)
@@ -135,7 +140,7 @@ class Engine:
         self.objective: Objective = CrossEntropy(config)
         self._embedding_def, _, self.abstract_embedding = programs.describe(Embedding, config)
         self._head_def, _, self.abstract_head = programs.describe(Head, config)
-        self._numbers = [put(np.int32(i), "device") for i in range(config.num_hidden_layers)]
+        self._numbers = [self.placement.put(np.int32(i), "device") for i in range(config.num_hidden_layers)]
 
     @property
     def abstract_adapter(self) -> Tree:
@@ -155,7 +160,10 @@ class Engine:
     def init_adapters(self, seed: int) -> Adapters:
         """Fresh adapters: A uniform, B zero, reproducible from the seed."""
         keys = jax.random.split(jax.random.key(seed), self.config.num_hidden_layers)
-        return [jax.block_until_ready(put(init_adapter(self._layer_settings, key), self.adapters)) for key in keys]
+        return [
+            jax.block_until_ready(self.placement.put(init_adapter(self._layer_settings, key), self.adapters))
+            for key in keys
+        ]
 
     def start(self, weights: Weights, batch: Batch, key: jax.Array | None) -> Started:
         """Begin an optimizer step: what of it needs no adapters. The device may still be busy with the step before.
@@ -193,7 +201,7 @@ class Engine:
         depth = len(weights.layers)
         pace = weights.layers.pace
         walk = _walk(weights, adapters, [*range(depth), *reversed(range(depth))])
-        inputs, saved = LayerInputs(self.activations, pace), {}
+        inputs, saved = LayerInputs(self.activations, pace, self.placement), {}
         for layer, frozen, adapter in itertools.islice(walk, depth):
             inputs.push(tuple(hidden))  # a copy: the list goes on
             program = self._program(layer)
@@ -209,7 +217,7 @@ class Engine:
         hidden.clear()
         grads = Gradients([None] * depth, [None] * depth)
         for layer, frozen, adapter in walk:
-            grad = programs.zeros_like()(adapter) if len(micro_batches) > 1 else None
+            grad = programs.zeros_like(self.placement.sharding("device"))(adapter) if len(micro_batches) > 1 else None
             input_grad = layer > 0 or observe is not ignore  # below the first layer nothing wants its input's gradient
             program = self._program(layer)
             for m, (h, each) in enumerate(zip(inputs.pop(), micro_batches, strict=True)):
@@ -221,7 +229,7 @@ class Engine:
             pace.dispatched(ready)
             observe(f"the gradient of layer {layer}", (hidden_grads, grad))
             grad, grads.square_sums[layer] = programs.finish(grad, self.adapter_dtype)
-            grads.layers[layer] = put(grad, self.adapters)
+            grads.layers[layer] = self.placement.put(grad, self.adapters)
             del frozen, adapter, grad
         return programs.total(losses), grads
 
@@ -241,14 +249,17 @@ class Engine:
     def logits(self, weights: Weights, adapters: Adapters, input_ids: np.ndarray) -> jax.Array:
         """input_ids [B, T] → logits [B, T, V] float32; for comparisons, where V is affordable."""
         return programs.logits(
-            self._head_def, weights.head, self._hidden(weights, adapters, put(input_ids, "device"), None)
+            self._head_def, weights.head, self._hidden(weights, adapters, self.placement.put(input_ids, "device"), None)
         )
 
     def new_cache(self, batch_size: int, length: int) -> list[Cache]:
         """An empty key-value cache for `length` tokens, one entry a layer."""
         shape = (batch_size, length, self.config.num_key_value_heads, self.config.head_dim)
         empty = functools.partial(np.zeros, shape, self.compute_dtype)
-        return [(put(empty(), "device"), put(empty(), "device")) for _ in range(self.config.num_hidden_layers)]
+        return [
+            (self.placement.put(empty(), "device"), self.placement.put(empty(), "device"))
+            for _ in range(self.config.num_hidden_layers)
+        ]
 
     def decode(
         self, weights: Weights, adapters: Adapters, input_ids: np.ndarray, start: int, cache: list[Cache]
@@ -258,8 +269,10 @@ class Engine:
         Returns:
             (logits of the last position [B, V] float32; the cache with T more tokens, the old one being spent)
         """
-        h = programs.embed(self._embedding_def, weights.embedding, put(input_ids, "device"), self.compute_dtype)
-        positions = put(
+        h = programs.embed(
+            self._embedding_def, weights.embedding, self.placement.put(input_ids, "device"), self.compute_dtype
+        )
+        positions = self.placement.put(
             np.broadcast_to(np.arange(start, start + input_ids.shape[1], dtype=np.int32), input_ids.shape), "device"
         )
         for layer, frozen, adapter in _walk(weights, adapters, range(len(weights.layers))):
@@ -300,7 +313,7 @@ class Engine:
         self, weights: Weights, micro_batches: Sequence[_MicroBatch], hidden: Sequence[jax.Array], num_tokens: int
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """Each micro-batch's share of the loss, and its gradient with respect to the last layer's output."""
-        token_weight = put(np.float32(1 / max(num_tokens, 1)), "device")
+        token_weight = self.placement.put(np.float32(1 / max(num_tokens, 1)), "device")
         head = [
             self.objective.head(weights.head, h, each.labels, token_weight)
             for h, each in zip(hidden, micro_batches, strict=True)
@@ -311,7 +324,9 @@ class Engine:
         """Each micro-batch's arrays, on the device."""
         packing = () if batch.segment_ids is None else (batch.positions, batch.segment_ids)
         arrays = zip(batch.input_ids, batch.labels, *packing, strict=True)
-        moved = put(list(arrays), "device")  # in one call: each takes a part of a millisecond before the step begins
+        moved = self.placement.put(
+            list(arrays), "device"
+        )  # in one call: each takes a part of a millisecond before the step begins
         return [
             _MicroBatch(ids, labels, tuple(packed) or None, self._number(m))
             for m, (ids, labels, *packed) in enumerate(moved)
@@ -320,7 +335,7 @@ class Engine:
     def _number(self, index: int) -> jax.Array:
         """A small integer on the device; they are kept, so that a step sends none."""
         while len(self._numbers) <= index:
-            self._numbers.append(put(np.int32(len(self._numbers)), "device"))
+            self._numbers.append(self.placement.put(np.int32(len(self._numbers)), "device"))
         return self._numbers[index]
 
 
@@ -329,7 +344,10 @@ def _walk(weights: Weights, adapters: Adapters, order: Sequence[int]) -> Iterato
 
     Not `zip`, which holds on to the last items while it asks for the next.
     """
-    layers, visiting = weights.layers.walk(order), visits(adapters.__getitem__, order, weights.layers.pace)
+    layers, visiting = (
+        weights.layers.walk(order),
+        visits(adapters.__getitem__, order, weights.layers.pace, weights.layers.placement),
+    )
     while (following := next(layers, None)) is not None:
         layer, frozen = following
         following = None

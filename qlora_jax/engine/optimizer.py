@@ -28,7 +28,7 @@ from qlora_jax.engine.engine import Gradients
 from qlora_jax.ops import blockwise, dispatch
 from qlora_jax.ops.blockwise import BlockwiseTensor
 from qlora_jax.ops.operands import Adam
-from qlora_jax.runtime.placement import SLOTS, Pace, Tree, Where, lives, put, sharding, visits
+from qlora_jax.runtime.placement import SLOTS, Pace, Placement, Tree, Where, one_device, visits
 
 Schedule = Callable[[int], float]
 
@@ -57,14 +57,17 @@ def schedule(settings: TrainingSettings, total_steps: int) -> Schedule:
 class AdamW:
     """AdamW over a list of trees, one a layer. The moments are float32, or 8 bits, and live where `where` says."""
 
-    def __init__(self, settings: TrainingSettings, params: list[Tree], where: Where) -> None:
+    def __init__(
+        self, settings: TrainingSettings, params: list[Tree], where: Where, placement: Placement | None = None
+    ) -> None:
         """Moments start at zero; `params` is only described, not kept."""
+        self.placement = placement or one_device()
         self.where, self.max_norm = where, settings.max_grad_norm
         self._rule = _rule_of(settings)
         pace = Pace(SLOTS)
         self.moments = [
-            jax.block_until_ready(put(self._rule.init(layer), where))
-            for layer in visits(params.__getitem__, range(len(params)), pace)
+            jax.block_until_ready(self.placement.put(self._rule.init(layer), where))
+            for layer in visits(params.__getitem__, range(len(params)), pace, self.placement)
         ]
 
     def global_norm(self, grads: Gradients) -> jax.Array:
@@ -92,15 +95,20 @@ class AdamW:
         """
         norm = self.global_norm(grads) if norm is None else norm
         factor, made = _clip_factor(norm, self.max_norm), _finite(norm, norm if loss is None else loss)
-        rate = put(np.float32(learning_rate), "device")
+        rate = self.placement.put(np.float32(learning_rate), "device")
         pace = Pace(SLOTS)
-        coming = visits(lambda i: (params[i], grads.layers[i], self.moments[i]), range(len(params)), pace)
-        homes: list[Where] = ["device" if lives(layer, "device") else "host" for layer in params]
+        coming = visits(
+            lambda i: (params[i], grads.layers[i], self.moments[i]), range(len(params)), pace, self.placement
+        )
+        homes: list[Where] = ["device" if self.placement.lives(layer, "device") else "host" for layer in params]
         for layer in range(len(params)):  # not `enumerate`, which holds on to the last item while it asks for the next
             here = next(coming)
             new, moments, token = self._rule.update(*here, factor, rate, made)
             pace.dispatched(token)
-            params[layer], self.moments[layer] = put(new, homes[layer]), put(moments, self.where)
+            params[layer], self.moments[layer] = (
+                self.placement.put(new, homes[layer]),
+                self.placement.put(moments, self.where),
+            )
             grads.layers[layer] = None
             del here, new, moments
         return params, norm
@@ -161,7 +169,7 @@ def _numbers(settings: TrainingSettings) -> Adam:
 
 def lowered(settings: TrainingSettings, adapter: Tree, grads: Tree, number: Any) -> Iterator[tuple[str, Any]]:
     """Yield the functions of an update, lowered for a layer's adapter and gradients as described, and `number`, a described scalar."""
-    rule, device = _rule_of(settings), sharding("device")
+    rule, device = _rule_of(settings), one_device().sharding("device")
     moments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract_moments(settings, adapter)
     )

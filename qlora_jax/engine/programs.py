@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.model.decoder import add_noise
-from qlora_jax.runtime.placement import Tree, sharding
+from qlora_jax.runtime.placement import Tree
 
 Noise = tuple[jax.Array, jax.Array, jax.Array]  # alpha, the step's key, the micro-batch's number
 
@@ -61,12 +61,10 @@ def logits(head_def: Definition, head: Tree, h: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def zeros_like() -> Callable[[Tree], Tree]:
-    """A function that makes float32 zeros on the device, shaped as the tree it is given."""
+def zeros_like(sharding: jax.sharding.Sharding) -> Callable[[Tree], Tree]:
+    """Return a function that makes float32 zeros of this sharding, shaped as the tree it is given."""
     # Placed by name: zeros depend on no input, and would come without the mesh, which is another type to the functions above.
-    return jax.jit(
-        lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree), out_shardings=sharding("device")
-    )
+    return jax.jit(lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree), out_shardings=sharding)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.runtime.placement import put
+from qlora_jax.runtime.machine import device_kind
+from qlora_jax.runtime.placement import one_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +64,15 @@ def measured() -> Rates:
     """Of the first device, in about a second: a matrix product, a pass over its memory, a copy from pinned memory."""
     size, repeats = 8192, 8
     keys = jax.random.split(jax.random.key(0), 2)
-    a, b = (put(jax.random.normal(key, (size, size), jnp.bfloat16), "device") for key in keys)
+    a, b = (one_device().put(jax.random.normal(key, (size, size), jnp.bfloat16), "device") for key in keys)
     product = jax.jit(lambda a, b: a @ b)
     flop = 2 * size**3 * repeats / _seconds(lambda: [product(a, b) for _ in range(repeats)])
-    large = put(np.ones((2**27,), np.float32), "device")
+    large = one_device().put(np.ones((2**27,), np.float32), "device")
     passes = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, x: -x, x))
     memory = 2 * large.nbytes * repeats / _seconds(lambda: passes(large))
-    pinned = put(np.ones((2**27,), np.uint8), "host")
-    bus = pinned.nbytes * 4 / _seconds(lambda: [put(pinned, "device") for _ in range(4)])
-    return Rates(jax.devices()[0].device_kind, "measured", flop, memory, bus)
+    pinned = one_device().put(np.ones((2**27,), np.uint8), "host")
+    bus = pinned.nbytes * 4 / _seconds(lambda: [one_device().put(pinned, "device") for _ in range(4)])
+    return Rates(device_kind(), "measured", flop, memory, bus)
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -11,7 +11,7 @@ layers always asks for the next layer first and hands out the current one then:
 Layers that stay on the disk are read by threads, a few ahead of the walk, and copied from plain memory: slower, but for a base
 model that is bigger than the host's memory.
 
-Every array gets a `NamedSharding` with a memory kind on a mesh (of one device, today): the engine never names a device.
+Every array gets a `NamedSharding` with a memory kind on the mesh of a `Placement` (of one device, today): the engine never names a device.
 """
 
 import collections
@@ -33,6 +33,8 @@ Tree = Any  # a pytree of arrays
 Source = Tree | Callable[[], Tree]
 
 _MEMORY_KINDS = {"device": "device", "host": "pinned_host"}
+WHOLE = PartitionSpec()
+"""Arrays that are whole on every device of the mesh."""
 
 SLOTS = 3
 """Streamed layers on the device at a time: one computing, one queued behind it, one arriving. More would let Python, which runs
@@ -43,48 +45,61 @@ READ_AHEAD = 2
 """Layers being read from disk at a time, each by a thread of its own, besides the one that was read last."""
 
 
+class Placement:
+    """Where arrays live: on which devices, in their memory or in pinned memory of the host.
+
+    Holds the mesh, so that nothing else names a device. One device is a mesh of one.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._shardings: dict[tuple[Where, PartitionSpec], NamedSharding] = {}
+
+    def sharding(self, where: Where, spec: PartitionSpec = WHOLE) -> NamedSharding:
+        """Return the sharding of arrays at `where`: whole on every device, or split over the mesh's axes as `spec` says."""
+        if (where, spec) not in self._shardings:
+            self._shardings[where, spec] = NamedSharding(self.mesh, spec, memory_kind=_MEMORY_KINDS[where])
+        return self._shardings[where, spec]
+
+    def put(self, tree: Tree, where: Where, spec: PartitionSpec = WHOLE) -> Tree:
+        """Start copying a tree's arrays (of numpy or jax) to `where`; returns at once. A tree that is there already is returned."""
+        if self.lives(tree, where, spec):
+            return tree  # device_put would look at each array for 25 µs, which adds up over layers
+        return jax.device_put(tree, self.sharding(where, spec))
+
+    def keep(self, tree: Tree, where: Where) -> Tree:
+        """Bring a frozen tree to `where` to stay; returns when it is there.
+
+        numpy's arrays that are to be on a GPU's host remain numpy's, in memory of our own, where there can be such: see `pinned.pin`.
+        """
+        if (
+            where == "host"
+            and not self.lives(tree, "host")
+            and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree))
+        ):
+            ours = pinned.pin(tree)
+            if ours is not None:
+                return ours
+        return jax.block_until_ready(self.put(tree, where))
+
+    def lives(self, tree: Tree, where: Where, spec: PartitionSpec = WHOLE) -> bool:
+        """Whether a tree's arrays are at `where` already.
+
+        Trees move as one, the parts of a tuple of trees each for itself; so a tree's first array answers for all. To look at every array
+        of every layer would take milliseconds a step, for which the device waits where layers are small.
+        """
+        if isinstance(tree, tuple):
+            return all(self.lives(part, where, spec) for part in tree)
+        first = next(iter(jax.tree.leaves(tree)), None)
+        if isinstance(first, jax.Array):
+            return first.sharding == self.sharding(where, spec)
+        return first is None or (where == "host" and pinned.holds(first))
+
+
 @functools.cache
-def sharding(where: Where) -> NamedSharding:
-    """Whole arrays on the mesh's device, in its own memory or in pinned host memory."""
-    mesh = Mesh(np.array(jax.devices()[:1]), ("fsdp",))
-    return NamedSharding(mesh, PartitionSpec(), memory_kind=_MEMORY_KINDS[where])
-
-
-def put(tree: Tree, where: Where) -> Tree:
-    """Start copying a tree's arrays (of numpy or jax) to `where`; returns at once. A tree that is there already is returned."""
-    if lives(tree, where):
-        return tree  # device_put would look at each array for 25 µs, which adds up over layers
-    return jax.device_put(tree, sharding(where))
-
-
-def keep(tree: Tree, where: Where) -> Tree:
-    """A frozen tree at `where` to stay; returns when it is there.
-
-    numpy's arrays that are to be on a GPU's host remain numpy's, in memory of our own, where there can be such: see `pinned.pin`.
-    """
-    if (
-        where == "host"
-        and not lives(tree, "host")
-        and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree))
-    ):
-        ours = pinned.pin(tree)
-        if ours is not None:
-            return ours
-    return jax.block_until_ready(put(tree, where))
-
-
-def lives(tree: Tree, where: Where) -> bool:
-    """Whether a tree's arrays are at `where` already.
-
-    Trees move as one, the parts of a tuple of trees each for itself; so a tree's first array answers for all. To look at every array of
-    every layer would take milliseconds a step, for which the device waits where layers are small.
-    """
-    if isinstance(tree, tuple):
-        return all(lives(part, where) for part in tree)
-    first = next(iter(jax.tree.leaves(tree)), None)
-    if isinstance(first, jax.Array):
-        return first.sharding == sharding(where)
-    return first is None or (where == "host" and pinned.holds(first))
+def one_device() -> Placement:
+    """Return the placement on the first device alone, which a run uses today; JAX's backend is started by it."""
+    return Placement(Mesh(np.array(jax.devices()[:1]), ("fsdp",)))
 
 
 def fetch(array: jax.Array) -> np.ndarray:
@@ -134,7 +149,12 @@ class LayerStore:
     """
 
     def __init__(
-        self, layers: Iterable[Source], where: LayerPlace | Sequence[LayerPlace], *, slots: int = SLOTS
+        self,
+        layers: Iterable[Source],
+        where: LayerPlace | Sequence[LayerPlace],
+        *,
+        slots: int = SLOTS,
+        placement: Placement | None = None,
     ) -> None:
         """Takes the layers one at a time from `layers`, so that no more than one exists outside its place.
 
@@ -142,13 +162,15 @@ class LayerStore:
             layers: trees of arrays; for a layer that stays on disk, a function that reads it anew each time it is called, from any thread.
             where: one place for all, or each layer's own.
             slots: streamed layers on the device at a time, at least 2.
+            placement: the devices; by default the first alone.
         """
+        self.placement = placement or one_device()
         self._layers: list[Source] = []
         self.places: list[LayerPlace] = []
         for index, layer in enumerate(layers):
             place = where if isinstance(where, str) else where[index]
             self.places.append(place)
-            self._layers.append(layer if place == "disk" else keep(layer, place))
+            self._layers.append(layer if place == "disk" else self.placement.keep(layer, place))
         self._readers = concurrent.futures.ThreadPoolExecutor(READ_AHEAD) if "disk" in self.places else None
         self.pace = Pace(slots)
         self.fetched: collections.deque[int] = collections.deque(maxlen=4 * len(self._layers))
@@ -185,7 +207,7 @@ class LayerStore:
             layer = next(from_disk) if self.places[index] == "disk" else self._layers[index]
             self.pace.wait()
             self.fetched.append(index)
-            yield index, put(layer, "device")
+            yield index, self.placement.put(layer, "device")
 
     def _read(self, order: Iterable[int]) -> Iterator[Tree]:
         """Layers from disk, the next `READ_AHEAD` being read while one is used."""
@@ -199,24 +221,24 @@ class LayerStore:
             yield layer
 
 
-def visits(source: Callable[[int], Tree], order: Iterable[int], pace: Pace) -> Iterator[Tree]:
+def visits(source: Callable[[int], Tree], order: Iterable[int], pace: Pace, placement: Placement) -> Iterator[Tree]:
     """Each of `source(index)`'s trees on the device along `order`, the next one's copy issued before one is handed out.
 
     For what visits the device with its layer: adapters, gradients, moments. Trees that live there are handed out as they are.
     """
     order = list(order)
-    coming = _bring(source(order[0]), pace) if order else None
+    coming = _bring(source(order[0]), pace, placement) if order else None
     for index, following in zip(order, [*order[1:], None], strict=True):
         here, coming = coming, None
         if following is not None:
-            coming = here if following == index else _bring(source(following), pace)
+            coming = here if following == index else _bring(source(following), pace, placement)
         yield here
 
 
-def _bring(tree: Tree, pace: Pace) -> Tree:
-    if not lives(tree, "device"):
+def _bring(tree: Tree, pace: Pace, placement: Placement) -> Tree:
+    if not placement.lives(tree, "device"):
         pace.wait()
-    return put(tree, "device")
+    return placement.put(tree, "device")
 
 
 def spread(resident: int, depth: int) -> list[LayerPlace]:
@@ -230,8 +252,8 @@ class LayerInputs:
     From the host, the next entry down is fetched while the current one is used.
     """
 
-    def __init__(self, where: Where, pace: Pace) -> None:
-        self.where, self._pace = where, pace
+    def __init__(self, where: Where, pace: Pace, placement: Placement) -> None:
+        self.where, self._pace, self._placement = where, pace, placement
         self._stack: list[Tree] = []
         self._coming: Tree = None
 
@@ -239,13 +261,13 @@ class LayerInputs:
         """Keep a layer's inputs; a copy to the host is only started here."""
         if self.where == "host":
             self._pace.wait()
-        self._stack.append(put(inputs, self.where))
+        self._stack.append(self._placement.put(inputs, self.where))
 
     def pop(self) -> Tree:
         """The inputs pushed last, on the device. The next ones set out when the work on older layers is done: without layers that stream,
         nothing else keeps Python from bringing all of them at once."""
-        current = put(self._stack.pop(), "device") if self._coming is None else self._coming
+        current = self._placement.put(self._stack.pop(), "device") if self._coming is None else self._coming
         if self._stack and self.where == "host":
             self._pace.wait()
-        self._coming = put(self._stack.pop(), "device") if self._stack else None
+        self._coming = self._placement.put(self._stack.pop(), "device") if self._stack else None
         return current

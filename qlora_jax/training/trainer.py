@@ -22,7 +22,7 @@ from qlora_jax.config import TrainingSettings
 from qlora_jax.data import Batch, Batches
 from qlora_jax.engine.engine import Adapters, Engine, Started, Weights
 from qlora_jax.engine.optimizer import AdamW, schedule
-from qlora_jax.runtime.placement import Where, put
+from qlora_jax.runtime.placement import Where
 from qlora_jax.training.checkpoint import Checkpoint, Checkpoints
 from qlora_jax.training.display import RunDisplay
 from qlora_jax.training.metrics import MetricsLog, Record, Tracker, peak_device_gib, peak_host_gib, plot_loss
@@ -108,7 +108,7 @@ class Trainer:
             InputError: the loss or the gradient is no longer finite, or the disk is full.
             InterruptedRunError: a signal asked for it; what was done is saved.
         """
-        optimizer = AdamW(self.settings, adapters, self.optimizer_where)
+        optimizer = AdamW(self.settings, adapters, self.optimizer_where, self.engine.placement)
         before = b""
         if resumed:
             adapters, optimizer.moments = self._restore(resumed, adapters, optimizer)
@@ -176,7 +176,7 @@ class Trainer:
 
     def _begin(self, step: int) -> tuple[Batch, Started]:
         batch = self.batches.batch(step)
-        key = put(jax.random.fold_in(self._key, step), "device") if self.engine.draws else None
+        key = self.engine.placement.put(jax.random.fold_in(self._key, step), "device") if self.engine.draws else None
         with jax.transfer_guard("disallow"):
             return batch, self.engine.start(self.weights, batch, key)
 

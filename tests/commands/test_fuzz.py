@@ -20,7 +20,7 @@ from qlora_jax.base.errors import InputError
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Engine
 from qlora_jax.model.architecture import Architecture
-from qlora_jax.runtime.placement import put
+from qlora_jax.runtime.placement import one_device
 from qlora_jax.training.checkpoint import Checkpoints
 from tests.helpers import tiny
 from tests.helpers.children import environment
@@ -199,7 +199,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = Engine(read_config(model), lora, QuantizationSettings(), compute_dtype="float32")
     save_adapter(place / "adapter", engine.init_adapters(0), lora, QuantizationSettings(), "base")
     checkpoints = Checkpoints(place, 1)
-    checkpoints.save(1, {"adapters": [put({"a": np.zeros(3, np.float32)}, "device")]}, {})
+    checkpoints.save(1, {"adapters": [one_device().put({"a": np.zeros(3, np.float32)}, "device")]}, {})
     checkpoints.wait()
     return place
 

@@ -17,7 +17,7 @@ from convert.load import load_weights, read_config, read_layer, total_bytes
 from convert.quantize import quantize
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
-from qlora_jax.runtime.placement import LayerPlace, lives, nbytes
+from qlora_jax.runtime.placement import LayerPlace, nbytes, one_device
 from tests.helpers import tiny
 
 NF4 = QuantizationSettings()
@@ -47,7 +47,7 @@ def test_layers_are_in_their_places_and_in_order(
         loaded, expected = weights.layers._layers[index], read_layer(folders["4bit"], index, NF4)
         assert jax.tree.structure(loaded) == jax.tree.structure(expected)
         for leaf, value in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
-            assert lives(leaf, place)
+            assert one_device().lives(leaf, place)
             assert np.asarray(leaf).tobytes() == np.asarray(value).tobytes()
     assert sum(advanced) == total_bytes(config, NF4, "device")
     assert len(advanced) == LAYERS + 1

@@ -22,7 +22,7 @@ from qlora_jax.base.errors import InputError
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.ops import dispatch, nf4
 from qlora_jax.runtime import pinned
-from qlora_jax.runtime.placement import lives
+from qlora_jax.runtime.placement import one_device
 from tests.convert.test_quantize import KINDS, RAGGED
 from tests.helpers import tiny
 
@@ -86,7 +86,7 @@ def test_whole_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
     for name in (names.EMBEDDING, names.FINAL_NORM):
         found, same = pieces.on_device(folder, name), pieces.read_bfloat16(folder, name)
-        assert lives(found, "device")
+        assert one_device().lives(found, "device")
         assert (found.dtype, found.shape, np.asarray(found).tobytes()) == (same.dtype, same.shape, same.tobytes())
     path = model / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)

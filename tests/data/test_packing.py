@@ -22,7 +22,7 @@ from qlora_jax.data import IGNORED_LABEL, Batch
 from qlora_jax.data.chat.templates import CHATML
 from qlora_jax.engine.engine import Adapters, Engine, Weights
 from qlora_jax.model.decoder import add_noise, default_attention
-from qlora_jax.runtime.placement import put
+from qlora_jax.runtime.placement import one_device
 from tests.helpers import tiny
 
 LENGTH = 64
@@ -48,7 +48,7 @@ def make(folder: Path, dtype: jax.typing.DTypeLike, alpha: float = 0.0) -> tuple
     )
     rng = np.random.default_rng(1)
     adapters = jax.tree.map(
-        lambda a: put(np.asarray(a) + 0.05 * rng.standard_normal(a.shape).astype(np.float32), "device"),
+        lambda a: one_device().put(np.asarray(a) + 0.05 * rng.standard_normal(a.shape).astype(np.float32), "device"),
         engine.init_adapters(0),
     )
     return engine, load_weights(model, config, quantization, "device"), adapters
@@ -98,7 +98,7 @@ def test_packed_rows_have_the_loss_and_gradients_they_have_alone(tiny_folder: Pa
     if dtype == jnp.bfloat16 and not CUDNN:
         pytest.skip("in bfloat16 this is cuDNN's test: it needs a GPU")
     engine, weights, adapters = make(tiny_folder, dtype)
-    step_key = put(jax.random.key(0), "device")
+    step_key = one_device().put(jax.random.key(0), "device")
     packed, alone = packed_and_alone()
     with jax.default_matmul_precision("highest"):  # else a GPU rounds float32 factors
         results = [
@@ -140,7 +140,9 @@ def test_a_token_sees_nothing_of_another_row(tiny_folder: Path) -> None:
 def test_neftune_is_as_in_transformers(tiny_folder: Path) -> None:
     """Uniform within alpha / sqrt(T·D), drawn anew by step and micro-batch; never in evaluation; dropout's masks are not its bits."""
     alpha, shape = 5.0, (2, 48, 64)
-    noise = functools.partial(jax.jit(add_noise), put(np.zeros(shape, np.float32), "device"), np.float32(alpha))
+    noise = functools.partial(
+        jax.jit(add_noise), one_device().put(np.zeros(shape, np.float32), "device"), np.float32(alpha)
+    )
     draws = [noise(jax.random.key(seed), np.int32(m)) for seed, m in ((0, 0), (0, 1), (1, 0), (0, 0))]
     bound = alpha / (48 * 64) ** 0.5
     for draw in draws:
@@ -155,7 +157,7 @@ def test_neftune_is_as_in_transformers(tiny_folder: Path) -> None:
     noisy, weights, adapters = make(tiny_folder, jnp.float32, alpha)
     plain, _, _ = make(tiny_folder, jnp.float32)
     packed, alone = packed_and_alone()
-    keys = [put(jax.random.key(seed), "device") for seed in (0, 0, 1)]
+    keys = [one_device().put(jax.random.key(seed), "device") for seed in (0, 0, 1)]
     losses = [float(noisy.value_and_grad(weights, adapters, packed, key)[0]) for key in keys]
     clean = float(plain.value_and_grad(weights, adapters, packed, keys[0])[0])
     assert losses[0] == losses[1] != losses[2]

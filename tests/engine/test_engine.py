@@ -24,7 +24,7 @@ from qlora_jax.engine.optimizer import AdamW
 from qlora_jax.model.decoder import DecoderLayer, Embedding, Head
 from qlora_jax.model.loss import cross_entropy, shift
 from qlora_jax.runtime import pinned, placement
-from qlora_jax.runtime.placement import SLOTS, LayerStore, Where, lives, put, sharding, spread
+from qlora_jax.runtime.placement import SLOTS, LayerStore, Where, one_device, spread
 from tests.helpers import tiny
 
 QUANTIZATION = QuantizationSettings()
@@ -67,12 +67,13 @@ def moved(adapters: Adapters, seed: int = 1) -> Adapters:
     """Adapters whose B is not zero, so that every gradient is alive."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda a: put(np.asarray(a) + 0.05 * rng.standard_normal(a.shape).astype(np.float32), "device"), adapters
+        lambda a: one_device().put(np.asarray(a) + 0.05 * rng.standard_normal(a.shape).astype(np.float32), "device"),
+        adapters,
     )
 
 
 def key(seed: int) -> jax.Array:
-    return put(jax.random.key(seed), "device")
+    return one_device().put(jax.random.key(seed), "device")
 
 
 def whole_model_loss(
@@ -146,7 +147,7 @@ def train(
         with jax.transfer_guard("allow" if step == 0 else "disallow"):  # compiling may move constants
             step_key = key(step) if step == 0 else KEYS[step]
             loss, grads = engine.value_and_grad(base, adapters, batch, step_key)
-            assert all(lives(layer, engine.adapters) for layer in (*grads.layers, *adapters))
+            assert all(one_device().lives(layer, engine.adapters) for layer in (*grads.layers, *adapters))
             adapters, _ = rule.update(adapters, grads, settings.learning_rate)
         losses.append(float(loss))
     return losses, adapters
@@ -187,7 +188,7 @@ def test_no_more_streamed_layers_on_the_device_than_slots(deep_folder: Path, slo
     engine, weights = make(deep_folder, "host", adapters="host", lora=NO_DROPOUT)
     weights.layers.pace.slots = slots
     codes = engine.abstract_layer["gate_proj"]["weight"].codes
-    device, most = sharding("device"), 0
+    device, most = one_device().sharding("device"), 0
     put_before = placement.jax.device_put
 
     def counting(tree: Any, target: Any) -> Any:
@@ -234,7 +235,7 @@ def test_what_a_layer_keeps(deep_folder: Path) -> None:
     engine, weights = make(deep_folder, lora=NO_DROPOUT)
     (_, frozen), adapter = next(weights.layers.walk([0])), engine.init_adapters(0)[0]
     config, rows, length, rank = engine.config, 2, 24, LORA.r
-    h = put(np.ones((rows, length, config.hidden_size), np.float32), "device")
+    h = one_device().put(np.ones((rows, length, config.hidden_size), np.float32), "device")
     *_, saved = engine.saving.forward(adapter, frozen, h, Context(None, engine._numbers[0], engine._numbers[0], None))
     elements = [
         array.size for array in saved.arrays if array.ndim and array.shape[-2:] not in ((length, length), (length, 1))

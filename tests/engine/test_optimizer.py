@@ -15,7 +15,7 @@ from qlora_jax.engine.optimizer import AdamW, schedule
 from qlora_jax.ops import blockwise, dispatch
 from qlora_jax.ops.blockwise import BlockwiseTensor
 from qlora_jax.ops.pallas import adam
-from qlora_jax.runtime.placement import Tree, put
+from qlora_jax.runtime.placement import Tree, one_device
 
 ONE_ULP = 2.0**-23
 """Relative: our p - lr·(u + decay·p) and optax's p + (-lr)·(...) round alike, but XLA fuses them differently."""
@@ -32,7 +32,10 @@ def random_layers(seed: int, scale: float = 1.0) -> list[Tree]:
     rng = np.random.default_rng(seed)
     shapes = {"a": (4, 6), "b": (6, 4)}
     return [
-        {name: put((scale * rng.standard_normal(shape)).astype(np.float32), "device") for name, shape in shapes.items()}
+        {
+            name: one_device().put((scale * rng.standard_normal(shape)).astype(np.float32), "device")
+            for name, shape in shapes.items()
+        }
         for _ in range(3)
     ]
 
@@ -96,7 +99,7 @@ def large_layers(seed: int) -> list[Tree]:
     rng = np.random.default_rng(seed)
     values = {"a": rng.standard_normal((70, 80)), "b": rng.standard_normal((8, 8))}
     values["a"] *= np.exp(2 * rng.standard_normal((70, 1)))  # rows of different scales
-    return [{name: put((0.01 * value).astype(np.float32), "device") for name, value in values.items()}]
+    return [{name: one_device().put((0.01 * value).astype(np.float32), "device") for name, value in values.items()}]
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -211,7 +214,12 @@ def wide_layers(seed: int) -> list[Tree]:
     """One tensor of whole blocks, one that is not, and one that is kept in float32."""
     rng = np.random.default_rng(seed)
     shapes = {"a": (32, 256), "b": (70, 80), "c": (8, 8)}
-    return [{name: put(rng.standard_normal(shape).astype(np.float32), "device") for name, shape in shapes.items()}]
+    return [
+        {
+            name: one_device().put(rng.standard_normal(shape).astype(np.float32), "device")
+            for name, shape in shapes.items()
+        }
+    ]
 
 
 def test_8_bit_moments_take_a_quarter() -> None:

@@ -30,7 +30,7 @@ from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine.engine import Engine
 from qlora_jax.runtime import pinned, placement
-from qlora_jax.runtime.placement import LayerStore, keep, lives, put, spread
+from qlora_jax.runtime.placement import LayerStore, one_device, spread
 from tests.helpers import tiny
 
 NF4 = QuantizationSettings()
@@ -225,10 +225,10 @@ def test_what_a_refusal_says_and_does(driver: Driver) -> None:
     driver.refuses = True
     tree = make_tree()
     with pytest.warns(UserWarning, match=r"cannot be registered.*not on this card\).*pinned pool.*to load") as caught:
-        found = keep(tree, "host")
+        found = one_device().keep(tree, "host")
     assert len(caught) == 1 and "and more" not in str(caught[0].message)
     driver.refuses = False
-    again = keep(tree, "host")  # would raise if it warned, and is not tried
+    again = one_device().keep(tree, "host")  # would raise if it warned, and is not tried
     for kept in (found, again):
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kept)} == {"pinned_host"}
         assert_same(jax.tree.map(np.asarray, kept), tree)
@@ -237,29 +237,33 @@ def test_what_a_refusal_says_and_does(driver: Driver) -> None:
 
 def test_only_numpy_s_arrays_for_the_host_are_registered(driver: Driver) -> None:
     tree = make_tree()
-    assert lives(keep(tree, "device"), "device")
-    from_device = keep(put(tree, "device"), "host")
-    assert all(leaf.sharding == placement.sharding("host") for leaf in jax.tree.leaves(from_device))
-    assert lives(put(tree, "host"), "host")
+    assert one_device().lives(one_device().keep(tree, "device"), "device")
+    from_device = one_device().keep(one_device().put(tree, "device"), "host")
+    assert all(leaf.sharding == placement.one_device().sharding("host") for leaf in jax.tree.leaves(from_device))
+    assert one_device().lives(one_device().put(tree, "host"), "host")
     assert not driver.contents
-    kept = keep(tree, "host")
+    kept = one_device().keep(tree, "host")
     assert len(driver.contents) == 1
-    assert lives(kept, "host") and not lives(kept, "device") and not lives(tree, "host")
-    assert keep(kept, "host") is kept and put(kept, "host") is kept
-    assert lives(put(kept, "device"), "device")
+    assert (
+        one_device().lives(kept, "host")
+        and not one_device().lives(kept, "device")
+        and not one_device().lives(tree, "host")
+    )
+    assert one_device().keep(kept, "host") is kept and one_device().put(kept, "host") is kept
+    assert one_device().lives(one_device().put(kept, "device"), "device")
 
 
 @pytest.mark.parametrize("resident", [0, 2])
 def test_a_store_of_registered_layers_walks_as_any(driver: Driver, resident: int) -> None:
     layers, places = [make_tree(seed) for seed in range(6)], spread(resident, 6)
     order = [*range(6), *reversed(range(6))]
-    given = [keep(layer, "host") if index % 2 else layer for index, layer in enumerate(layers)]
+    given = [one_device().keep(layer, "host") if index % 2 else layer for index, layer in enumerate(layers)]
     store, plain = LayerStore(given, places), LayerStore(layers, places)
-    assert all(place == "device" or lives(store._layers[i], "host") for i, place in enumerate(places))
+    assert all(place == "device" or one_device().lives(store._layers[i], "host") for i, place in enumerate(places))
     seen, schedules = [], []
     for walked in (store, plain):
         for index, layer in walked.walk(order):
-            assert lives(layer, "device")
+            assert one_device().lives(layer, "device")
             seen.append((index, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(layer)]))
         schedules.append(list(walked.fetched))
     assert seen[:12] == seen[12:] == [(i, [leaf.tobytes() for leaf in jax.tree.leaves(layers[i])]) for i in order]
@@ -319,7 +323,7 @@ def test_embedding_and_norm_pass_through_registered_memory(
         array.tobytes() for array in expected
     ]
     assert_same([np.asarray(array) for array in found], expected)
-    assert all(lives(array, "device") for array in found)
+    assert all(one_device().lives(array, "device") for array in found)
     del found
     assert registered(0)
 
@@ -361,7 +365,7 @@ def test_what_cannot_be_filled_is_given_back(
 def test_what_is_quantized_on_the_way_in_stays_in_xlas_pool(driver: Driver, folders: dict[str, ModelFolder]) -> None:
     weights = load_weights(folders["bf16"], read_config(folders["bf16"]), NF4, "host")
     for layer in weights.layers._layers:
-        assert all(lives(part, "host") for part in layer.values())
+        assert all(one_device().lives(part, "host") for part in layer.values())
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(layer["q_proj"]))
 
 
@@ -374,10 +378,10 @@ def step_bits(folder: ModelFolder, where: str) -> list[bytes]:
     ids = rng.integers(0, 256, (2, 2, 24)).astype(np.int32)
     batch = Batch(ids, ids, 2 * 2 * 23, ids.size)
     adapters = [
-        put(jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(np.float32), layer), "device")
+        one_device().put(jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(np.float32), layer), "device")
         for layer in engine.init_adapters(0)
     ]
-    key = put(jax.random.key(1), "device")
+    key = one_device().put(jax.random.key(1), "device")
     engine.value_and_grad(weights, adapters, batch, key)  # compiling may move constants
     with jax.transfer_guard("disallow"):
         loss, grads = engine.value_and_grad(weights, adapters, batch, key)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.runtime import pinned, placement
-from qlora_jax.runtime.placement import LayerInputs, LayerStore, fetch, nbytes, put
+from qlora_jax.runtime.placement import LayerInputs, LayerStore, fetch, nbytes, one_device
 
 
 def make_store(depth: int, where: placement.Where) -> LayerStore:
@@ -41,7 +41,9 @@ def test_resident_layers_are_handed_out_as_they_are() -> None:
     assert list(store.fetched) == []
 
 
-@pytest.mark.parametrize("source", [np.asarray, lambda array: put(array, "device")], ids=["numpy", "device"])
+@pytest.mark.parametrize(
+    "source", [np.asarray, lambda array: one_device().put(array, "device")], ids=["numpy", "device"]
+)
 def test_streamed_layers_live_in_host_memory(source: Callable[[np.ndarray], Any]) -> None:
     """numpy's arrays in memory of our own where the GPU's driver registers it; XLA's pool is for all else."""
     store = LayerStore(({"w": source(np.full(2, i, np.float32))} for i in range(2)), "host")
@@ -136,8 +138,8 @@ def test_an_error_while_reading_reaches_the_walk() -> None:
 
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_layer_inputs_come_back_in_reverse_and_on_the_device(where: placement.Where) -> None:
-    stack = LayerInputs(where, placement.Pace(placement.SLOTS))
-    values = [[put(np.full((3,), 10 * i + j, np.float32), "device") for j in range(2)] for i in range(4)]
+    stack = LayerInputs(where, placement.Pace(placement.SLOTS), one_device())
+    values = [[one_device().put(np.full((3,), 10 * i + j, np.float32), "device") for j in range(2)] for i in range(4)]
     for pair in values:
         stack.push(pair)
     if where == "host":
@@ -151,11 +153,13 @@ def test_layer_inputs_come_back_in_reverse_and_on_the_device(where: placement.Wh
 def test_inputs_come_back_from_the_host_no_faster_than_layers_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most two are on the device besides those of layers that are done: one at work or waiting for it, and one on its way."""
     pace = placement.Pace(placement.SLOTS)
-    stack, events = LayerInputs("host", pace), []
+    stack, events = LayerInputs("host", pace, one_device()), []
     for i in range(5):
-        stack.push(put(np.full((3,), i, np.float32), "device"))
+        stack.push(one_device().put(np.full((3,), i, np.float32), "device"))
     monkeypatch.setattr(pace, "wait", lambda: events.append("wait"))
-    monkeypatch.setattr(placement, "put", lambda tree, where: (events.append(f"bring {float(tree[0]):.0f}"), tree)[1])
+    monkeypatch.setattr(
+        one_device(), "put", lambda tree, where: (events.append(f"bring {float(tree[0]):.0f}"), tree)[1]
+    )
     for _ in range(5):
         stack.pop()
         events.append("work")
@@ -171,7 +175,7 @@ def test_nbytes_of_arrays_and_of_descriptions() -> None:
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_an_array_that_is_fetched_keeps_no_copy(where: str) -> None:
     """Or each checkpoint would take twice its memory. 4-bit numbers are copied on a CPU too, where others share the array's memory."""
-    array = jax.block_until_ready(put(np.arange(16).astype(ml_dtypes.int4), where))
+    array = jax.block_until_ready(one_device().put(np.arange(16).astype(ml_dtypes.int4), where))
     first, second = fetch(array), fetch(array)
     np.testing.assert_array_equal(first.astype(np.int8), np.arange(16).astype(ml_dtypes.int4).astype(np.int8))
     assert not np.shares_memory(first, second)

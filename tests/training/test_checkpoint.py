@@ -20,7 +20,7 @@ from qlora_jax.engine import programs
 from qlora_jax.engine.engine import Gradients
 from qlora_jax.engine.optimizer import AdamW
 from qlora_jax.ops import blockwise
-from qlora_jax.runtime.placement import fetch, put
+from qlora_jax.runtime.placement import fetch, one_device
 from qlora_jax.training import checkpoint, snapshot
 from qlora_jax.training.checkpoint import (
     ABOUT,
@@ -48,7 +48,7 @@ def adapters(seed: int = 0, where: str = "device") -> list[Any]:
     pairs = [
         {"q": {"lora_a": array(8, 640), "lora_b": array(16, 8)}, "k": {"lora_a": array(4, 6)}} for _ in range(LAYERS)
     ]
-    return [put(pair, where) for pair in pairs]
+    return [one_device().put(pair, where) for pair in pairs]
 
 
 def moments(params: list[Any], optim: str = "paged_adamw_8bit", where: str = "host") -> list[Any]:
@@ -177,7 +177,7 @@ def test_every_bit_comes_back_wherever_things_live(tmp_path: Path, optim: str, w
 
 
 def test_layers_of_different_shapes(tmp_path: Path) -> None:
-    layers = [put({"a": np.full((2, size), size, np.float32)}, "device") for size in (3, 5, 3)]
+    layers = [one_device().put({"a": np.full((2, size), size, np.float32)}, "device") for size in (3, 5, 3)]
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(1, {"adapters": list(layers)}, {})
     checkpoints.wait()
@@ -350,7 +350,7 @@ place, limits = Path(sys.argv[1]), list(map(int, sys.argv[2:]))
 (metrics := place.parent / "metrics.jsonl").write_bytes(b"x")
 import numpy as np
 from qlora_jax.training.checkpoint import Checkpoints
-from qlora_jax.runtime.placement import put
+from qlora_jax.runtime.placement import one_device
 from tests.helpers.children import held_open
 from orbax.checkpoint import v1
 
@@ -364,9 +364,9 @@ def run(step):
     checkpoints = Checkpoints(place, 1)
     found = checkpoints.newest(print)
     if found:
-        template = {"adapters": [put({"a": np.zeros(5000, np.float32)}, "device")]}
+        template = {"adapters": [one_device().put({"a": np.zeros(5000, np.float32)}, "device")]}
         assert np.asarray(found.restore(template)["adapters"][0]["a"])[7] == found.step
-    layers = [put({"a": np.full(5000, step, np.float32)}, "device")]
+    layers = [one_device().put({"a": np.full(5000, step, np.float32)}, "device")]
     checkpoints.save(step, {"adapters": layers}, {"x": step}, [metrics])
     checkpoints.wait()
 
@@ -459,11 +459,11 @@ import numpy as np
 from qlora_jax.training.checkpoint import Checkpoints
 from qlora_jax.engine.engine import Gradients
 from qlora_jax.base.errors import InputError
-from qlora_jax.runtime.placement import put
+from qlora_jax.runtime.placement import one_device
 from tests.helpers.children import environment
 checkpoints = Checkpoints(Path(sys.argv[1]) / "c", 2)
 for step, sizes in ((1, [1000]), (2, range(20000, 20040))):
-    layers = [put({str(size): np.random.default_rng(0).random(size, np.float32) for size in sizes}, "device")]
+    layers = [one_device().put({str(size): np.random.default_rng(0).random(size, np.float32) for size in sizes}, "device")]
     checkpoints.save(step, {"adapters": layers}, {})
     try:
         checkpoints.wait()

@@ -51,8 +51,8 @@ def die(event, path):
 
 def made_up(self, weights, adapters, started):
     import jax, jax.numpy as jnp
-    from qlora_jax.runtime.placement import put
-    number = put(started.micro_batches[0].input_ids.astype("float32").mean(), "device")
+    from qlora_jax.runtime.placement import one_device
+    number = one_device().put(started.micro_batches[0].input_ids.astype("float32").mean(), "device")
     layers = [jax.jit(lambda tree, number: jax.tree.map(lambda x: jnp.sin(x + number), tree))(layer, number) for layer in adapters]
     sums = [compiled.square_sum(layer) for layer in layers]
     return sums[0], Gradients(layers, sums)

@@ -15,7 +15,7 @@ from qlora_jax.base.errors import EXIT_BAD_INPUT
 from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import IGNORED_LABEL, Batch, Batches
 from qlora_jax.engine.engine import Engine, Weights
-from qlora_jax.runtime.placement import put
+from qlora_jax.runtime.placement import one_device
 from qlora_jax.training.nonfinite import Fault, find_fault
 from qlora_jax.training.progress import SPIKE_HISTORY, Progress, is_spike
 from qlora_jax.training.trainer import MAX_SKIPPED
@@ -126,7 +126,7 @@ def test_a_spike_is_noted(
     def go_on(self: Engine, *arguments: Any) -> Any:
         _, grads = real(self, *arguments)
         count.append(1)
-        return put(np.float32(9 if len(count) == 21 else 2 + len(count) % 3 / 10), "device"), grads
+        return one_device().put(np.float32(9 if len(count) == 21 else 2 + len(count) % 3 / 10), "device"), grads
 
     count: list[int] = []
     monkeypatch.setattr(Engine, "go_on", go_on)
@@ -159,7 +159,9 @@ ROWS = [["f:1", "f:2"], ["f:3", "f:4"]]
 
 def fault(parts: Any, weights: Weights | None = None, adapters: Any = None, batch: Batch | None = None) -> Fault:
     engine, own, fresh, usual = parts
-    return find_fault(engine, weights or own, adapters or fresh, batch or usual, put(jax.random.key(0), "device"), ROWS)
+    return find_fault(
+        engine, weights or own, adapters or fresh, batch or usual, one_device().put(jax.random.key(0), "device"), ROWS
+    )
 
 
 def test_the_row_of_an_embedding(parts: Any) -> None:
@@ -177,7 +179,9 @@ def test_the_row_of_an_embedding(parts: Any) -> None:
 def test_the_layer_of_an_adapter(parts: Any, layer: int) -> None:
     """B·A overflows in that layer, for all rows."""
     adapters = jax.tree.map(lambda x: x, parts[2])
-    adapters[layer] = jax.tree.map(lambda x: put(np.full(x.shape, 1e30, np.float32), "device"), adapters[layer])
+    adapters[layer] = jax.tree.map(
+        lambda x: one_device().put(np.full(x.shape, 1e30, np.float32), "device"), adapters[layer]
+    )
     found = fault(parts, adapters=adapters)
     assert found == Fault(f"layer {layer}", ("f:1", "f:2", "f:3", "f:4"))
 
