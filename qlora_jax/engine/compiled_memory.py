@@ -70,7 +70,7 @@ class StepShapes:
     def rest(self) -> Lowered:
         """Yield what else of a step has one function for all layers."""
         if self.micro_batches > 1:
-            yield "zeros", programs.zeros_like().lower(self.adapter)
+            yield "zeros", programs.zeros_like(self._device).lower(self.adapter)
         yield "finish", programs.finish.lower(self._summed, self.engine.adapter_dtype)
 
 
