@@ -6,7 +6,7 @@ other, where Hugging Face keeps them half a head apart); `_unpermute` puts them 
 
 Matched to transformers' own GGUF reader, with one departure, on purpose: that reader (5.23) has no entry for the
 `smollm` way of cutting text and falls back to GPT-2's, so it reads two spaces before a digit as other tokens than the
-model was trained on. See `convert/gguf_tokenizer.py`.
+model was trained on. See `convert/gguf/tokenizer.py`.
 """
 
 from collections.abc import Callable, Iterator

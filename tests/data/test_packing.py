@@ -1,6 +1,6 @@
 """Packed rows through the engine: the same loss and gradients as alone.
 
-On a GPU too: `JAX_PLATFORMS=cuda python -m pytest tests/test_packing.py`.
+On a GPU too: `JAX_PLATFORMS=cuda python -m pytest tests/data/test_packing.py`.
 """
 
 import dataclasses
