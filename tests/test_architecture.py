@@ -191,37 +191,3 @@ def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     ]
     assert len([word for word in first if word.rstrip(",:") in POOR_OPENINGS]) <= POORLY_OPENED
-
-
-@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
-def test_ruff(arguments: list[str]) -> None:
-    if importlib.util.find_spec("ruff") is None:
-        pytest.skip("ruff is not installed")
-    command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def text_files(folder: Path) -> Iterator[tuple[Path, str]]:
-    """The repository's own text files, without what tools and runs leave there."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            hidden = path.name.startswith(".") and path.name not in (".ci", ".github")
-            if not (hidden or path.name in SKIPPED_FOLDERS or path.name.endswith(".egg-info")):
-                yield from text_files(path)
-        elif path.is_file() and b"\0" not in (data := path.read_bytes()):
-            yield path, data.decode("utf-8", errors="replace")
-
-
-def test_no_registry_is_named() -> None:
-    """Where packages come from is the user's business: an address in here would be wrong for many and bypass their settings."""
-    assert REGISTRY.search("--extra-index-" + "url https://py" + "pi.org/simple")
-    files = dict(text_files(REPOSITORY))
-    assert {REPOSITORY / "pyproject.toml", REPOSITORY / "train.py", Path(__file__)} <= files.keys()
-    named = {
-        f"{path.relative_to(REPOSITORY)}:{number}": line
-        for path, text in files.items()
-        for number, line in enumerate(text.splitlines(), 1)
-        if REGISTRY.search(line)
-    }
-    assert not named
