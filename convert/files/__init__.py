@@ -1,1 +1,1 @@
-"""TODO."""
+"""Model folders and their tensors, read and written under Hugging Face's and bitsandbytes' names."""

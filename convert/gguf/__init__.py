@@ -1,1 +1,1 @@
-"""TODO."""
+"""GGUF files: tensors, config and tokenizer."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Long work on whole folders: killed and continued, checked, held against the original."""

@@ -19,7 +19,6 @@ from qlora_jax.base.console import progress_bar
 from qlora_jax.base.files import describe_size
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import programs
 from qlora_jax.engine.engine import Engine, Weights
 from qlora_jax.model.architecture import Architecture
 from qlora_jax.model.decoder import default_attention
@@ -101,7 +100,8 @@ def mean_loss(
 
 def _groups(batches: Iterable[Batch], config: Architecture, compute_dtype: str) -> Iterator[list[Batch]]:
     """Consecutive batches whose hidden states are no more than HIDDEN_BYTES together, at least one."""
-    group, held = [], 0
+    group: list[Batch] = []
+    held = 0
     for batch in batches:
         nbytes = batch.input_ids.size * config.hidden_size * jnp.dtype(compute_dtype).itemsize
         if group and held + nbytes > HIDDEN_BYTES:
@@ -120,17 +120,14 @@ def _sums(engine: Engine, weights: Weights, batches: Sequence[Batch], advance: C
         None if batch.segment_ids is None else one_device().put((batch.positions[0], batch.segment_ids[0]), "device")
         for batch in batches
     ]
-    zero = one_device().put(np.int32(0), "device")
-    for _, frozen in weights.layers.walk(range(len(weights.layers))):
+    for layer, frozen in weights.layers.walk(range(len(weights.layers))):
         for index, packing in enumerate(packings):
-            hidden[index], token = programs.forward(
-                engine.layer_def, {}, frozen, hidden[index], None, zero, zero, packing
-            )
-        weights.layers.pace.dispatched(token)
+            hidden[index], ready = engine.forward_layer(layer, frozen, {}, hidden[index], packing)
+        weights.layers.pace.dispatched(ready)
         del frozen
         advance()
     found = [
-        programs.loss(engine.head_def, weights.head, h, one_device().put(batch.labels[0], "device"))
+        engine.objective.evaluate(weights.head, h, one_device().put(batch.labels[0], "device"))
         for h, batch in zip(hidden, batches, strict=True)
     ]
     return np.asarray(jax.device_get(found), np.float64)

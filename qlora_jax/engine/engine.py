@@ -26,7 +26,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,37 +37,10 @@ from qlora_jax.data import Batch
 from qlora_jax.engine import programs
 from qlora_jax.engine.layer_program import Context, LayerProgram, Packing, init_adapter
 from qlora_jax.engine.objectives import CrossEntropy, Objective
+from qlora_jax.engine.state import Adapters, Gradients, Observer, Weights, ignore
 from qlora_jax.model.architecture import Architecture
 from qlora_jax.model.decoder import MLP_TOKENS, Attention, Cache, Embedding, Head
-from qlora_jax.runtime.placement import LayerInputs, LayerStore, Placement, Tree, Where, one_device, visits
-
-Adapters = list[Tree]
-"""One tree a layer: {"q_proj": {"adapter": {"lora_a": [R, in], "lora_b": [out, R]}}, ...}, of `lora.dtype`, on the device or the host."""
-
-Observer = Callable[[str, Tree], None]
-"""Given a place, in words, and the values there: [B, T, D] of each micro-batch, and others."""
-
-
-def ignore(place: str, values: Tree) -> None:
-    """The observer that sees nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """The frozen base model: plain trees, as `Engine.abstract` describes them."""
-
-    embedding: Tree
-    layers: LayerStore
-    head: Tree
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "square_sums"], meta_fields=[])
-@dataclasses.dataclass
-class Gradients:
-    """Of the adapters, where the adapters live. A layer's is finished, and measured, while it is on the device."""
-
-    layers: Adapters
-    square_sums: list[jax.Array]  # of each layer, float32 scalars; not finite if anything in the layer is not
+from qlora_jax.runtime.placement import LayerInputs, Placement, Tree, Where, one_device, visits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,11 +267,18 @@ class Engine:
         h = programs.embed(self._embedding_def, weights.embedding, input_ids, self.compute_dtype)
         yield h
         for layer, frozen, adapter in _walk(weights, adapters, range(len(weights.layers))):
-            context = Context(None, self._numbers[layer], self._number(0), packing)
-            h, ready, _ = self.recomputing.forward(adapter, frozen, h, context)
+            h, ready = self.forward_layer(layer, frozen, adapter, h, packing)
             weights.layers.pace.dispatched(ready)
             del frozen, adapter
             yield h
+
+    def forward_layer(
+        self, layer: int, frozen: Tree, adapter: Tree, h: jax.Array, packing: Packing | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """One layer on h [B, T, D], without dropout → (its output, a scalar that becomes ready with it)."""
+        context = Context(None, self._numbers[layer], self._number(0), packing)
+        h, ready, _ = self.recomputing.forward(adapter, frozen, h, context)
+        return h, ready
 
     def _hidden(self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: Packing | None) -> jax.Array:
         """The last layer's output [B, T, D]."""

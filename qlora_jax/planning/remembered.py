@@ -22,11 +22,8 @@ from qlora_jax.planning.hardware import Rates, measured
 from qlora_jax.planning.search import compiled_workspace, keeps
 from qlora_jax.runtime.machine import device_kind
 
-COMPILED = (
-    "analysis", "blockwise", "compiled", "dropout", "engine", "feed_forward", "kernels", "linear", "llama", "llama_config", "loss",
-    "nf4", "norm", "products", "rates",
-)  # fmt: skip
-"""The modules whose code decides what is compiled, or measured."""
+COMPILED = ("ops", "model", "engine", "planning/hardware.py")
+"""Folders and files of code that decides what is compiled, or measured."""
 
 
 def workspace(folder: Path, job: Job, layout: Layout) -> Workspace:
@@ -53,11 +50,10 @@ def rates(folder: Path) -> Rates:
 @functools.cache
 def _code() -> str:
     """Return a digest of the code that is compiled."""
-    root, digest = Path(__file__).parent, hashlib.sha256()
-    paths = (path for name in COMPILED for path in (root / f"{name}.py", *sorted((root / name).glob("*.py"))))
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    paths = [path for name in COMPILED for path in (sorted((root / name).rglob("*.py")) or [root / name])]
     for path in paths:
-        if path.exists():
-            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

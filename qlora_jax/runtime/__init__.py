@@ -1,1 +1,1 @@
-"""TODO."""
+"""The machine and its devices: memory, placement of arrays, the prefetcher of layers, memory registered with the driver."""

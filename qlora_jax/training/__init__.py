@@ -1,1 +1,1 @@
-"""TODO."""
+"""A run: its steps, checkpoints, folder, metrics, samples and signals."""

@@ -25,6 +25,7 @@ from qlora_jax.config import Config
 from tests.helpers import tiny
 from tests.helpers.children import REPOSITORY
 from tests.helpers.runs import write_place
+from tests.test_architecture import RULE
 
 PAGES = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
@@ -212,20 +213,27 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_files_are_there(page: str) -> None:
     """Python files and tests named in the text, from the repository's root or the package's."""
     named = set(re.findall(r"`([\w./]+\.py)`", PAGES[page]))
-    roots = (REPOSITORY, REPOSITORY / "qlora_jax", REPOSITORY / "qlora_jax/compare")
+    roots = (REPOSITORY, REPOSITORY / "qlora_jax")
     assert not {name for name in named if not any((root / name).is_file() for root in roots)}
 
 
 def test_the_modules_of_the_design() -> None:
-    """The tree of docs/design.md has every module of the package's first level, and no other."""
+    """The tree of docs/design.md has every module, in its room, and no other; and the rule of the rooms as the test of it has it."""
     (tree,) = [text for _, text in blocks(PAGES["docs/design.md"]) if text.startswith("qlora_jax/\n")]
-    named = set(re.findall(r"\b(\w+)(?:\.py\b|/)", tree))
-    package = REPOSITORY / "qlora_jax"
-    ours = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    ours = {name for name in ours if not name.startswith("__")}
-    assert not ours - named
-    anywhere = {path.stem for path in package.rglob("*")} | {path.stem for path in REPOSITORY.iterdir()}
-    assert not named - anywhere
+    named, package, room = set(), "", ""
+    for line in tree.splitlines():
+        if match := re.match(r"( *)([\w/]+)/ ", line):
+            package, room = (package, f"{match[2]}/") if match[1] else (f"{match[2]}/", "")
+        elif line.startswith("qlora_jax/"):
+            package, room = "qlora_jax/", ""
+        named |= {f"{package}{room}{name}" for name in re.findall(r"\b\w+\.py\b", line.removeprefix("train.py"))}
+    modules = {
+        path.relative_to(REPOSITORY).as_posix()
+        for folder in ("qlora_jax", "convert")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    }
+    assert {name for name in named if "benchmarks" not in name} == {name for name in modules if "/__" not in name}
+    assert RULE in PAGES["docs/design.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Batches: packing, order, and a step's rows as a function of its number."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Tokens: encoded on all cores, with a loss mask, kept on the disk."""
