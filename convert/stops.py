@@ -135,8 +135,9 @@ def trained_generation(folder: ModelFolder, adapter: Path | None) -> dict[str, A
     Raises:
         InputError: as `generation_config`.
     """
-    brings = adapter is not None and (adapter / GENERATION_CONFIG).is_file()
-    return generation_config(adapter if brings else folder.path, folder.config)
+    if adapter is not None and (adapter / GENERATION_CONFIG).is_file():
+        return generation_config(adapter, folder.config)
+    return generation_config(folder.path, folder.config)
 
 
 def merged_companions(

@@ -64,7 +64,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (asked["memory"], asked["memory"]))
     resource.setrlimit(resource.RLIMIT_CPU, (asked["seconds"], asked["seconds"]))
     warnings.simplefilter("ignore")
-    outcome = {}
+    outcome: dict[str, object] = {}
     for name, (rule, texts) in asked["rules"].items():
 
         def begin(number: int, name: str = name) -> None:

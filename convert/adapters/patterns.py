@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from convert.adapters import pattern_child
 from convert.adapters.pattern_child import Match, first_matches
@@ -55,7 +56,7 @@ def evaluate(where: Path, rules: Rules, paths: Sequence[str]) -> dict[str, dict[
     return {name: {path: tuple(match) for path, match in found.items()} for name, found in outcome.items()}
 
 
-def _ask_child(rules: Rules, paths: Sequence[str]) -> tuple[list[object], int | None]:
+def _ask_child(rules: Rules, paths: Sequence[str]) -> tuple[list[Any], int | None]:
     """The lines that the child wrote, and its exit status; None where it was stopped for taking too long."""
     question = {"rules": rules, "paths": list(paths), "seconds": CPU_SECONDS, "memory": MEMORY_BYTES}
     command = [sys.executable, "-I", "-S", pattern_child.__file__]

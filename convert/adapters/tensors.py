@@ -150,7 +150,8 @@ def _tensor_problems(
     if shape != expected:
         text = f"{name} is of shape {shown(shape)}, expected {expected}"
         apart = [axis for axis, (here, there) in enumerate(zip(shape, expected, strict=False)) if here != there]
-        kind, number = "shape", None
+        kind: Kind = "shape"
+        number = None
         if 0 in shape or len(shape) < len(expected):
             kind = "not gathered"
         elif len(shape) == len(expected) and len(apart) == 1:
@@ -182,7 +183,7 @@ def _setting_problems(
                 kind="peft only", text=f"trainable_token_indices names {shown(name)}, neither embed_tokens nor lm_head"
             )
     for tensor, token_ids in tokens.items():
-        name = names.parse_target(tensor)[1]
+        _, name = names.parse_target(tensor) or (None, tensor)
         if (None, name) in targets or settings.saved(tensor):
             yield Problem(
                 kind="token", text=f"trainable_token_indices trains rows of {name}, which is trained otherwise as well"

@@ -140,7 +140,7 @@ class ModelFolder:
             while filled < nbytes:
                 end = min(filled - filled % READ + READ, nbytes)
                 with reading(self.path / shard, f"{name} cannot be read"):
-                    read = file.readinto(piece[filled:end].data)
+                    read = file.readinto(piece[filled:end].data)  # type: ignore[attr-defined]  # unbuffered, so an io.FileIO
                 if not read:
                     raise InputError(self.path / shard, found=f"a file that was cut off at {name} while it was read")
                 filled += read

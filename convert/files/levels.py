@@ -71,11 +71,11 @@ def look(folder: ModelFolder) -> Seen | None:
 
 def _sample(folder: ModelFolder) -> Iterator[np.ndarray]:
     """Blocks [n, 64] float32 of some linears, none of zeros only."""
-    linears = [name for name in folder.names if names.parse_linear(name) is not None]
-    layers = sorted({names.parse_linear(name)[0] for name in linears})
+    linears = {name: parsed[0] for name in folder.names if (parsed := names.parse_linear(name)) is not None}
+    layers = sorted(set(linears.values()))
     chosen = {layers[index] for index in np.linspace(0, len(layers) - 1, LAYERS).astype(int)} if layers else set()
-    for name in linears:
-        if names.parse_linear(name)[0] not in chosen:
+    for name, layer in linears.items():
+        if layer not in chosen:
             continue
         rows, columns = folder.spec(name).shape
         number = rows * columns // nf4.BLOCK_SIZE

@@ -155,7 +155,7 @@ def _check_types(path: Path, fields: dict[str, Any]) -> None:
         if name.endswith("_token_id") and isinstance(value, int) and not 0 <= value < number
     ]
     kinds = fields.get("tokenizer.ggml.token_type", tokens)
-    if not problems and tokens is not None and len(kinds) != number:
+    if not problems and tokens is not None and kinds is not None and len(kinds) != number:
         problems.append(f"{len(kinds)} tokenizer.ggml.token_type for {number} tokens")
     if problems:
         raise InputError(path, found="; ".join(problems[:20]), fix="download it again")
@@ -173,6 +173,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+MAX_SIZE, MAX_NUMBER = 2**27, 1e30
 _KINDS = {
     "general.architecture": "a text",
     "llama.attention.layer_norm_rms_epsilon": "a positive number",
@@ -195,7 +196,6 @@ _IS: dict[str, Callable[[Any], bool]] = {
     "a list of pairs": lambda value: _IS["a list of texts"](value) and all(text.count(" ") == 1 for text in value),
     "a list of numbers": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
 }
-MAX_SIZE, MAX_NUMBER = 2**27, 1e30
 
 
 def _check_settings(path: Path, fields: dict[str, Any]) -> None:

@@ -117,7 +117,9 @@ def _sums(engine: Engine, weights: Weights, batches: Sequence[Batch], advance: C
     embedded = (engine.hidden_states(weights, [], one_device().put(batch.input_ids[0], "device")) for batch in batches)
     hidden = [next(states) for states in embedded]
     packings = [
-        None if batch.segment_ids is None else one_device().put((batch.positions[0], batch.segment_ids[0]), "device")
+        None
+        if batch.segment_ids is None or batch.positions is None
+        else one_device().put((batch.positions[0], batch.segment_ids[0]), "device")
         for batch in batches
     ]
     for layer, frozen in weights.layers.walk(range(len(weights.layers))):

@@ -195,7 +195,7 @@ def _count(values: Values, merged: ModelFolder, name: str, begin: int, size: int
 
 
 @jax.jit
-def _tally(before: jax.Array, after: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _tally(before: jax.Array, after: jax.Array) -> tuple[jax.Array, dict[nf4.QuantType, jax.Array]]:
     """Whole blocks of D [n] and of W' [n], any float dtype → <dW, dW>, and by type [3] float32.
 
     The three: codes that differ; <Q(W') - Q(D), dW> with scales in float32, and with scales in 8 bits. Scales are quantized a piece of a
@@ -203,7 +203,7 @@ def _tally(before: jax.Array, after: jax.Array) -> tuple[jax.Array, dict[str, ja
     """
     before, after = before.astype(jnp.float32), after.astype(jnp.float32)
     change = after - before
-    found = {}
+    found: dict[nf4.QuantType, jax.Array] = {}
     for quant_type in nf4.CODEBOOKS:
         old, new = (_levels(weight, quant_type) for weight in (before, after))
         changed = jnp.sum(old[0] != new[0])
@@ -221,7 +221,9 @@ def _levels(weight: jax.Array, quant_type: nf4.QuantType) -> tuple[jax.Array, ja
     """weight [n] float32 → its levels [n], its scales [N], and those after quantizing them too."""
     absmax = nf4.block_absmax(weight)
     levels_of = nf4.round_trip(weight, absmax, jnp.ones_like(absmax), quant_type)
-    quantized = nf4.QuantizedTensor(jnp.zeros(0, jnp.uint8), *nf4.quantize_absmax(absmax), weight.shape, quant_type)
+    codes, nested, offset = nf4.quantize_absmax(absmax)
+    quantized: Any = nf4.QuantizedTensor  # a dataclass of flax's making, which a checker does not know
+    quantized = quantized(jnp.zeros(0, jnp.uint8), codes, nested, offset, weight.shape, quant_type)
     return levels_of, absmax, nf4.dequantize_absmax(quantized)
 
 

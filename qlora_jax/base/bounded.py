@@ -76,6 +76,11 @@ class Program:
         self.make, self.arguments, self.number = make, arguments, next(self._numbers)
 
 
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None, "made with the process"
+    return pipe
+
+
 class Child:
     """A process that answers one question at a time, started when it is first asked. For any thread."""
 
@@ -152,9 +157,14 @@ class Child:
         process.kill()
         process.wait()
         with contextlib.suppress(OSError):  # half a message is left in it
-            process.stdin.close()
-        process.stdout.close()
-        self._errors.close()
+            _pipe(process.stdin).close()
+        _pipe(process.stdout).close()
+        _pipe(self._errors).close()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:  # closed by another thread while it was asked
+            raise ProgramError("its process was closed")
+        return self._process
 
     def _exchange(self, message: tuple[Any, ...], limits: Limits) -> tuple[str, Any]:
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
@@ -162,11 +172,12 @@ class Child:
         memory = limits.memory + MEMORY_A_BYTE * len(data)
         header = pickle.dumps((seconds, memory), pickle.HIGHEST_PROTOCOL)
         deadline = time.monotonic() + STARTING + CLOCK * seconds
+        questions = _pipe(self._running().stdin)
         try:
             for part in (header, data):
-                self._process.stdin.write(len(part).to_bytes(SIZE, "little"))
-                self._process.stdin.write(part)
-            self._process.stdin.flush()
+                questions.write(len(part).to_bytes(SIZE, "little"))
+                questions.write(part)
+            questions.flush()
             size = int.from_bytes(self._read(SIZE, deadline), "little")
             return pickle.loads(self._read(size, deadline))  # from our own child
         except TimeoutError:
@@ -176,7 +187,7 @@ class Child:
 
     def _read(self, size: int, deadline: float) -> bytearray:
         """So many bytes of the answer."""
-        buffer, descriptor, filled = bytearray(size), self._process.stdout.fileno(), 0
+        buffer, descriptor, filled = bytearray(size), _pipe(self._running().stdout).fileno(), 0
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         with memoryview(buffer) as view:
@@ -191,9 +202,9 @@ class Child:
 
     def _end(self, seconds: float, memory: int) -> str:
         """Why the process is no more."""
-        status = self._process.wait()
-        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 2000))
-        last = self._errors.read().decode(errors="replace").strip()
+        status, errors = self._running().wait(), _pipe(self._errors)
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - 2000))
+        last = errors.read().decode(errors="replace").strip()
         if status == -signal.SIGXCPU:
             return f"it did not end within {seconds:.0f} s"
         if status == -signal.SIGKILL:

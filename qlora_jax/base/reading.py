@@ -148,7 +148,7 @@ def _path_errors(path: str | Path, expected: str = "", fix: str = "") -> Iterato
     try:
         yield
     except OSError as error:
-        found = REASONS.get(error.errno, f"cannot be opened: {error.strerror}")
+        found = REASONS.get(error.errno or 0, f"cannot be opened: {error.strerror}")
         if error.errno == errno.ENOENT and os.path.islink(path):  # noqa: PTH114
             found = f"a link to {os.readlink(path)}, which is not there"  # noqa: PTH115
         raise InputError(path, found=found, expected=expected, fix=fix) from None

@@ -82,7 +82,7 @@ class Corpus:
             max_steps=training.max_steps,
             packing=data.packing if packing is None else packing,
             group_by_length=training.group_by_length,
-            mix=Mix(self.rows.sizes, weights if weights[0] is not None else None),
+            mix=Mix(self.rows.sizes, [weight for weight in weights if weight is not None] or None),
         )
 
     def eval_batches(self) -> list[Batch]:

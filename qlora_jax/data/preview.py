@@ -40,7 +40,7 @@ def decoded(example: Example, tokenizer: PreTrainedTokenizerBase, *, in_colour: 
     ids, mask = example.input_ids[:MAX_TOKENS_SHOWN], example.loss_mask[:MAX_TOKENS_SHOWN]
     runs = [(supervised, len(list(run))) for supervised, run in itertools.groupby(mask.tolist())]
     # From the start each time: a tokenizer may write a token differently at the start of a text.
-    starts = [ids[:end] for end in itertools.accumulate(length for _, length in runs)]
+    starts = [ids[:end].tolist() for end in itertools.accumulate(length for _, length in runs)]
     texts = decode(tokenizer, starts, skip_special_tokens=False, clean_up=False)
     text, shown = Text(), ""
     for (supervised, _), so_far in zip(runs, texts, strict=True):

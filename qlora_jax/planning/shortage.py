@@ -46,17 +46,18 @@ def explain(plan: Plan, memory: MemorySettings, gradient_checkpointing: str, err
 
 
 def _with_less_device(plan: Plan, memory: MemorySettings, gradient_checkpointing: str) -> tuple[str, ...]:
+    there = plan.limits.device or 0
     for share in SHARES:
-        limits = dataclasses.replace(plan.limits, device=int(share * plan.limits.device))
+        limits = dataclasses.replace(plan.limits, device=int(share * there))
         found = choose(plan.job, memory, gradient_checkpointing, limits, plan.rates)
         if found.fits:
-            size = math.floor(10 * (limits.device + CONTEXT_BYTES) / GIB) / 10
+            size = math.floor(10 * (int(share * there) + CONTEXT_BYTES) / GIB) / 10
             return (f"set memory.device_memory={size:g}GiB, so that the plan leaves more free",)
     return _of(
         plan,
         memory,
         gradient_checkpointing,
-        dataclasses.replace(plan.limits, device=int(SHARES[1] * plan.limits.device)),
+        dataclasses.replace(plan.limits, device=int(SHARES[1] * there)),
     )
 
 

@@ -37,8 +37,8 @@ def read_tools(row: Row, name: str, value: Any) -> list[Object] | None:
 
 def _tool(row: Row, name: str, value: Any) -> Object:
     tool = _wrapped(read_json(value) if isinstance(value, str) else value)
-    function = tool.get("function") if isinstance(tool, dict) else None
-    if not (isinstance(function, dict) and _is_name(function.get("name"))):
+    function = None if tool is None else tool.get("function")
+    if tool is None or not (isinstance(function, dict) and _is_name(function.get("name"))):
         found = f"`{name}` is {kind_of(value)}" if tool is None else f"`{name}` names no function: {_shown(value)}"
         raise RowError(row.where, "fields", found=found, expected=TOOL, fix=FIX)
     if isinstance(parameters := function.get("parameters"), str):
@@ -62,8 +62,8 @@ def read_calls(row: Row, name: str, value: Any) -> list[Object]:
 
 def _call(row: Row, name: str, value: Any) -> Object:
     call = _wrapped(read_json(value) if isinstance(value, str) else value)
-    function = call.get("function") if isinstance(call, dict) else None
-    if not (isinstance(function, dict) and _is_name(function.get("name"))):
+    function = None if call is None else call.get("function")
+    if call is None or not (isinstance(function, dict) and _is_name(function.get("name"))):
         found = f"`{name}` names no function: {_shown(value)}"
         raise RowError(row.where, "fields", found=found, expected=CALL, fix=FIX)
     if "arguments" not in function and isinstance(function.get("parameters"), dict | str):  # as Llama 3 writes it

@@ -8,7 +8,16 @@ from typing import Any, Literal
 from qlora_jax.base.errors import InputError
 
 Kind = Literal[
-    "unreadable", "too large", "fields", "empty", "roles", "template", "too long", "nothing to learn", "duplicate"
+    "unreadable",
+    "too large",
+    "fields",
+    "empty",
+    "roles",
+    "template",
+    "too long",
+    "nothing to learn",
+    "duplicate",
+    "token without a row",
 ]
 """What can be wrong with a row, as counted in reports."""
 

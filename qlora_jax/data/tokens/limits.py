@@ -38,9 +38,10 @@ def without_row(input_ids: Iterable[int], vocab_size: int | None) -> int | None:
     return None if vocab_size is None else next((int(token) for token in input_ids if token >= vocab_size), None)
 
 
-def describe_missing(token: int, name: object, vocab_size: int) -> str:
+def describe_missing(token: int, name: object, vocab_size: int | None) -> str:
     """A token without a row, in words."""
-    return f"token {name!r} is number {token}, and the model's embedding has {vocab_size} rows (0 to {vocab_size - 1})"
+    rows = vocab_size or 0
+    return f"token {name!r} is number {token}, and the model's embedding has {rows} rows (0 to {rows - 1})"
 
 
 def check_rows(
