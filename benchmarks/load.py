@@ -7,8 +7,8 @@ Each line in a process of its own, with as many threads as `convert.load` takes.
 first (best effort: the disk may have a cache of its own); `warm`: they are in it. `of_read_or_copy` is a rate's share of the slower of
 reading what is in the page cache and copying memory, which no load can beat; `of_cold_read`, of a cold load, its share of reading from
 the disk. `thread_seconds` are those of all threads of a load together in each of `STAGES`, `cpu_seconds` the processors'. `registered_gb`
-is what went into memory of our own (see `qlora_jax.runtime.pinned`): all layers on a GPU whose driver registers it, nothing elsewhere. Then each
-layer is copied to the device, as a step's walk does it.
+is what went into memory of our own (see `qlora_jax.runtime.pinned`): all layers on a GPU whose driver registers it, nothing elsewhere.
+Then each layer is copied to the device, as a step's walk does it.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python -m benchmarks.workspace 7b --batch 4 --seq 2048
     python -m benchmarks.workspace 70b --seq 4096 --no-share-dense --top 20
 
-XLA's GPU compiler needs a description of the card, not the card: this compiles for an H100 what `qlora_jax.engine.engine` would run there, kernels
-and cuDNN's attention included, and prints the workspace that the planner would find, and with `--top` the largest arrays that are there
-together at its peak. What is missing is autotuning: on a card XLA times its matrix products and may choose others, whose own workspaces
-differ by some tens of MiB.
+XLA's GPU compiler needs a description of the card, not the card: this compiles for an H100 what `qlora_jax.engine.engine` would run
+there, kernels and cuDNN's attention included, and prints the workspace that the planner would find, and with `--top` the largest arrays
+that are there together at its peak. What is missing is autotuning: on a card XLA times its matrix products and may choose others, whose
+own workspaces differ by some tens of MiB.
 """
 
 import argparse

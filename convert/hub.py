@@ -14,7 +14,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
 from convert.files.companions import PICKLE_SUFFIXES
-from convert.files.folder import MAX_HEADER_BYTES
+from convert.files.header import MAX_HEADER_BYTES
 from convert.files.recognition import not_a_model
 from convert.files.shards import INDEX_NAME, SINGLE_NAME
 from convert.gguf.smollm2 import MODEL_ID, fetch_smollm2

@@ -4,9 +4,9 @@
 
 (peft rounds an embedding's delta before it adds it; here it is one rounding too.)
 
-Piece by piece, in the base's shards and order (`convert.files.pieces`); stopped and started again it continues (`convert.jobs.job`). Tensors without
-an adapter are copied byte for byte, and those that the adapter stores whole (modules_to_save) take the base's place. Then the merged
-model proves itself (`convert.jobs.check`), and only then the folder gets its name.
+Piece by piece, in the base's shards and order (`convert.files.pieces`); stopped and started again it continues (`convert.jobs.job`).
+Tensors without an adapter are copied byte for byte, and those that the adapter stores whole (modules_to_save) take the base's place. Then
+the merged model proves itself (`convert.jobs.check`), and only then the folder gets its name.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Quantizes a model once and for all: `python -m convert.quantize --model ID_OR_DIR --out DIR`.
 
-The linears of the decoder layers go to 4 bits, in bitsandbytes' layout (`convert.files.bitsandbytes`); norms, embedding and head stay bfloat16.
-Piece by piece, in the model's shards and order (`convert.files.pieces`); stopped and started again it continues (`convert.jobs.job`).
+The linears of the decoder layers go to 4 bits, in bitsandbytes' layout (`convert.files.bitsandbytes`); norms, embedding and head stay
+bfloat16. Piece by piece, in the model's shards and order (`convert.files.pieces`); stopped and started again it continues
+(`convert.jobs.job`).
 """
 
 import argparse

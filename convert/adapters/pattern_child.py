@@ -1,7 +1,7 @@
 """Matches an adapter's regular expressions against modules' names: the work itself, and a program that does it under limits.
 
-As a program it is a process of its own (see `convert.adapters.patterns`), because the time and memory that an expression takes cannot be known
-without evaluating it. It needs the standard library alone, and is started by its path. Standard input: one JSON object; standard
+As a program it is a process of its own (see `convert.adapters.patterns`), because the time and memory that an expression takes cannot
+be known without evaluating it. It needs the standard library alone, and is started by its path. Standard input: one JSON object; standard
 output: a JSON line [rule, number] before each expression, and a last one with the outcome.
 """
 

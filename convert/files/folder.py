@@ -4,9 +4,6 @@ The safetensors headers are parsed here and not by the safetensors library, so t
 that say which file, which tensor and what is wrong with it. Everything wrong with a folder is reported at once.
 """
 
-import dataclasses
-import functools
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -16,9 +13,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from convert.files.companions import MAX_COMPANION_BYTES, OTHER_WEIGHT_SUFFIXES, PICKLE_SUFFIXES, companion_files
+from convert.files.header import MAX_HEADER_BYTES, SHOWN_NAMES, read_header
 from convert.files.recognition import not_a_model
 from convert.files.shapes import refusals
-from convert.files.shards import HEADER_LENGTH_BYTES, INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec, is_inside
+from convert.files.shards import INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME, TensorSpec, is_inside
 from qlora_jax.base.errors import InputError
 from qlora_jax.base.reading import (
     MAX_JSON_BYTES,
@@ -30,18 +28,13 @@ from qlora_jax.base.reading import (
     refuse_odd_files,
 )
 
-MAX_HEADER_BYTES = 100_000_000
-"""As in the safetensors library: a longer header is damage or an attack."""
 PACKED = ".quant_state."
 """What the name of a tensor in bitsandbytes' 4 bits has, beside that of the weight."""
-SHOWN_NAMES = 5
 MAX_REFUSALS = 20
 XLA_ALIGNMENT = 64
 """Bytes."""
 READ = 2**21
 """Bytes asked of the kernel at a time: until it has read them, it may keep other threads from memory that is new to them."""
-MAX_DIMENSIONS, MAX_DIMENSION = 64, 2**63 - 1
-"""Of a shape: numpy's most, and what 64 bits hold. More would be a product without end."""
 
 
 class ModelFolder:
@@ -71,7 +64,7 @@ class ModelFolder:
         self.config: dict[str, Any] = _json_object(self.path / "config.json", problems) or {}
         weight_map = self._weight_map(problems)
         self.shards = sorted(set(weight_map.values())) if weight_map else []
-        self._headers = {shard: _read_header(self.path / shard, problems) for shard in self.shards}
+        self._headers = {shard: read_header(self.path / shard, problems) for shard in self.shards}
         self._where = self._locate(weight_map, problems)
         self.names = list(self._where)
         problems += _quantization_problems(self.config, is_packed=any(PACKED in name for name in self.names))
@@ -221,24 +214,6 @@ class ModelFolder:
         return where
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """A tensor and where its bytes begin, counted from the end of the header."""
-
-    spec: TensorSpec
-    begin: int
-    end: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    """A safetensors header; `entries` in the order of the bytes, `data_start` in bytes from the start of the file."""
-
-    entries: dict[str, _Entry] = dataclasses.field(default_factory=dict)
-    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
-    data_start: int = 0
-
-
 def aligned(nbytes: int) -> np.ndarray:
     """Memory to fill, [nbytes] uint8, that begins where XLA wants it; it copies arrays that do not."""
     room = np.empty(nbytes + XLA_ALIGNMENT, np.uint8)
@@ -252,76 +227,6 @@ def _name_all(memory: np.ndarray, file: BinaryIO) -> None:
     read is over. Piece by piece, threads that fill new memory would take turns.
     """
     os.preadv(file.fileno(), [memory.data], max(os.fstat(file.fileno()).st_size - 1, 0))
-
-
-def _read_header(path: Path, problems: list[str]) -> _Header:
-    """Parse and check one file's header; what is wrong with it is appended to `problems`."""
-    complain = functools.partial(_complain, problems, path.name)
-    size = path.stat().st_size
-    with open_file(path) as file, reading(path, "cannot be read"):
-        length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
-        if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
-            return complain(f"truncated or not safetensors: a header of {length} bytes in a file of {size}")
-        if length > MAX_HEADER_BYTES:
-            return complain(f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
-        text = file.read(length)
-    try:
-        with reading(path, "damaged: its header is not JSON"):
-            header = json.loads(text)
-    except InputError as error:
-        return complain(error.found)
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-        return complain("damaged: its header is not a table of tensors")
-    metadata = header.pop("__metadata__", {})
-    parsed = [_entry(name, value) for name, value in header.items()]
-    wrong = [entry for entry in parsed if isinstance(entry, str)]
-    entries = sorted((e for e in parsed if isinstance(e, _Entry)), key=lambda e: (e.begin, e.end))
-    wrong = wrong or _layout_problems(entries, size - HEADER_LENGTH_BYTES - length)
-    for reason in wrong[:SHOWN_NAMES]:
-        complain(reason)
-    return _Header({e.spec.name: e for e in entries}, metadata, HEADER_LENGTH_BYTES + length)
-
-
-def _complain(problems: list[str], where: str, text: str) -> _Header:
-    problems.append(f"{where}: {text}")
-    return _Header()
-
-
-def _entry(name: str, value: Any) -> _Entry | str:
-    """One tensor of a header, or what is wrong with it."""
-    match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
-            pass
-        case _:
-            return f"damaged: {name} has no dtype, shape and data_offsets"
-    if dtype not in NUMPY_DTYPES:
-        kind = (
-            "8-bit floats: give the model in bfloat16"
-            if dtype.startswith("F8")
-            else f"known: {', '.join(NUMPY_DTYPES)}"
-        )
-        return f"{name} has dtype {dtype}, which cannot be read; {kind}"
-    if not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape) or len(shape) > MAX_DIMENSIONS or begin < 0:
-        return f"damaged: {name} has shape {shape} at byte {begin}"
-    nbytes = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
-    if end - begin != nbytes:
-        return f"damaged: {name} is {dtype}{shape}, {nbytes} bytes, but is given {end - begin}"
-    return _Entry(TensorSpec(name, dtype, tuple(shape)), begin, end)
-
-
-def _layout_problems(entries: list[_Entry], data_bytes: int) -> list[str]:
-    """Tensors must follow one another without gap or overlap and fill the file, as the safetensors library demands."""
-    expected = 0
-    for entry in entries:
-        if entry.end > data_bytes:
-            return [
-                f"truncated: {entry.spec.name} ends at data byte {entry.end}, the file at {data_bytes}; download it again"
-            ]
-        if entry.begin != expected:
-            kind = "overlaps the tensor before it" if entry.begin < expected else "leaves a gap before it"
-            return [f"damaged: {entry.spec.name} {kind} (begins at data byte {entry.begin}, expected {expected})"]
-        expected = entry.end
-    return [f"damaged: {data_bytes - expected} bytes after the last tensor"] if expected != data_bytes else []
 
 
 def _json_object(path: Path, problems: list[str], at_most: int = MAX_JSON_BYTES) -> dict[str, Any] | None:

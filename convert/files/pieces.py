@@ -1,7 +1,8 @@
 """Tensors some millions of elements at a time, so that no conversion needs more memory for a larger one, and all cores have work.
 
-A piece is made by a function without arguments, to be called by any thread (`convert.files.ahead.in_order`). A linear's 4-bit codes, a quarter
-of its bfloat16 bytes, are the most that is held: its scales come first in the file, and they are known only when all of it was seen.
+A piece is made by a function without arguments, to be called by any thread (`convert.files.ahead.in_order`). A linear's 4-bit codes, a
+quarter of its bfloat16 bytes, are the most that is held: its scales come first in the file, and they are known only when all of it was
+seen.
 
 With a GPU a linear is quantized, dequantized and merged whole, in the GPU's memory. It goes there and comes back in the same pieces: the
 next linear's are read and sent while this one's are fetched and written.

@@ -9,8 +9,8 @@ the original weights it is not: they lie anywhere between the levels, and as man
 
     share = <Q(W') - Q(D), dW> / <dW, dW>       0: nothing of the update survives Q, 1: on average all of it
 
-A folder without that entry, or of other weights by now, is recognized by its weights: see `convert.files.levels`. `check_requantize` is called
-by every command before it puts a model into 4 bits.
+A folder without that entry, or of other weights by now, is recognized by its weights: see `convert.files.levels`. `check_requantize` is
+called by every command before it puts a model into 4 bits.
 """
 
 import functools

@@ -61,7 +61,8 @@ class NF4Linear(nnx.Module):
 
     A new one holds random weights (normal, deviation 0.02) until a checkpoint's take their place.
 
-    `recomputed`: when differentiated, its forward pass is recomputed within the same compiled function, where nothing else wants what it saves.
+    `recomputed`: when differentiated, its forward pass is recomputed within the same compiled function, where nothing else wants what
+        it saves.
     `share_dense`: see `project`.
     """
 

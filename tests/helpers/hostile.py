@@ -1,4 +1,4 @@
-"""Whole commands on hostile input, each in a process of its own, forked from one that has imported everything: `python -m tests.helpers.hostile`.
+"""Whole commands on hostile input, each in a process of its own, forked from one that has imported everything.
 
     python -m tests.helpers.hostile PLACE FIRST LAST
 
