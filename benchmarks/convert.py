@@ -86,10 +86,11 @@ from convert.load import read_config
 from convert.merge import merge
 from convert.quantize import quantize
 from convert.hub import cache_dir
-from qlora_jax import kernels, machine
+from qlora_jax.ops import dispatch
+from qlora_jax.runtime import machine
 from qlora_jax.config import QuantizationSettings
 machine.keep_compiled(cache_dir() / "compiled")
-kernels.available()
+dispatch.available()
 def merged(base):
     folder = ModelFolder(model)
     merge(folder, load_adapter(adapter, read_config(folder)), Path(out), base)

@@ -71,11 +71,11 @@ class Engine:
         lora: the adapters, or None for the base model alone.
         quantization: how the weights were quantized.
         compute_dtype: of hidden states and matmuls.
-        attention: jax's implementation, see `llama.default_attention`.
+        attention: jax's implementation, see `decoder.default_attention`.
         activations: where kept layer inputs live.
         adapters: where adapters and their gradients live; on the host they visit with their layer.
         keep: how many layers, the last ones, keep their intermediates on the device instead of being run again.
-        neftune_noise_alpha: training adds noise of this strength to the embedded tokens, see `llama.add_noise`; 0 for none.
+        neftune_noise_alpha: training adds noise of this strength to the embedded tokens, see `decoder.add_noise`; 0 for none.
         share_dense: in the backward walk, dequantize each weight once for the recomputed forward and for dX; a layer's dense matrices
             (1.7 GB at 70B) then exist together while the layer is at work. Otherwise it is done twice, a matrix at a time.
         mlp_tokens: tokens the MLP works on at a time.

@@ -153,7 +153,7 @@ class DecoderLayer(nnx.Module):
         first: jax.Array | int,
         dense: Sequence[jax.Array] | None,
     ) -> jax.Array:
-        """The layer's last three linears, see `feed_forward.feed_forward`."""
+        """The layer's last three linears, see `mlp.feed_forward`."""
         linears = [getattr(self, name) for name in self.config.mlp_linears]
         return feed_forward(linears, x, residual, keys, first=first, matrices=dense)
 

@@ -105,7 +105,7 @@ def project(
     """Linears of one input x [..., in] → what each gives, [..., out] in x's dtype. x may be heads side by side, [..., heads, P].
 
     The A's of their adapters are one matrix [ΣR, in], so that x and its gradient are read once, and one dropout mask serves them all. What
-    is added to an [N, features] array, here or in the backward pass, is added in one go, see `kernels.low_rank_add`.
+    is added to an [N, features] array, here or in the backward pass, is added in one go, see `dispatch.low_rank_add`.
 
     The backward pass keeps x, x·Aᵀ [..., ΣR] and codes and scales, which are dequantized again; or the dense matrices instead if the
     linears say `share_dense`, which is for a forward that is run again within the same compiled function: there they live no longer.

@@ -6,8 +6,7 @@ can be largest: the turn of the walk (all layer inputs, no gradients), its end (
 
 The workspace comes from the compiled functions' own memory analysis where there is a backend to compile for; `workspace` below estimates
 it elsewhere. Its coefficients are fitted to that analysis for an H100 (`benchmarks.workspace`: Llama-2 7B and 70B, 512 to 8192 tokens),
-which they meet within a tenth, or 0.1 GiB. The seconds are a roofline: matrix products at the card's rate, everything else by the bytes
-it moves.
+which they meet within a tenth, or 0.1 GiB. The seconds are a roofline: matrix products at the card's rate, all else by bytes moved.
 """
 
 import dataclasses
@@ -200,8 +199,7 @@ def items(job: Job, layout: Layout, work: Workspace) -> list[Item]:
 
 
 def _placed(name: str, where: Where, depth: int, a_layer: int, *, present: int) -> Item:
-    """Something every layer has, of which `present` layers' are there. On the host all have room, and up to three visit the device: one at
-    work, one coming, one leaving."""
+    """Something of every layer, there for `present` of them; from the host three visit the device: at work, coming, leaving."""
     if where == "host":
         return Item(name, min(present, 3) * a_layer, depth * a_layer)
     return Item(name, present * a_layer, 0)

@@ -27,7 +27,7 @@ COMPILED = ("ops", "model", "engine", "planning/hardware.py")
 
 
 def workspace(folder: Path, job: Job, layout: Layout) -> Workspace:
-    """Return `plan.compiled_workspace`, remembered in `folder`."""
+    """Return `search.compiled_workspace`, remembered in `folder`."""
     mode = {"share_dense": layout.share_dense, "mlp_tokens": layout.mlp_tokens, "keeps": list(keeps(job, layout))}
     about = {"what": "workspace", "job": repr(job), "mode": mode, "flags": os.environ.get("XLA_FLAGS")}
     found = _recall(folder, about)
@@ -38,7 +38,7 @@ def workspace(folder: Path, job: Job, layout: Layout) -> Workspace:
 
 
 def rates(folder: Path) -> Rates:
-    """Return `rates.measured`, remembered in `folder`."""
+    """Return `hardware.measured`, remembered in `folder`."""
     about = {"what": "rates", "host": platform.node()}
     found = _recall(folder, about)
     if found is None:

@@ -81,7 +81,7 @@ def test_a_block_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 DIES = """
 import itertools, os, signal, sys
 from pathlib import Path
-from qlora_jax import files
+from qlora_jax.base import files
 
 place, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
 if not exchange:

@@ -803,15 +803,16 @@ def test_peak_memory_is_one_dense_matrix_or_all() -> None:
 
 RUN_THEM_ALL = """
 import jax, jax.numpy as jnp
-from qlora_jax import kernels
-weight = kernels.quantize(jnp.ones((256, 1024), jnp.bfloat16))
-jax.block_until_ready([kernels.matmul(jnp.ones((n, 1024), jnp.bfloat16), weight) for n in (1, 16, 32)])
+from qlora_jax.ops import dispatch
+from qlora_jax.ops.operands import Gated, Rotation
+weight = dispatch.quantize(jnp.ones((256, 1024), jnp.bfloat16))
+jax.block_until_ready([dispatch.matmul(jnp.ones((n, 1024), jnp.bfloat16), weight) for n in (1, 16, 32)])
 x = jnp.ones((128, 128), jnp.bfloat16)
-jax.block_until_ready(kernels.low_rank_add([x], x[:, :64], x[:64]))
-gated = kernels.Gated(x, x, x, x[:, :64], x[:, :64], (1.0, 1.0), (0, 64))
-jax.block_until_ready([kernels.swiglu(gated), kernels.swiglu_backward(gated, x, x, x)])
-turn = kernels.Rotation(jnp.ones((128, 32)), jnp.ones((128, 32)))
-jax.block_until_ready(kernels.low_rank_add([x], x, x, transposed=True, rotation=turn))
+jax.block_until_ready(dispatch.low_rank_add([x], x[:, :64], x[:64]))
+gated = Gated(x, x, x, x[:, :64], x[:, :64], (1.0, 1.0), (0, 64))
+jax.block_until_ready([dispatch.swiglu(gated), dispatch.swiglu_backward(gated, x, x, x)])
+turn = Rotation(jnp.ones((128, 32)), jnp.ones((128, 32)))
+jax.block_until_ready(dispatch.low_rank_add([x], x, x, transposed=True, rotation=turn))
 """
 
 

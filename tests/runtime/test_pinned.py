@@ -405,7 +405,7 @@ def test_the_same_bits_from_registered_memory_on_the_gpu(folders: dict[str, Mode
 
 AT_THE_END = """
 import numpy as np
-from qlora_jax import pinned
+from qlora_jax.runtime import pinned
 class Driver:
     def dma_map(self, *range): print("registered")
     def dma_unmap(self, *range): print("released")

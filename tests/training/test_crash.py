@@ -30,7 +30,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from orbax.checkpoint import v1
 from convert import load, merge
 from convert.files.folder import ModelFolder
-from qlora_jax import compiled, config, llama
+from qlora_jax import config
+from qlora_jax.engine import layer_program, programs
+from qlora_jax.model import decoder
 from qlora_jax.engine.engine import Engine, Gradients
 from tests.helpers.children import held_open
 
@@ -54,17 +56,18 @@ def made_up(self, weights, adapters, started):
     from qlora_jax.runtime.placement import one_device
     number = one_device().put(started.micro_batches[0].input_ids.astype("float32").mean(), "device")
     layers = [jax.jit(lambda tree, number: jax.tree.map(lambda x: jnp.sin(x + number), tree))(layer, number) for layer in adapters]
-    sums = [compiled.square_sum(layer) for layer in layers]
+    sums = [programs.square_sum(layer) for layer in layers]
     return sums[0], Gradients(layers, sums)
 
 def describe_once():
     settings = config.load_config(pathlib.Path(arguments[1]), [*arguments[2:], f"training.output_dir={out}/0"])
     shape = load.read_config(ModelFolder(pathlib.Path(settings.model.name_or_path)))
-    layer = (llama.DecoderLayer, shape, settings.lora, settings.quantization, "xla")
-    for how in ({}, {"share_dense": True, "mlp_tokens": llama.MLP_TOKENS}, {"mlp_tokens": llama.MLP_TOKENS, "keep": True}):
-        compiled.describe(*layer, **how)
-    for other in (llama.DecoderLayer, shape, None, *layer[3:]), (llama.Embedding, shape), (llama.Head, shape):
-        compiled.describe(*other)
+    layer = (shape, settings.lora, settings.quantization, "xla")
+    for saves in (False, True):
+        layer_program.LayerProgram.of(*layer, saves=saves, share_dense=True, mlp_tokens=decoder.MLP_TOKENS)
+    programs.describe(decoder.DecoderLayer, shape, None, *layer[2:])
+    for module in (decoder.Embedding, decoder.Head):
+        programs.describe(module, shape)
     gc.freeze()
 
 def start(number):

@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_written_to(place: Path, tmp_path: Path, capsys:
 
 HANGS = """
 import sys, threading
-from qlora_jax import errors
+from qlora_jax.base import errors
 
 errors.EXIT_GRACE = 0.2
 threading.Thread(target=threading.Event().wait).start()  # as a library's that waits for what will not come

@@ -45,7 +45,7 @@ def update(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, BlockwiseTensor, BlockwiseTensor]:
-    """As `kernels.adamw_8bit`, for what is `supported`."""
+    """As `dispatch.adamw_8bit`, for what is `supported`."""
     number = param.size // BLOCK_SIZE
     blocks = min(BLOCKS, number & -number)
     flat, codes = (jax.ShapeDtypeStruct((param.size,), dtype) for dtype in (param.dtype, jnp.uint8))

@@ -73,7 +73,7 @@ def add(
     rotation: Rotation | None = None,
     tiling: Tiling | None = None,
 ) -> jax.Array:
-    """As `kernels.low_rank_add`, for what is `supported`."""
+    """As `dispatch.low_rank_add`, for what is `supported`."""
     shape = jax.ShapeDtypeStruct(bases[0].shape, bases[0].dtype)
     options = {"factor": factor, "first": first, "transposed": transposed, "threshold": threshold}
     in_place = {0: 0}
@@ -97,7 +97,7 @@ def add(
 
 
 def swiglu(gated: Gated, *, spent: bool = False, tiling: Tiling = SWIGLU) -> jax.Array:
-    """As `kernels.swiglu`, for what is `supported`."""
+    """As `dispatch.swiglu`, for what is `supported`."""
     shape = jax.ShapeDtypeStruct(gated.gate.shape, gated.gate.dtype)
     kernel = functools.partial(_swiglu, factors=gated.factors, firsts=gated.firsts)
     return _call(kernel, tuple(gated[:5]), shape, tiling, "swiglu", {0: 0} if spent else {})
@@ -115,7 +115,7 @@ def swiglu_backward(
     spent: bool = False,
     tiling: Tiling = SWIGLU_BACKWARD,
 ) -> list[jax.Array]:
-    """As `kernels.swiglu_backward`, for what is `supported`."""
+    """As `dispatch.swiglu_backward`, for what is `supported`."""
     shapes = [jax.ShapeDtypeStruct(gated.gate.shape, gated.gate.dtype)] * 3
     kernel = functools.partial(
         _swiglu_backward, factors=gated.factors, firsts=gated.firsts, factor=factor, threshold=threshold
@@ -199,7 +199,7 @@ class _Tile:
         transposed: bool = False,
         threshold: int = 0,
     ) -> jax.Array:
-        """The tile of `kernels.low_rank_add`'s sum in float32."""
+        """The tile of `dispatch.low_rank_add`'s sum in float32."""
         loaded = [self.load(base) for base in bases]  # before the product is waited for
         bits = None if drawn is None else self.load(drawn)
         total = self.product(u, v, first, transposed)

@@ -32,14 +32,14 @@ def supported(x: jax.Array, weight: jax.Array) -> bool:
 
 
 def forward(x: jax.Array, weight: jax.Array, eps: float, *, interpret: bool = False) -> jax.Array:
-    """As `kernels.rms_norm`, for what is `supported`."""
+    """As `dispatch.rms_norm`, for what is `supported`."""
     return _call(_forward, x, weight, (), eps, interpret)
 
 
 def backward(
     x: jax.Array, weight: jax.Array, dnormed: jax.Array, dskip: jax.Array, eps: float, *, interpret: bool = False
 ) -> jax.Array:
-    """As `kernels.rms_norm_backward`, for what is `supported`."""
+    """As `dispatch.rms_norm_backward`, for what is `supported`."""
     return _call(_backward, x, weight, (dnormed, dskip), eps, interpret)
 
 
