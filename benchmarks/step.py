@@ -177,7 +177,7 @@ def settle(options: argparse.Namespace) -> Plan:
     if gpu is None:
         return dataclasses.replace(guess, rates=None)
     if options.auto:
-        return make_plan(job, MemorySettings(), options.auto, limits, measured(), compiled_workspace)
+        return make_plan(job, MemorySettings(), options.auto, limits, measured(), workspace_of=compiled_workspace)
     return dataclasses.replace(guess, work=compiled_workspace(job, guess.layout), rates=measured())
 
 

@@ -18,7 +18,7 @@ RULE = "base < config, runtime < ops, data < model < engine < convert, training,
 ROW = {room: row for row, rooms in enumerate(RULE.split(" < ")) for room in rooms.split(", ")}
 PYTORCH_S_SIDE = "qlora_jax.compare.reference"
 """A program, run in a process of its own: the one file with torch in it, which therefore nothing imports."""
-MAX_FILE_LINES, MAX_BODY_LINES = 350, 50
+MAX_FILE_LINES, MAX_BODY_LINES, MAX_POSITIONAL = 350, 50, 5
 TORCH_OR_NEEDS_IT = {"torch", "torchvision", "peft", "bitsandbytes", "accelerate", "trl", "triton", "unsloth"}
 POOR_OPENINGS = {"As", "Before", "By", "For", "From", "How", "In", "Of", "Over", "What", "Where"}
 POORLY_OPENED = 187
@@ -155,6 +155,18 @@ def test_ruff(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@every_source
+def test_what_belongs_together_is_a_record(path: Path) -> None:
+    """Nobody counts to six in a call of the engine, the planner or the trainer."""
+    if room(module_name(path)) not in ("engine", "planning", "training"):
+        return
+    functions = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
+    ]
+    long = {node.name for node in functions if len([a for a in node.args.args if a.arg != "self"]) > MAX_POSITIONAL}
+    assert not long - {"__init__"}
 
 
 def text_files(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -165,6 +165,6 @@ def answer(
 ) -> str:
     """The model's answer to a user's message, through its chat template if it has one."""
     input_ids = conversation.prompt_ids(prompt, engine.config.vocab_size)
-    tokens = generate(engine, weights, adapters, input_ids, conversation.stop_ids, sampling)
+    tokens = generate(engine, weights, adapters, input_ids, conversation.stop_ids, sampling=sampling)
     (text,) = decode(conversation.tokenizer, [tokens], skip_special_tokens=True)
     return text.strip()

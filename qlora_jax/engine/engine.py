@@ -162,7 +162,7 @@ class Engine:
         """The loss of one optimizer step and its gradient with respect to the adapters. `started` is spent.
 
         The loss is the sum over supervised tokens of all micro-batches, divided by their number.
-        `observe` is shown every value on the way; see faults.py.
+        `observe` is shown every value on the way; see nonfinite.py.
 
         Returns:
             (loss, float32 scalar; gradients)

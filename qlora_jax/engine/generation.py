@@ -30,6 +30,7 @@ def generate(
     adapters: Adapters,
     input_ids: Sequence[int],
     stop_ids: Collection[int],
+    *,
     sampling: Sampling,
     on_token: Callable[[int], None] = lambda token: None,
 ) -> list[int]:

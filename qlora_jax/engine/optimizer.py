@@ -16,7 +16,7 @@ kernel does all of that to a tensor in one pass.
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ class AdamW:
         homes: list[Where] = ["device" if self.placement.lives(layer, "device") else "host" for layer in params]
         for layer in range(len(params)):  # not `enumerate`, which holds on to the last item while it asks for the next
             here = next(coming)
-            new, moments, token = self._rule.update(*here, factor, rate, made)
+            new, moments, token = self._rule.update(*here, _Scalars(factor, rate, made))
             pace.dispatched(token)
             params[layer], self.moments[layer] = (
                 self.placement.put(new, homes[layer]),
@@ -112,6 +112,14 @@ class AdamW:
             grads.layers[layer] = None
             del here, new, moments
         return params, norm
+
+
+class _Scalars(NamedTuple):
+    """What a step's update of every layer has in common; scalars on the device."""
+
+    factor: jax.Array  # the gradients are multiplied by it: clipping
+    rate: jax.Array
+    made: jax.Array  # whether the step is made; otherwise all stays as it is
 
 
 class _Rule:
@@ -123,9 +131,7 @@ class _Rule:
         self.init = jax.jit(lambda layer: self._pack(self._rule.init(_float32(layer))))
         self.update = jax.jit(self._update, donate_argnames=("params", "moments"))
 
-    def _update(
-        self, params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array, made: jax.Array
-    ) -> tuple[Tree, Any, jax.Array]:
+    def _update(self, params: Tree, grads: Tree, moments: Any, scalars: _Scalars) -> tuple[Tree, Any, jax.Array]:
         leaves, structure = jax.tree.flatten(params)
         adam, *rest = moments
         found = zip(leaves, *map(structure.flatten_up_to, (grads, adam.mu, adam.nu)), strict=True)
@@ -134,22 +140,20 @@ class _Rule:
             (by_kernel if dispatch.updates_8bit(leaf[0], leaf[2]) else others)[i] = leaf
         plain, plain_grads, mu, nu = ({i: leaf[part] for i, leaf in others.items()} for part in range(4))
         moments = adam._replace(mu=mu, nu=nu), *rest
-        plain, (adam, *rest) = self._plain(plain, plain_grads, moments, factor, rate, made)
+        plain, (adam, *rest) = self._plain(plain, plain_grads, moments, scalars)
         shares = (1 - beta**adam.count for beta in (self._adam.beta1, self._adam.beta2))
-        numbers = jnp.stack([factor, rate, *shares, made]).astype(jnp.float32)
+        numbers = jnp.stack([scalars.factor, scalars.rate, *shares, scalars.made]).astype(jnp.float32)
         new = {i: dispatch.adamw_8bit(*leaf, numbers, self._adam) for i, leaf in by_kernel.items()}
         new |= {i: (param, adam.mu[i], adam.nu[i]) for i, param in plain.items()}
         params, mu, nu = (structure.unflatten(new[i][part] for i in range(len(leaves))) for part in range(3))
         return params, (adam._replace(mu=mu, nu=nu), *rest), jnp.ravel(jax.tree.leaves(params)[0])[0]
 
-    def _plain(
-        self, params: Tree, grads: Tree, moments: Any, factor: jax.Array, rate: jax.Array, made: jax.Array
-    ) -> tuple[Tree, Any]:
+    def _plain(self, params: Tree, grads: Tree, moments: Any, scalars: _Scalars) -> tuple[Tree, Any]:
         """Return (new params, new moments), by XLA's operations."""
-        grads = jax.tree.map(lambda g: g * factor, _float32(grads))
+        grads = jax.tree.map(lambda g: g * scalars.factor, _float32(grads))
         steps, state = self._rule.update(grads, _unpack(moments), _float32(params))
-        new = jax.tree.map(lambda p, step: (p - rate * step).astype(p.dtype), params, steps)
-        return jax.tree.map(functools.partial(jnp.where, made), (new, self._pack(state)), (params, moments))
+        new = jax.tree.map(lambda p, step: (p - scalars.rate * step).astype(p.dtype), params, steps)
+        return jax.tree.map(functools.partial(jnp.where, scalars.made), (new, self._pack(state)), (params, moments))
 
 
 def _rule_of(settings: TrainingSettings) -> _Rule:
@@ -175,7 +179,7 @@ def lowered(settings: TrainingSettings, adapter: Tree, grads: Tree, number: Any)
     )
     yield "moments", rule.init.lower(adapter)
     made = jax.ShapeDtypeStruct(number.shape, bool, sharding=device)
-    yield "update", rule.update.lower(adapter, grads, moments, number, number, made)
+    yield "update", rule.update.lower(adapter, grads, moments, _Scalars(number, number, made))
 
 
 def abstract_moments(settings: TrainingSettings, abstract_layer: Tree) -> Any:

@@ -35,6 +35,7 @@ def make_plan(
     gradient_checkpointing: str,
     limits: Limits,
     rates: Rates | None,
+    *,
     workspace_of: WorkspaceOf = workspace,
 ) -> Plan:
     """The fastest layout that fits. On a processor there is one: nothing is streamed or moved unless that was asked for.
@@ -49,7 +50,7 @@ def make_plan(
     Raises:
         InputError: nothing fits; it says by how much, and which setting would do it.
     """
-    plan = choose(job, memory, gradient_checkpointing, limits, rates, workspace_of)
+    plan = choose(job, memory, gradient_checkpointing, limits, rates, workspace_of=workspace_of)
     if not plan.fits:
         raise _does_not_fit(plan, memory, gradient_checkpointing)
     return plan
@@ -61,6 +62,7 @@ def choose(
     gradient_checkpointing: str,
     limits: Limits,
     rates: Rates | None,
+    *,
     workspace_of: WorkspaceOf = workspace,
 ) -> Plan:
     """The fastest plan that fits, or the one that exceeds the limits least."""
@@ -72,7 +74,7 @@ def choose(
         return known.get(_mode(job, layout)) or workspace(job, layout)
 
     while True:
-        plans = list(_candidates(job, memory, gradient_checkpointing, limits, rates, best_guess))
+        plans = list(_candidates(job, memory, gradient_checkpointing, limits, rates, work_of=best_guess))
         fitting = [plan for plan in plans if plan.fits]
         if fitting:
             fastest = min(plan.seconds.total for plan in fitting)
@@ -145,7 +147,7 @@ def _oddity(layout: Layout) -> tuple[Any, ...]:
 
 
 def _candidates(
-    job: Job, memory: MemorySettings, gradient_checkpointing: str, limits: Limits, rates: Rates, work_of: WorkspaceOf
+    job: Job, memory: MemorySettings, gradient_checkpointing: str, limits: Limits, rates: Rates, *, work_of: WorkspaceOf
 ) -> Iterator[Plan]:
 
     def open_to(asked: str) -> tuple[Any, ...]:
@@ -173,7 +175,7 @@ def _candidates(
         )
         for resident in _resident_counts(bare, job, memory, limits, work_of):
             layout = dataclasses.replace(bare, resident=resident)
-            for keep in _keep_counts(layout, job, gradient_checkpointing, memory.kept_layers, limits, work_of):
+            for keep in _keep_counts(layout, job, gradient_checkpointing, memory.kept_layers, limits, work_of=work_of):
                 settled = dataclasses.replace(layout, keep=keep)
                 yield Plan(job, settled, work_of(job, settled), limits, rates)
 
@@ -194,7 +196,7 @@ def _resident_counts(
 
 
 def _keep_counts(
-    layout: Layout, job: Job, gradient_checkpointing: str, asked: str | int, limits: Limits, work_of: WorkspaceOf
+    layout: Layout, job: Job, gradient_checkpointing: str, asked: str | int, limits: Limits, *, work_of: WorkspaceOf
 ) -> list[int]:
     """Numbers of layers that keep their intermediates. An MLP in chunks keeps none, so that its layer is not worth keeping."""
     depth = job.config.num_hidden_layers

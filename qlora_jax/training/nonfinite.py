@@ -36,6 +36,7 @@ def find_fault(
     adapters: Adapters,
     batch: Batch,
     key: jax.Array | None,
+    *,
     rows: Sequence[Sequence[str]],
 ) -> Fault:
     """Make the step again, watching; the adapters stay as they are.

@@ -162,7 +162,7 @@ class Trainer:
                 rows = shown(everything(self.batches.rows(step)))
                 self._note("loss spike", step, f"loss {numbers[0]}; rows {rows}", loss=numbers[0])
         else:
-            self._not_finite(adapters, optimizer, batch, key, *numbers)
+            self._not_finite(adapters, optimizer, batch, key, loss=numbers[0], norm=numbers[1])
         done = step + 1
         if done % self.settings.logging_steps == 0 or done == len(self.batches):
             self._log(rate)
@@ -181,11 +181,11 @@ class Trainer:
             return batch, self.engine.start(self.weights, batch, key)
 
     def _not_finite(
-        self, adapters: Adapters, optimizer: AdamW, batch: Batch, key: jax.Array | None, loss: float, norm: float
+        self, adapters: Adapters, optimizer: AdamW, batch: Batch, key: jax.Array | None, *, loss: float, norm: float
     ) -> None:
         """Say where it began; then skip the step, or stop before it."""
         step = self.progress.step
-        fault = find_fault(self.engine, self.weights, adapters, batch, key, self.batches.rows(step))
+        fault = find_fault(self.engine, self.weights, adapters, batch, key, rows=self.batches.rows(step))
         found = f"loss {loss}, gradient norm {norm}, {fault}"
         skipping = self.settings.on_nonfinite == "skip"
         if skipping and self.progress.skipped < MAX_SKIPPED:

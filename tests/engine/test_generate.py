@@ -52,7 +52,7 @@ def model(folder: Path) -> tuple[Engine, Weights, Adapters]:
 
 
 def greedy(model: tuple[Engine, Weights, Adapters], prompt: list[int] = PROMPT, number: int = NEW_TOKENS) -> list[int]:
-    return generate(*model, prompt, NO_STOP, Sampling(max_new_tokens=number))
+    return generate(*model, prompt, NO_STOP, sampling=Sampling(max_new_tokens=number))
 
 
 def test_the_cache_gives_what_full_recomputation_gives(model: tuple[Engine, Weights, Adapters]) -> None:
@@ -104,9 +104,9 @@ def test_a_stop_id_ends_and_is_not_returned(model: tuple[Engine, Weights, Adapte
     stop = next(token for token in unstopped[3:] if token not in unstopped[:3])
     end = unstopped.index(stop)
     seen: list[int] = []
-    tokens = generate(*model, PROMPT, {stop, 263}, Sampling(max_new_tokens=NEW_TOKENS), seen.append)
+    tokens = generate(*model, PROMPT, {stop, 263}, sampling=Sampling(max_new_tokens=NEW_TOKENS), on_token=seen.append)
     assert tokens == seen == unstopped[:end]
-    assert generate(*model, PROMPT, {unstopped[0]}, Sampling(max_new_tokens=NEW_TOKENS)) == []
+    assert generate(*model, PROMPT, {unstopped[0]}, sampling=Sampling(max_new_tokens=NEW_TOKENS)) == []
 
 
 @pytest.mark.parametrize("number", [0, 1, NEW_TOKENS])
@@ -140,7 +140,9 @@ def test_streamed_weights_give_the_same_tokens(folder: Path, model: tuple[Engine
 
 def test_sampling_is_reproducible_by_seed(model: tuple[Engine, Weights, Adapters]) -> None:
     def sample(seed: int) -> list[int]:
-        return generate(*model, PROMPT, NO_STOP, Sampling(max_new_tokens=NEW_TOKENS, temperature=1.0, seed=seed))
+        return generate(
+            *model, PROMPT, NO_STOP, sampling=Sampling(max_new_tokens=NEW_TOKENS, temperature=1.0, seed=seed)
+        )
 
     assert sample(0) == sample(0)
     assert len({tuple(sample(seed)) for seed in range(4)}) == 4
@@ -239,9 +241,9 @@ def test_tokens_without_end_are_refused_before_there_is_memory_for_them(
     model: tuple[Engine, Weights, Adapters],
 ) -> None:
     with pytest.raises(InputError, match="of memory"):
-        generate(*model, PROMPT, NO_STOP, Sampling(max_new_tokens=10**12))
+        generate(*model, PROMPT, NO_STOP, sampling=Sampling(max_new_tokens=10**12))
     with pytest.raises(InputError, match="of memory"):
-        generate(*model, [1] * 2**20, NO_STOP, Sampling(max_new_tokens=1))
+        generate(*model, [1] * 2**20, NO_STOP, sampling=Sampling(max_new_tokens=1))
 
 
 @pytest.mark.parametrize(("option", "value"), [("--seed", "-1"), ("--max-new-tokens", "1e12"), ("--max-new-tokens", str(10**12)),

@@ -226,7 +226,7 @@ def test_the_compiled_workspace_decides() -> None:
 
     run = job(LLAMA2_7B, 4, 2048)
     estimated = plan(run)
-    compiled = make_plan(run, MemorySettings(), "auto", SMALL_CARD, H200, large)
+    compiled = make_plan(run, MemorySettings(), "auto", SMALL_CARD, H200, workspace_of=large)
     assert compiled.work == large(run, compiled.layout)
     assert compiled.fits
     assert compiled.layout.keep < estimated.layout.keep

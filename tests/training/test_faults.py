@@ -160,7 +160,12 @@ ROWS = [["f:1", "f:2"], ["f:3", "f:4"]]
 def fault(parts: Any, weights: Weights | None = None, adapters: Any = None, batch: Batch | None = None) -> Fault:
     engine, own, fresh, usual = parts
     return find_fault(
-        engine, weights or own, adapters or fresh, batch or usual, one_device().put(jax.random.key(0), "device"), ROWS
+        engine,
+        weights or own,
+        adapters or fresh,
+        batch or usual,
+        one_device().put(jax.random.key(0), "device"),
+        rows=ROWS,
     )
 
 

@@ -8,7 +8,7 @@ looks up has `32 · num_warps` elements and nothing else.
 Everything here needs sm_80 or later: the last line of `ROUND_PAIR` came with it. Every function has an `interpret` form in plain jnp, with
 which the kernels' indexing is tested where there is no GPU.
 
-The backend is deprecated upstream. Nothing outside this package knows of it: `kernels/__init__.py` chooses between each kernel and its
+The backend is deprecated upstream. Nothing outside this package knows of it: `dispatch.py` chooses between each kernel and its
 twin in `nf4.py`, so that without the backend a model trains as before, only slower. What would replace it: the same kernels through
 `jax_triton.triton_call` (the PTX below as `tl.inline_asm_elementwise`), which keeps sm_80 to sm_89; Mosaic GPU serves sm_90 and up only.
 """
