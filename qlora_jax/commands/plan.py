@@ -147,8 +147,8 @@ def plan_run(
     if gpu is None:
         machine.prepare(None, None, 0, cache)
         return next(_plans(job, wishes, checkpointing, Limits(None, host_bytes), None))
-    device_memory = config.memory.device_memory
-    asked = None if device_memory == "auto" else parse_bytes(device_memory)
+    wanted_memory = config.memory.device_memory
+    asked = None if wanted_memory == "auto" else parse_bytes(wanted_memory)
     limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
     # A model that is yet to be quantized may have to be in memory, for want of disk: its weights then come from the device, to the pool.
     limits = dataclasses.replace(limits, registered=on_disk and machine.registers_host_memory())

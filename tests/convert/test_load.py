@@ -17,7 +17,7 @@ from convert.load import load_weights, read_config, read_layer, total_bytes
 from convert.quantize import quantize
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
-from qlora_jax.runtime.placement import LayerPlace, nbytes, one_device
+from qlora_jax.runtime.placement import LayerPlace, Placement, nbytes, one_device
 from tests.helpers import tiny
 
 NF4 = QuantizationSettings()
@@ -95,18 +95,18 @@ def test_several_linears_at_a_time(folders: dict[str, ModelFolder], monkeypatch:
 def test_one_linear_a_thread_is_held(folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch) -> None:
     """A linear is in its place before the thread reads another."""
     folder, waiting = folders["4bit"], threading.local()
-    real_keep, real_read = load_module.keep, load_module.read_linear
+    real_keep, real_read = Placement.keep, load_module.read_linear
 
-    def keep(tree: Any, where: Any) -> Any:
+    def keep(placement: Placement, tree: Any, where: Any) -> Any:
         waiting.linears = 0
-        return real_keep(tree, where)
+        return real_keep(placement, tree, where)
 
     def read(*args: Any) -> Any:
         waiting.linears = getattr(waiting, "linears", 0) + 1
         assert waiting.linears == 1
         return real_read(*args)
 
-    monkeypatch.setattr(load_module, "keep", keep)
+    monkeypatch.setattr(Placement, "keep", keep)
     monkeypatch.setattr(load_module, "read_linear", read)
     load_weights(folder, read_config(folder), NF4, "host")
 
