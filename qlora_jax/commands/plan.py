@@ -154,7 +154,7 @@ def plan_run(
     limits = dataclasses.replace(limits, registered=on_disk and machine.registers_host_memory())
     pool = guessed_pool(job, wishes, checkpointing, limits, published(gpu.name))
     pool = machine.prepare(gpu, limits.device, int(PINNED_SLACK * pool), cache)  # settled here, the plan below
-    stats = device_memory()
+    stats = machine.device_memory()
     device = min(limits.device, stats["bytes_limit"]) if stats else limits.device
     limits = dataclasses.replace(limits, device=device, pool=pool)
     folder = cache_dir() / "planned"
