@@ -159,7 +159,7 @@ def plan_run(
     limits = dataclasses.replace(limits, device=device, pool=pool)
     folder = cache_dir() / "planned"
     workspace_of = functools.partial(remembered.workspace, folder)
-    return next(_plans(job, wishes, checkpointing, limits, remembered.rates(folder), workspace_of))
+    return next(_plans(job, wishes, checkpointing, limits, remembered.rates(folder), workspace_of=workspace_of))
 
 
 def guessed_pool(job: Job, wishes: Sequence[MemorySettings], checkpointing: str, limits: Limits, rates: Rates) -> int:
@@ -185,8 +185,8 @@ def _wishes(memory: MemorySettings, kept_before: int | None) -> list[MemorySetti
     return [memory.model_copy(update={"kept_layers": kept_before}), memory]
 
 
-def _plans(job: Job, wishes: Sequence[MemorySettings], *how: Any) -> Iterator[Plan]:
-    """A plan for each of the wishes but those that do not fit, in their order; `how`: the rest of `make_plan`'s arguments.
+def _plans(job: Job, wishes: Sequence[MemorySettings], *how: Any, **options: Any) -> Iterator[Plan]:
+    """A plan for each of the wishes but those that do not fit, in their order; `how`, `options`: the rest of `make_plan`'s arguments.
 
     Raises:
         InputError: none of them fits; of the last.
@@ -194,7 +194,7 @@ def _plans(job: Job, wishes: Sequence[MemorySettings], *how: Any) -> Iterator[Pl
     fitting = 0
     for number, memory in enumerate(wishes, 1):
         try:
-            plan = make_plan(job, memory, *how)
+            plan = make_plan(job, memory, *how, **options)
         except InputError:
             if number == len(wishes) and not fitting:
                 raise
