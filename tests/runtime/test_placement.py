@@ -49,7 +49,7 @@ def test_streamed_layers_live_in_host_memory(source: Callable[[np.ndarray], Any]
     store = LayerStore(({"w": source(np.full(2, i, np.float32))} for i in range(2)), "host")
     ours = pinned.client() is not None and source is np.asarray
     for index, layer in enumerate(store._layers):
-        assert placement.lives(layer, "host") and layer["w"].tolist() == [index] * 2
+        assert placement.one_device().lives(layer, "host") and layer["w"].tolist() == [index] * 2
         assert pinned.holds(layer["w"]) if ours else kind(layer["w"]) == "pinned_host"
 
 

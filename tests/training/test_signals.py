@@ -11,7 +11,8 @@ from tests.helpers.children import environment
 
 ON_A_TERMINAL = """
 import os, signal
-from qlora_jax.base.console import RunDisplay, make_console
+from qlora_jax.base.console import make_console
+from qlora_jax.training.display import RunDisplay
 from qlora_jax.training.signals import Signals
 
 with RunDisplay(make_console(), 3).live(), Signals():
