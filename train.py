@@ -3,7 +3,7 @@
 import sys
 
 from qlora_jax.__main__ import train
-from qlora_jax.errors import end_process
+from qlora_jax.base.errors import end_process
 
 if __name__ == "__main__":
     end_process(lambda: train(sys.argv[1:], "train.py"))

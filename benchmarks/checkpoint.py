@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.machine import describe
 from benchmarks.step import Case, add_case_arguments
-from qlora_jax.checkpoint import Checkpoints, checkpoint_bytes
-from qlora_jax.metrics import peak_device_gib, peak_host_gib
+from qlora_jax.training.checkpoint import Checkpoints, checkpoint_bytes
+from qlora_jax.training.metrics import peak_device_gib, peak_host_gib
 
 SAVE_SECONDS = 15 * 60
 

@@ -25,14 +25,15 @@ from benchmarks.convert import make_model
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.tokenizer import byte_tokenizer
 from convert.model import open_model
+from qlora_jax.base.console import make_console, progress_bar
+from qlora_jax.base.errors import exit_status
 from qlora_jax.commands.compare import make_adapter, ours_of, subject_of
 from qlora_jax.compare.both import Steps, differences, run_theirs
 from qlora_jax.compare.process import require_libraries
 from qlora_jax.compare.report import as_json, plot_layers, show
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.display import make_console, progress_bar
-from qlora_jax.errors import exit_status
+from qlora_jax.runtime.machine import device_kind
 
 DTYPES = ("float32", "bfloat16")
 LEARNING_RATE = 2e-4
@@ -56,7 +57,7 @@ def main() -> int:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         found = measure(options, Path(work))
-    name = f"compare-{card_name(jax.devices()[0].device_kind)}"
+    name = f"compare-{card_name(device_kind())}"
     shape = {key: getattr(options, key) for key in ("layers", "rank", "rows", "tokens", "tiny")}
     result = {"what": "compare_gpu", **shape, "seconds": round(time.perf_counter() - started, 1)}
     print(write_result(name, {**result, **{dtype: as_json(found[dtype]) for dtype in DTYPES}}, options.results))

@@ -30,12 +30,12 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.machine import write_result
-from convert.adapter import save_adapter
-from convert.folder import ModelFolder
-from convert.shapes import tensor_shapes
-from convert.shards import TensorSpec, write_index, write_json, write_pieces
+from convert.adapters.adapter import save_adapter
+from convert.files.folder import ModelFolder
+from convert.files.shapes import tensor_shapes
+from convert.files.shards import TensorSpec, write_index, write_json, write_pieces
 from qlora_jax.config import LoraSettings, QuantizationSettings
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 10**9
@@ -80,16 +80,17 @@ model, adapter, out = sys.argv[1:]
 """
 OURS = """
 import jax
-from convert.adapter import load_adapter
-from convert.folder import ModelFolder
+from convert.adapters.adapter import load_adapter
+from convert.files.folder import ModelFolder
 from convert.load import read_config
 from convert.merge import merge
 from convert.quantize import quantize
 from convert.hub import cache_dir
-from qlora_jax import kernels, machine
+from qlora_jax.ops import dispatch
+from qlora_jax.runtime import machine
 from qlora_jax.config import QuantizationSettings
 machine.keep_compiled(cache_dir() / "compiled")
-kernels.available()
+dispatch.available()
 def merged(base):
     folder = ModelFolder(model)
     merge(folder, load_adapter(adapter, read_config(folder)), Path(out), base)
@@ -153,7 +154,7 @@ def children() -> list[str]:
 def make_model(folder: Path, layers: int, **changes: int) -> None:
     """Random bfloat16 weights in shards of about a gigabyte; `changes` replace keys of the shape."""
     config = {**CONFIG, **changes, "num_hidden_layers": layers}
-    specs = [TensorSpec(name, "BF16", shape) for name, shape in tensor_shapes(LlamaConfig.from_hf(config)).items()]
+    specs = [TensorSpec(name, "BF16", shape) for name, shape in tensor_shapes(Architecture.from_hf(config)).items()]
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
         if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > SHARD_BYTES:
@@ -179,7 +180,7 @@ def _random(rng: np.random.Generator, size: int, step: int = 2**22) -> Iterator[
 
 def make_adapter(folder: Path, model: Path, rank: int) -> None:
     """Random A and B on all linears."""
-    config = LlamaConfig.from_hf(ModelFolder(model).config)
+    config = Architecture.from_hf(ModelFolder(model).config)
     rng, lora = np.random.default_rng(1), LoraSettings(r=rank)
 
     def pair(rows: int, columns: int) -> dict[str, np.ndarray]:

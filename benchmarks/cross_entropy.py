@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from benchmarks.machine import write_result
-from convert import names
+from convert.files import names
+from convert.files.pieces import read_bfloat16
+from convert.gguf.smollm2 import MODEL_ID
 from convert.model import open_model
-from convert.pieces import read_bfloat16
-from convert.smollm2 import MODEL_ID
 from qlora_jax.compare.stages import relative
 
 TOKENS = 256
@@ -32,7 +32,7 @@ def exact(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def ours(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """As `qlora_jax.loss.cross_entropy` does it: the log of a sum of exponentials, less the target's logit."""
+    """As `qlora_jax.model.loss.cross_entropy` does it: the log of a sum of exponentials, less the target's logit."""
 
     def loss(logits: jax.Array) -> jax.Array:
         picked = jnp.take_along_axis(logits, jnp.asarray(targets)[:, None], axis=1)[:, 0]

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.machine import write_result
 from convert.model import open_tokenizer
+from qlora_jax.base.console import make_console
 from qlora_jax.config import Config
-from qlora_jax.corpus import Corpus, load_corpus
-from qlora_jax.data.packing import pack
-from qlora_jax.display import make_console
+from qlora_jax.data.batching.packing import pack
+from qlora_jax.data.corpus import Corpus, load_corpus
 
 WORDS = "the light turns over the bay and every ship that passes reads it as a sentence about rocks".split()  # noqa: SIM905
 STEP_SECONDS = 0.05

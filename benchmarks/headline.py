@@ -35,13 +35,12 @@ import safetensors
 from benchmarks import synthetic
 from benchmarks.machine import RESULTS
 from benchmarks.start import rows
-from convert import names
-from convert.adapter import WEIGHTS_FILE, load_adapter
-from convert.sizes import merged_bytes, tensors_for
-from qlora_jax.budget import GIB
+from convert.adapters.adapter import WEIGHTS_FILE, load_adapter
+from convert.files import names
+from convert.files.sizes import merged_bytes, tensors_for
+from qlora_jax.base.units import GIB, parse_bytes
 from qlora_jax.config import LINEAR_NAMES
-from qlora_jax.llama import LlamaConfig
-from qlora_jax.machine import parse_bytes
+from qlora_jax.model.architecture import Architecture
 
 ROOT = Path(__file__).parents[1]
 TRAIN = (sys.executable, "train.py")
@@ -263,7 +262,7 @@ def read_back(out: Path) -> dict[str, Any]:
     last = max((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     arrays = ocp.load((last / "arrays").absolute())
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))["starts"][-1]
-    config = LlamaConfig.from_hf(
+    config = Architecture.from_hf(
         json.loads((Path(record["config"]["model"]["name_or_path"]) / "config.json").read_text())
     )
     adapter = load_adapter(out / "adapter", config)  # every tensor is there, in its shape, and finite
@@ -303,7 +302,7 @@ def layers_that_fit(shape: str, free: int) -> int:
     """Layers of a shape of which two merged folders fit into so many bytes."""
     settings = synthetic.hf_config(shape, None)
     for layers in range(settings["num_hidden_layers"], 0, -1):
-        config = LlamaConfig.from_hf({**settings, "num_hidden_layers": layers})
+        config = Architecture.from_hf({**settings, "num_hidden_layers": layers})
         if 2 * merged_bytes(tensors_for(config), LINEAR_NAMES, "dequantized") < 0.9 * free:
             return layers
     return 0

@@ -42,16 +42,16 @@ def measure(rows: int, columns: int) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from qlora_jax import kernels, nf4
+    from qlora_jax.ops import dispatch, nf4
 
     def random(shape: tuple[int, ...], seed: int) -> jax.Array:
         return 0.02 * jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
     dense = [jax.block_until_ready(jax.jit(random, static_argnums=0)((rows, columns), i)) for i in range(BUFFERS)]
-    packed = [kernels.quantize(weight) for weight in dense]
+    packed = [dispatch.quantize(weight) for weight in dense]
     result = {
-        "quantize": milliseconds(kernels.quantize, dense),
-        "dequantize": milliseconds(kernels.dequantize, packed),
+        "quantize": milliseconds(dispatch.quantize, dense),
+        "dequantize": milliseconds(dispatch.dequantize, packed),
         "dequantize twin": milliseconds(nf4.dequantize, packed),
     }
     if rows * columns <= 2**26 or jax.default_backend() == "gpu":
@@ -59,9 +59,9 @@ def measure(rows: int, columns: int) -> dict[str, float]:
     for tokens in TOKENS:
         xs = [random((tokens, columns), 100 + i) for i in range(BUFFERS)]
         result[f"bf16 matmul {tokens}"] = milliseconds(lambda x, w: jnp.einsum("ti,oi->to", x, w), xs, dense)
-        result[f"matmul {tokens}"] = milliseconds(kernels.matmul, xs, packed)
+        result[f"matmul {tokens}"] = milliseconds(dispatch.matmul, xs, packed)
         result[f"dequantize + matmul {tokens}"] = milliseconds(
-            lambda x, w: jnp.einsum("ti,oi->to", x, kernels.dequantize(w)), xs, packed
+            lambda x, w: jnp.einsum("ti,oi->to", x, dispatch.dequantize(w)), xs, packed
         )
     return result
 
@@ -96,12 +96,11 @@ def main() -> None:
     if not theirs:
         print(f"bitsandbytes' side did not run: {(peer.stderr.strip() or 'no message').splitlines()[-1]}")
 
-    import jax
-
     from benchmarks.machine import write_result
+    from qlora_jax.runtime.machine import device_kind
 
     ours = measure(options.rows, options.columns)
-    name = f"kernels-{jax.devices()[0].device_kind.split()[-1].lower()}"
+    name = f"kernels-{device_kind().split()[-1].lower()}"
     result = {
         "what": "kernels",
         "rows": options.rows,

@@ -7,8 +7,8 @@ Each line in a process of its own, with as many threads as `convert.load` takes.
 first (best effort: the disk may have a cache of its own); `warm`: they are in it. `of_read_or_copy` is a rate's share of the slower of
 reading what is in the page cache and copying memory, which no load can beat; `of_cold_read`, of a cold load, its share of reading from
 the disk. `thread_seconds` are those of all threads of a load together in each of `STAGES`, `cpu_seconds` the processors'. `registered_gb`
-is what went into memory of our own (see `qlora_jax.pinned`): all layers on a GPU whose driver registers it, nothing elsewhere. Then each
-layer is copied to the device, as a step's walk does it.
+is what went into memory of our own (see `qlora_jax.runtime.pinned`): all layers on a GPU whose driver registers it, nothing elsewhere.
+Then each layer is copied to the device, as a step's walk does it.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from benchmarks import synthetic
 from benchmarks.convert import held
 from benchmarks.machine import write_result
 from benchmarks.step import SHAPES, shape_name
-from convert import ahead
-from convert.folder import ModelFolder
+from convert.files import ahead
+from convert.files.folder import ModelFolder
 from convert.load import load_weights, read_config
-from qlora_jax import pinned
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.placement import LayerStore, nbytes, sharding
+from qlora_jax.runtime import pinned
+from qlora_jax.runtime.placement import LayerStore, nbytes, one_device
 
 ROOT = Path(__file__).parents[1]
 CHUNK = 2**24
@@ -203,7 +203,9 @@ def load(model: Path, threads: int) -> dict[str, Any]:
     folder = ModelFolder(model)
     config = read_config(folder)
     # As in train.py, where the plan has measured it: the first copy to a GPU takes a second or two, whatever is copied.
-    jax.block_until_ready([jax.device_put(np.zeros(1, np.uint8), sharding(where)) for where in ("host", "device")])
+    jax.block_until_ready(
+        [jax.device_put(np.zeros(1, np.uint8), one_device().sharding(where)) for where in ("host", "device")]
+    )
     loaded: list[LayerStore] = []
 
     def work() -> int:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
+from qlora_jax.runtime.machine import device_kind
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
     )
     memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": device_kind(),
         "cpu": model,
         "cores": os.cpu_count(),
         "memory_gib": round(memory / 2**20, 1),

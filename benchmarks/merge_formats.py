@@ -20,22 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import RESULTS, write_result
-from convert.adapter import Adapter, as_adapters, load_adapter
-from convert.delta import Base
-from convert.folder import ModelFolder
-from convert.held_out import mean_loss
+from convert.adapters.adapter import Adapter, as_adapters, load_adapter
+from convert.adapters.delta import Base
+from convert.files.folder import ModelFolder
 from convert.hub import cache_dir
+from convert.jobs.held_out import mean_loss
+from convert.jobs.requantize import read_note
 from convert.load import load_weights, read_layer
 from convert.merge import merge
 from convert.model import BaseModel, open_model
-from convert.requantize import read_note
+from qlora_jax.base.console import make_console
+from qlora_jax.base.errors import exit_status
 from qlora_jax.config import LINEAR_NAMES, Config, QuantizationSettings, load_config
-from qlora_jax.corpus import load_corpus
 from qlora_jax.data import Batch
-from qlora_jax.display import make_console
-from qlora_jax.engine import Engine, Weights
-from qlora_jax.errors import exit_status
-from qlora_jax.placement import LayerStore, Tree
+from qlora_jax.data.corpus import load_corpus
+from qlora_jax.engine.engine import Engine, Weights
+from qlora_jax.runtime.placement import LayerStore, Tree
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -23,21 +23,21 @@ from typing import Any
 import jax
 
 from benchmarks.machine import RESULTS, write_result
-from convert.adapter import as_adapters, load_adapter, save_adapter
+from convert.adapters.adapter import as_adapters, load_adapter, save_adapter
+from convert.gguf.smollm2 import MODEL_ID
 from convert.model import BaseModel, open_model
-from convert.smollm2 import MODEL_ID
+from qlora_jax.base.console import make_console, progress_bar
+from qlora_jax.base.errors import exit_status
 from qlora_jax.commands.compare import ours_of, pad_token_id, subject_of
 from qlora_jax.compare import ours
 from qlora_jax.compare.process import Run, require_libraries, run_reference, save_tokens
 from qlora_jax.compare.report import plot_losses
 from qlora_jax.compare.side import read_reference
 from qlora_jax.config import Config, LoraSettings, load_config
-from qlora_jax.corpus import read_examples
 from qlora_jax.data import Batch, Batches, eval_batches
-from qlora_jax.display import make_console, progress_bar
-from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.errors import exit_status
-from qlora_jax.optimizer import schedule
+from qlora_jax.data.corpus import read_examples
+from qlora_jax.engine.engine import Adapters, Engine, Weights
+from qlora_jax.engine.optimizer import schedule
 
 ROOT = Path(__file__).parents[1]
 CURVE_BOUND = {"float32": 1e-3, "bfloat16": 1e-2}

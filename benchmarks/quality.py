@@ -22,17 +22,17 @@ import numpy as np
 
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.parity import Parity
+from convert.gguf.smollm2 import MODEL_ID
 from convert.load import load_weights
 from convert.model import BaseModel
-from convert.smollm2 import MODEL_ID
+from qlora_jax.base.console import make_console, progress_bar
+from qlora_jax.base.errors import exit_status
 from qlora_jax.compare import ours
 from qlora_jax.compare.process import Run, require_libraries, run_reference, save_tokens
 from qlora_jax.compare.side import read_reference
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.data import Batch
-from qlora_jax.display import make_console, progress_bar
-from qlora_jax.engine import Engine, Weights
-from qlora_jax.errors import exit_status
+from qlora_jax.engine.engine import Engine, Weights
 
 ROW_TOKENS, ROWS_A_BATCH = 512, 4
 EQUAL = 1e-3

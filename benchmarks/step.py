@@ -24,18 +24,20 @@ import numpy as np
 
 from benchmarks.machine import describe, process_gpu_gib
 from convert.hub import cache_dir
-from qlora_jax import machine
-from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.base.units import GIB, parse_bytes
 from qlora_jax.config import LoraSettings, MemorySettings, QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import Engine, Started, Weights
-from qlora_jax.estimate import Job, Layout, workspace
-from qlora_jax.llama import MLP_TOKENS, LlamaConfig, default_attention
-from qlora_jax.metrics import peak_device_gib, peak_host_gib
-from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import SLOTS, LayerPlace, LayerStore, Tree, keep, put
-from qlora_jax.plan import compiled_workspace, make_engine, make_plan
-from qlora_jax.rates import measured, published
+from qlora_jax.engine.engine import Engine, Started, Weights
+from qlora_jax.engine.optimizer import AdamW
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import MLP_TOKENS, default_attention
+from qlora_jax.planning.budget import PINNED_SLACK, Limits, Plan
+from qlora_jax.planning.estimate import Job, Layout, workspace
+from qlora_jax.planning.hardware import measured, published
+from qlora_jax.planning.search import compiled_workspace, make_engine, make_plan
+from qlora_jax.runtime import machine
+from qlora_jax.runtime.placement import SLOTS, LayerPlace, LayerStore, Tree, one_device
+from qlora_jax.training.metrics import peak_device_gib, peak_host_gib
 
 SHAPES = {
     "7b": {
@@ -85,7 +87,7 @@ def random_tree(abstract: Tree, key: jax.Array) -> Tree:
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def unquantized(abstract: Tree, config: LlamaConfig) -> Tree:
+def unquantized(abstract: Tree, config: Architecture) -> Tree:
     """A described layer with plain bfloat16 matrices for its linears: LoRA without the Q."""
     matrices = {
         name: {"weight": jax.ShapeDtypeStruct(shape, jnp.bfloat16)} for name, shape in config.linear_shapes().items()
@@ -106,7 +108,9 @@ def random_weights(engine: Engine, places: list[LayerPlace], slots: int, distinc
         for layer, place in enumerate(places):
             if place == "device" or len(on_host) < distinct:
                 made = make(jax.random.key(layer))
-                tree = keep(jax.device_get(made) if place == "host" else made, place)  # as if it came from the disk
+                tree = one_device().keep(
+                    jax.device_get(made) if place == "host" else made, place
+                )  # as if it came from the disk
                 on_host.extend([tree] if place == "host" else [])
                 yield tree
             else:
@@ -116,9 +120,9 @@ def random_weights(engine: Engine, places: list[LayerPlace], slots: int, distinc
     embedding, head = (0.02 * jax.random.normal(jax.random.key(i), vocabulary, jnp.bfloat16) for i in (1, 2))
     norm = jnp.ones(vocabulary[1:], jnp.bfloat16)
     return Weights(
-        put({"weight": embedding}, "device"),
+        one_device().put({"weight": embedding}, "device"),
         LayerStore(layers(), places, slots=slots),
-        put({"norm": {"weight": norm}, "weight": head}, "device"),
+        one_device().put({"norm": {"weight": norm}, "weight": head}, "device"),
     )
 
 
@@ -127,11 +131,11 @@ def shape_name(text: str) -> str:
     return text.removeprefix("llama2-")
 
 
-def llama(name: str) -> LlamaConfig:
+def llama(name: str) -> Architecture:
     """`7b`, or `7b:8` for its first eight layers."""
     shape, _, layers = shape_name(name).partition(":")
     settings = {**SHAPES[shape], "vocab_size": 32000, "model_type": "llama", "rms_norm_eps": 1e-5}
-    return LlamaConfig.from_hf({**settings, "num_hidden_layers": int(layers or settings["num_hidden_layers"])})
+    return Architecture.from_hf({**settings, "num_hidden_layers": int(layers or settings["num_hidden_layers"])})
 
 
 def settle(options: argparse.Namespace) -> Plan:
@@ -142,7 +146,7 @@ def settle(options: argparse.Namespace) -> Plan:
     attention = default_attention(options.dtype, config.head_dim, on_gpu=on_gpu)
     shape = (options.batch, options.seq, options.accumulate)
     job = Job(config, lora, QuantizationSettings(), options.optim, *shape, options.dtype, attention, on_gpu)
-    asked = machine.parse_bytes(options.gpu_memory) if options.gpu_memory else None
+    asked = parse_bytes(options.gpu_memory) if options.gpu_memory else None
     host = machine.available_host_bytes()
     limits = Limits(machine.usable_bytes(gpu, asked) if gpu else None, host)
     if options.auto:
@@ -173,7 +177,7 @@ def settle(options: argparse.Namespace) -> Plan:
     if gpu is None:
         return dataclasses.replace(guess, rates=None)
     if options.auto:
-        return make_plan(job, MemorySettings(), options.auto, limits, measured(), compiled_workspace)
+        return make_plan(job, MemorySettings(), options.auto, limits, measured(), workspace_of=compiled_workspace)
     return dataclasses.replace(guess, work=compiled_workspace(job, guess.layout), rates=measured())
 
 
@@ -199,7 +203,7 @@ class Case:
         self._started = self._start()
 
     def _start(self) -> Started:
-        key = put(jax.random.key(self.steps), "device") if self.engine.draws else None
+        key = one_device().put(jax.random.key(self.steps), "device") if self.engine.draws else None
         return self.engine.start(self.weights, self.batch, key)
 
     def step(self) -> tuple[float, float]:
@@ -273,7 +277,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resident", type=int, default=0, help="layers on the device, spread among those on the host")
     parser.add_argument("--keep", type=int, default=0, nargs="?", help="layers not run again; without a number all")
     parser.add_argument(
-        "--no-share-dense", dest="share_dense", action="store_false", help="see qlora_jax.engine.Engine"
+        "--no-share-dense", dest="share_dense", action="store_false", help="see qlora_jax.engine.engine.Engine"
     )
     parser.add_argument("--mlp-tokens", type=int, default=MLP_TOKENS)
     parser.add_argument("--slots", type=int, default=SLOTS)

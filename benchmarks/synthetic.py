@@ -21,13 +21,13 @@ import numpy as np
 
 from benchmarks.step import SHAPES, shape_name
 from benchmarks.tokenizer import byte_tokenizer
-from convert import bitsandbytes, names
-from convert.shards import TensorSpec, write_index, write_json, write_shard
-from qlora_jax import nf4
+from convert.files import bitsandbytes, names
+from convert.files.shards import TensorSpec, write_index, write_json, write_shard
+from qlora_jax.base.console import byte_bar, make_console
+from qlora_jax.base.errors import InputError, exit_status
 from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
-from qlora_jax.display import byte_bar, make_console
-from qlora_jax.errors import InputError, exit_status
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.ops import nf4
 
 QUANTIZATION = QuantizationSettings()
 WRITERS = 4
@@ -68,7 +68,7 @@ def random_linear(shape: tuple[int, int], rng: np.random.Generator) -> nf4.Quant
     )
 
 
-def layer_tensors(config: LlamaConfig, layer: int) -> Iterator[tuple[list[TensorSpec], list[np.ndarray]]]:
+def layer_tensors(config: Architecture, layer: int) -> Iterator[tuple[list[TensorSpec], list[np.ndarray]]]:
     """One decoder layer, a weight at a time: its tensors' specs and data."""
     rng = np.random.default_rng(layer)
     for name in names.NORM_NAMES:
@@ -81,7 +81,7 @@ def layer_tensors(config: LlamaConfig, layer: int) -> Iterator[tuple[list[Tensor
         yield specs, bitsandbytes.tensors(tensor, random_linear(shapes[name], rng))
 
 
-def vocabulary_tensors(config: LlamaConfig) -> Iterator[tuple[list[TensorSpec], list[np.ndarray]]]:
+def vocabulary_tensors(config: Architecture) -> Iterator[tuple[list[TensorSpec], list[np.ndarray]]]:
     """Embedding, final norm and head."""
     rng = np.random.default_rng(config.num_hidden_layers)
     shape = (config.vocab_size, config.hidden_size)
@@ -106,7 +106,7 @@ def write(
     if out.exists():
         raise InputError(out, found="something there already", fix="name a new folder, or remove this one")
     out.mkdir(parents=True)
-    config = LlamaConfig.from_hf(settings)
+    config = Architecture.from_hf(settings)
     depth = config.num_hidden_layers
     first = [list(layer_tensors(config, layer)) for layer in range(min(distinct or 0, depth))]
 
@@ -147,7 +147,7 @@ def _renamed(
     return [([rename(spec) for spec in specs], arrays) for specs, arrays in made]
 
 
-def expected_bytes(config: LlamaConfig) -> int:
+def expected_bytes(config: Architecture) -> int:
     """What `write` will come to, but for the norms."""
     linears = [
         spec for name, shape in config.linear_shapes().items() for spec in bitsandbytes.specs(name, shape, QUANTIZATION)
@@ -168,7 +168,7 @@ def main() -> None:
     console = make_console(stderr=True)
     settings, written = hf_config(options.shape, options.layers), 0
     with byte_bar(console) as progress:
-        task = progress.add_task("writing", total=expected_bytes(LlamaConfig.from_hf(settings)))
+        task = progress.add_task("writing", total=expected_bytes(Architecture.from_hf(settings)))
 
         def advance(nbytes: int) -> None:
             nonlocal written

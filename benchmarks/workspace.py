@@ -4,10 +4,10 @@
     python -m benchmarks.workspace 7b --batch 4 --seq 2048
     python -m benchmarks.workspace 70b --seq 4096 --no-share-dense --top 20
 
-XLA's GPU compiler needs a description of the card, not the card: this compiles for an H100 what `qlora_jax.engine` would run there, kernels
-and cuDNN's attention included, and prints the workspace that the planner would find, and with `--top` the largest arrays that are there
-together at its peak. What is missing is autotuning: on a card XLA times its matrix products and may choose others, whose own workspaces
-differ by some tens of MiB.
+XLA's GPU compiler needs a description of the card, not the card: this compiles for an H100 what `qlora_jax.engine.engine` would run
+there, kernels and cuDNN's attention included, and prints the workspace that the planner would find, and with `--top` the largest arrays
+that are there together at its peak. What is missing is autotuning: on a card XLA times its matrix products and may choose others, whose
+own workspaces differ by some tens of MiB.
 """
 
 import argparse
@@ -82,10 +82,11 @@ def workspaces(options: argparse.Namespace) -> dict[str, float]:
     from jax.experimental import topologies
 
     from benchmarks.step import llama
-    from qlora_jax import kernels, placement
-    from qlora_jax.analysis import temporary_bytes
     from qlora_jax.config import LoraSettings, QuantizationSettings
-    from qlora_jax.engine import Engine
+    from qlora_jax.engine.compiled_memory import temporary_bytes
+    from qlora_jax.engine.engine import Engine
+    from qlora_jax.ops import dispatch
+    from qlora_jax.runtime import placement
 
     lora = LoraSettings(r=options.rank, lora_dropout=options.dropout)
     layout = {"share_dense": options.share_dense, "mlp_tokens": options.mlp_tokens}
@@ -94,11 +95,11 @@ def workspaces(options: argparse.Namespace) -> dict[str, float]:
     device = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0]
     attention.check_cudnn_version = lambda: CUDNN  # which ask a card
     attention.check_compute_capability = lambda *arguments: True
-    kernels.available = lambda: True
+    dispatch.available = lambda: True
     placement.jax.devices = lambda *arguments: [device]
-    placement.sharding.cache_clear()
-    with for_the_card(placement.sharding("device").mesh.abstract_mesh):
-        found = temporary_bytes(engine, options.batch, options.seq, packed=False, keeps=(options.keep,))
+    placement.one_device.cache_clear()
+    with for_the_card(placement.one_device().mesh.abstract_mesh):
+        found = temporary_bytes(engine, options.batch, options.seq, packed=False, saves=(options.keep,))
     return {name: round(size / 2**30, 3) for name, size in found.items()}
 
 

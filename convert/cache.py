@@ -20,18 +20,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from convert.folder import ModelFolder
+from convert.files.folder import ModelFolder
+from convert.files.prequantized import settle
+from convert.files.sizes import companion_bytes, quantized_bytes, tensors_of
+from convert.files.verified import VerifiedFolder, write_record
 from convert.hub import cache_dir
-from convert.job import DestinationError, in_use
+from convert.jobs.job import DestinationError, in_use
 from convert.load import read_config
-from convert.prequantized import settle
 from convert.quantize import job_of, quantize
-from convert.sizes import companion_bytes, quantized_bytes, tensors_of
-from convert.verified import VerifiedFolder, write_record
+from qlora_jax.base.console import byte_bar, make_console
+from qlora_jax.base.errors import InputError, end_process, exit_status
+from qlora_jax.base.files import describe_size
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.display import byte_bar, make_console
-from qlora_jax.errors import InputError, end_process, exit_status
-from qlora_jax.files import describe_size
 
 KEY_DIGITS = 16
 
@@ -47,7 +47,7 @@ def cached_folder(
     """The model in 4 bits: from the cache, quantized into it first if it is not there. To the bit what loading `folder` gives.
 
     A folder that is in 4 bits already is returned as it is; so is `folder` where the cache cannot be written, after a line that says so.
-    What comes from the cache is compared with its checksums when it is read (`convert.verified`); then a DamagedError may come.
+    What comes from the cache is compared with its checksums when it is read (`convert.files.verified`); then a DamagedError may come.
 
     Args:
         leave_free: bytes of the cache's disk that are for others: if they would not be left over, nothing is written.

@@ -13,14 +13,14 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
-from convert.companions import PICKLE_SUFFIXES
-from convert.folder import MAX_HEADER_BYTES
-from convert.recognition import not_a_model
-from convert.shards import INDEX_NAME, SINGLE_NAME
-from convert.smollm2 import MODEL_ID, fetch_smollm2
-from qlora_jax.errors import InputError
-from qlora_jax.files import describe_size
-from qlora_jax.reading import is_folder, kind_of, read_json_object, reading, user_path
+from convert.files.companions import PICKLE_SUFFIXES
+from convert.files.header import MAX_HEADER_BYTES
+from convert.files.recognition import not_a_model
+from convert.files.shards import INDEX_NAME, SINGLE_NAME
+from convert.gguf.smollm2 import MODEL_ID, fetch_smollm2
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.files import describe_size
+from qlora_jax.base.reading import is_folder, kind_of, read_json_object, reading, user_path
 
 CONFIG_NAME = "config.json"
 

@@ -7,37 +7,37 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
-from convert import bitsandbytes, head, names, prequantized
-from convert.ahead import in_order
-from convert.folder import ModelFolder, some
-from convert.pieces import on_device, quantized, read_bfloat16
-from convert.shapes import mismatch, tensor_shapes
-from convert.shards import FLOATS
-from qlora_jax import pinned
-from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
-from qlora_jax.engine import Weights
-from qlora_jax.errors import InputError
-from qlora_jax.linear import Weight
-from qlora_jax.llama import LlamaConfig
-from qlora_jax.placement import LayerPlace, LayerStore, Source, Tree, Where, keep, nbytes, put
-from qlora_jax.plan import layer_bytes
+from convert.files import bitsandbytes, head, names, prequantized
+from convert.files.ahead import in_order
+from convert.files.folder import ModelFolder, some
+from convert.files.pieces import on_device, quantized, read_bfloat16
+from convert.files.shapes import mismatch, tensor_shapes
+from convert.files.shards import FLOATS
+from qlora_jax.base.errors import InputError
+from qlora_jax.config import QuantizationSettings
+from qlora_jax.engine.engine import Weights
+from qlora_jax.engine.layer_program import layer_bytes
+from qlora_jax.model.architecture import LINEAR_PATHS, Architecture
+from qlora_jax.model.linear import Weight
+from qlora_jax.runtime import pinned
+from qlora_jax.runtime.placement import LayerPlace, LayerStore, Source, Tree, Where, nbytes, one_device
 
 Advance = Callable[[int], object]
 BFLOAT16_BYTES = 2
-LAYER_PARTS = 1 + len(LINEAR_NAMES)
+LAYER_PARTS = 1 + len(LINEAR_PATHS)
 """The norms, and each linear."""
 
 
-def read_config(folder: ModelFolder) -> LlamaConfig:
+def read_config(folder: ModelFolder) -> Architecture:
     """The folder's model shape; every tensor it calls for is there with that shape and in floats, and no other is.
 
-    A head that is stored although `config.json` says that it is the embedding makes the two different: see `convert.head`.
+    A head that is stored although `config.json` says that it is the embedding makes the two different: see `convert.files.head`.
 
     Raises:
         InputError: the config is not supported, or tensors are missing, unknown, of another shape or no floats (all
             named at once).
     """
-    config = LlamaConfig.from_hf(folder.config, folder.path / "config.json")
+    config = Architecture.from_hf(folder.config, folder.path / "config.json")
     if head.has_own_head(folder):
         config = dataclasses.replace(config, tie_word_embeddings=False)
     wanted = tensor_shapes(config)
@@ -82,7 +82,7 @@ def read_config(folder: ModelFolder) -> LlamaConfig:
 
 def load_weights(
     folder: ModelFolder,
-    config: LlamaConfig,
+    config: Architecture,
     quantization: QuantizationSettings | None,
     where: LayerPlace | Sequence[LayerPlace],
     advance: Advance = lambda nbytes: None,
@@ -133,14 +133,14 @@ def load_weights(
     )
 
 
-def total_bytes(config: LlamaConfig, quantization: QuantizationSettings | None, where: LayerPlace) -> int:
+def total_bytes(config: Architecture, quantization: QuantizationSettings | None, where: LayerPlace) -> int:
     """What `load_weights` brings to its place."""
     vocabulary = config.vocab_size * (1 if config.tie_word_embeddings else 2) + 1
     layers = 0 if where == "disk" else config.num_hidden_layers * frozen_bytes(config, quantization)
     return 2 * config.hidden_size * vocabulary + layers
 
 
-def frozen_bytes(config: LlamaConfig, quantization: QuantizationSettings | None) -> int:
+def frozen_bytes(config: Architecture, quantization: QuantizationSettings | None) -> int:
     """Bytes of one decoder layer's frozen weights; with None its linears are in bfloat16."""
     if quantization is not None:
         return layer_bytes(config, quantization)
@@ -162,7 +162,7 @@ def layer_parts(
     """
 
     def placed(part: Tree) -> Tree:
-        return part if place is None else keep(part, place)
+        return part if place is None else one_device().keep(part, place)
 
     def read_norms() -> Tree:
         return placed({name: {"weight": read_bfloat16(folder, names.norm(layer, name))} for name in names.NORM_NAMES})
@@ -170,7 +170,7 @@ def layer_parts(
     def read_one(name: str) -> Tree:
         return placed({name: {"weight": read_linear(folder, names.linear(layer, name), quantization, place)}})
 
-    return [read_norms, *(functools.partial(read_one, name) for name in LINEAR_NAMES)]
+    return [read_norms, *(functools.partial(read_one, name) for name in LINEAR_PATHS)]
 
 
 def _joined(parts: Iterable[Tree]) -> Tree:
@@ -189,10 +189,10 @@ def read_linear(
         return pinned.filled(read) if place == "host" else read()
     if quantization is None:
         return read_bfloat16(folder, name)
-    return put(quantized(folder, name, quantization), "device")
+    return one_device().put(quantized(folder, name, quantization), "device")
 
 
-def _vocabulary(folder: ModelFolder, config: LlamaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _vocabulary(folder: ModelFolder, config: Architecture) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Embedding, head (the same array if they are tied) and final norm, on the device."""
     embedding = on_device(folder, names.EMBEDDING)
     lm_head = embedding if config.tie_word_embeddings else on_device(folder, names.LM_HEAD)

@@ -1,12 +1,12 @@
 """Folds an adapter into its base model: `python -m convert.merge --adapter DIR --out DIR`.
 
-    W' = round_bf16(float32(W) + scaling · B·A)          one rounding, as peft's `merge_and_unload`; DoRA: see `convert.delta`
+    W' = round_bf16(float32(W) + scaling · B·A)          one rounding, as peft's `merge_and_unload`; DoRA: see `convert.adapters.delta`
 
 (peft rounds an embedding's delta before it adds it; here it is one rounding too.)
 
-Piece by piece, in the base's shards and order (`convert.pieces`); stopped and started again it continues (`convert.job`). Tensors without
-an adapter are copied byte for byte, and those that the adapter stores whole (modules_to_save) take the base's place. Then the merged
-model proves itself (`convert.check`), and only then the folder gets its name.
+Piece by piece, in the base's shards and order (`convert.files.pieces`); stopped and started again it continues (`convert.jobs.job`).
+Tensors without an adapter are copied byte for byte, and those that the adapter stores whole (modules_to_save) take the base's place. Then
+the merged model proves itself (`convert.jobs.check`), and only then the folder gets its name.
 """
 
 import argparse
@@ -23,27 +23,27 @@ import ml_dtypes
 import numpy as np
 from rich.console import Console
 
-from convert import names, pieces, prequantized
-from convert.adapter import WEIGHTS_FILE, Adapter, load_adapter
-from convert.adapter_config import CONFIG_FILE, read_adapter_config
-from convert.adapter_quantization import base_remark, needed_base
-from convert.ahead import in_order
-from convert.check import Differences, check_merge
-from convert.delta import Base, Pair, base_passes, merged_weight, resolve_base
-from convert.derived import Shard, write_derived
-from convert.folder import ModelFolder
-from convert.head import is_tied
+from convert.adapters.adapter import WEIGHTS_FILE, Adapter, load_adapter
+from convert.adapters.config import CONFIG_FILE, read_adapter_config
+from convert.adapters.delta import Base, Pair, base_passes, merged_weight, resolve_base
+from convert.adapters.quantization import base_remark, needed_base
+from convert.files import names, pieces, prequantized
+from convert.files.ahead import in_order
+from convert.files.derived import Shard, write_derived
+from convert.files.folder import ModelFolder
+from convert.files.head import is_tied
+from convert.files.shards import Piece, TensorSpec
 from convert.hub import cache_dir, resolve_model
-from convert.job import Log, describe, files_identity, refuse_existing
+from convert.jobs.check import Differences, check_merge
+from convert.jobs.job import Log, describe, files_identity, refuse_existing
+from convert.jobs.requantize import check_requantize, read_note, write_note
 from convert.load import read_config
-from convert.requantize import check_requantize, read_note, write_note
-from convert.shards import Piece, TensorSpec
 from convert.stops import merged_companions
-from qlora_jax import machine
-from qlora_jax.arguments import path_argument, text_argument
-from qlora_jax.display import byte_bar, make_console, progress_bar
-from qlora_jax.errors import InputError, end_process, exit_status
-from qlora_jax.placement import put
+from qlora_jax.base.console import byte_bar, make_console, progress_bar
+from qlora_jax.base.errors import InputError, end_process, exit_status
+from qlora_jax.config.arguments import path_argument, text_argument
+from qlora_jax.runtime import machine
+from qlora_jax.runtime.placement import one_device
 
 WHICH_BASE = """\
 Which base. `--base original` adds the adapter to the weights as they were before quantization, as the published recipe, peft, unsloth and
@@ -65,7 +65,7 @@ def merge(
 ) -> None:
     """Write base + adapter as a Hugging Face folder; `out` appears whole or not at all, and a stopped run is continued.
 
-    With the dequantized base its `config.json` says what another quantization would leave of the adapter: see `convert.requantize`.
+    With the dequantized base its `config.json` says what another quantization would leave of the adapter: see `convert.jobs.requantize`.
 
     Args:
         advance: called with the bytes of each tensor written, or of each shard that a stopped run wrote.
@@ -178,7 +178,7 @@ def _passes(
 
 def _merged_rows(rows: pieces.Rows, pair: Pair | None) -> Iterator[Callable[[], np.ndarray]]:
     if pair is not None:
-        pair = dataclasses.replace(pair, lora_a=put(pair.lora_a, "device"))
+        pair = dataclasses.replace(pair, lora_a=one_device().put(pair.lora_a, "device"))
     for some, values in rows:
         yield functools.partial(_merged, values, None if pair is None else pair.rows(some))
 

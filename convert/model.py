@@ -6,17 +6,17 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from convert.folder import ModelFolder
+from convert.files.folder import ModelFolder
+from convert.files.remarks import limits_of, remarks, tokens_without_row
 from convert.hub import CONFIG_NAME, resolve_config, resolve_model
 from convert.load import read_config
-from convert.remarks import limits_of, remarks, tokens_without_row
-from qlora_jax import bounded
-from qlora_jax.bounded import Limits, ProgramError, explained
+from qlora_jax.base import bounded
+from qlora_jax.base.bounded import Limits, ProgramError, explained
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import PASSED_ON, is_file, read_json_object, reason_of, refuse_odd_files
 from qlora_jax.data import ModelLimits
-from qlora_jax.data.codec import try_tokenizer
-from qlora_jax.errors import InputError
-from qlora_jax.llama import LlamaConfig
-from qlora_jax.reading import PASSED_ON, is_file, read_json_object, reason_of, refuse_odd_files
+from qlora_jax.data.chat.codec import try_tokenizer
+from qlora_jax.model.architecture import Architecture
 
 UNLOADABLE = "a tokenizer that cannot be loaded"
 MAX_TOKENIZER_BYTES = 2**28
@@ -31,7 +31,7 @@ class BaseModel:
     name_or_path: str
     """What names this model to other programs: the hub id where the files came from the hub, the folder otherwise."""
     folder: ModelFolder
-    config: LlamaConfig
+    config: Architecture
     tokenizer: PreTrainedTokenizerBase
     limits: ModelLimits
 
@@ -53,14 +53,14 @@ def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> Ba
     return BaseModel(name, folder, config, tokenizer, limits_of(folder.config, tokenizer))
 
 
-def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> LlamaConfig:
+def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> Architecture:
     """The model's shape alone, from its `config.json`: no weight has to be there.
 
     Raises:
         InputError: it cannot be found or is not supported.
     """
     path = resolve_config(name_or_path, log=log)
-    return LlamaConfig.from_hf(read_json_object(path, fix="fetch the model again"), path)
+    return Architecture.from_hf(read_json_object(path, fix="fetch the model again"), path)
 
 
 def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -> PreTrainedTokenizerBase:

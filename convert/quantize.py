@@ -1,7 +1,8 @@
 """Quantizes a model once and for all: `python -m convert.quantize --model ID_OR_DIR --out DIR`.
 
-The linears of the decoder layers go to 4 bits, in bitsandbytes' layout (`convert.bitsandbytes`); norms, embedding and head stay bfloat16.
-Piece by piece, in the model's shards and order (`convert.pieces`); stopped and started again it continues (`convert.job`).
+The linears of the decoder layers go to 4 bits, in bitsandbytes' layout (`convert.files.bitsandbytes`); norms, embedding and head stay
+bfloat16. Piece by piece, in the model's shards and order (`convert.files.pieces`); stopped and started again it continues
+(`convert.jobs.job`).
 """
 
 import argparse
@@ -9,21 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert import bitsandbytes, names, pieces
-from convert.ahead import in_order
-from convert.derived import Shard, write_derived
-from convert.folder import ModelFolder
+from convert.files import bitsandbytes, names, pieces
+from convert.files.ahead import in_order
+from convert.files.derived import Shard, write_derived
+from convert.files.folder import ModelFolder
+from convert.files.shards import Piece, TensorSpec
+from convert.files.verified import Sums
 from convert.hub import cache_dir, resolve_model
-from convert.job import Log, describe, refuse_existing
+from convert.jobs.job import Log, describe, refuse_existing
+from convert.jobs.requantize import check_requantize
 from convert.load import read_config
-from convert.requantize import check_requantize
-from convert.shards import Piece, TensorSpec
-from convert.verified import Sums
-from qlora_jax import machine, nf4
-from qlora_jax.arguments import path_argument, text_argument
+from qlora_jax.base.console import byte_bar, make_console
+from qlora_jax.base.errors import InputError, end_process, exit_status
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.display import byte_bar, make_console
-from qlora_jax.errors import InputError, end_process, exit_status
+from qlora_jax.config.arguments import path_argument, text_argument
+from qlora_jax.ops import nf4
+from qlora_jax.runtime import machine
 
 EPILOG = """\
 The folder can be given to train.py (model.name_or_path), `python -m qlora_jax generate` and `python -m convert.merge`, which use it

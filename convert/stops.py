@@ -13,21 +13,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from convert.companions import (
-    CHAT_TEMPLATE,
-    GENERATION_CONFIG,
-    Files,
-    as_files,
-    is_tokenizer_s,
-    tokenizer_files,
-)
-from convert.folder import ModelFolder
+from convert.files.companions import CHAT_TEMPLATE, GENERATION_CONFIG, Files, as_files, is_tokenizer_s, tokenizer_files
+from convert.files.folder import ModelFolder
 from convert.model import load_tokenizer
-from qlora_jax.data import ChatTemplate, Layout, check_rows, codec, end_ids, make_recipe
-from qlora_jax.data.templates import own_template, read_template
-from qlora_jax.data_settings import DataSettings
-from qlora_jax.errors import InputError
-from qlora_jax.reading import kind_of, read_json
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import kind_of, read_json
+from qlora_jax.config.data import DataSettings
+from qlora_jax.data import ChatTemplate, Layout, check_rows, end_ids, make_recipe
+from qlora_jax.data.chat import codec
+from qlora_jax.data.chat.templates import own_template, read_template
 
 STATED = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What transformers takes from a `config.json` where there is no generation config."""
@@ -141,8 +135,9 @@ def trained_generation(folder: ModelFolder, adapter: Path | None) -> dict[str, A
     Raises:
         InputError: as `generation_config`.
     """
-    brings = adapter is not None and (adapter / GENERATION_CONFIG).is_file()
-    return generation_config(adapter if brings else folder.path, folder.config)
+    if adapter is not None and (adapter / GENERATION_CONFIG).is_file():
+        return generation_config(adapter, folder.config)
+    return generation_config(folder.path, folder.config)
 
 
 def merged_companions(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks that torch is absent, which is as we want it
 
 from qlora_jax import __version__
-from qlora_jax.errors import end_process, exit_status
+from qlora_jax.base.errors import end_process, exit_status
 
 AS_MODULE = "python -m qlora_jax"
 

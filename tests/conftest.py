@@ -10,8 +10,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import jax
 import pytest
 
-from qlora_jax.machine import GIB, available_host_bytes
-from tests import tiny
+from qlora_jax.base.units import GIB
+from qlora_jax.runtime.machine import available_host_bytes
+from tests.helpers import tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -13,20 +13,12 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("qlora_jax", "convert")
-ORDER = (
-    "errors", "files", "reading", "run_record", "bounded", "machine", "section", "arguments", "data_settings",
-    "config", "changes", "nf4", "blockwise", "kernels", "dropout", "products", "linear", "feed_forward", "norm",
-    "llama_config", "llama", "pinned", "placement", "rates", "progress", "about", "metrics", "trackers", "display",
-    "signals", "__main__", "checksum", "data", "loss", "compiled", "engine", "analysis", "optimizer", "estimate",
-    "budget", "plan", "space", "corpus", "preview", "samples", "faults", "generate", "compare", "array_files",
-    "checksums", "remembered", "shortage", "snapshot", "heap", "checkpoint", "output_dir", "trainer", "commands",
-)  # fmt: skip
-"""The modules of qlora_jax, lowest first: each imports only from those before it."""
-LEVEL = {name: level for level, name in enumerate(ORDER)}
-DOORS = ("commands", "__main__")
+RULE = "base < config, runtime < ops, data < model < engine < convert, training, compare < planning < commands < train, benchmarks"
+"""A file imports from its own room and from rooms of lower rows."""
+ROW = {room: row for row, rooms in enumerate(RULE.split(" < ")) for room in rooms.split(", ")}
 PYTORCH_S_SIDE = "qlora_jax.compare.reference"
 """A program, run in a process of its own: the one file with torch in it, which therefore nothing imports."""
-MAX_FILE_LINES, MAX_BODY_LINES = 350, 50
+MAX_FILE_LINES, MAX_BODY_LINES, MAX_POSITIONAL = 350, 50, 5
 TORCH_OR_NEEDS_IT = {"torch", "torchvision", "peft", "bitsandbytes", "accelerate", "trl", "triton", "unsloth"}
 POOR_OPENINGS = {"As", "Before", "By", "For", "From", "How", "In", "Of", "Over", "What", "Where"}
 POORLY_OPENED = 187
@@ -69,39 +61,33 @@ def imports_in(path: Path) -> set[str]:
     return set(imports_of(ast.parse(path.read_text(encoding="utf-8")), package))
 
 
-def part(module: str) -> str:
-    """`qlora_jax.data.rows` -> `data`; the package itself -> ``."""
-    return [*module.split("."), ""][1]
+def room(module: str) -> str:
+    """`qlora_jax.data.rows` -> `data`; `convert.merge` -> `convert`; the package itself and its door -> ``."""
+    first, *rest = module.split(".")
+    if first != "qlora_jax":
+        return first
+    return rest[0] if rest and rest[0] != "__main__" else ""
 
 
 def test_the_reader_of_imports_sees_all_kinds() -> None:
-    text = "import a.b\nfrom c import d\ndef f():\n    import e\n    from . import nf4\n    from .data import rows\n"
+    text = "import a.b\nfrom c import d\ndef f():\n    import e\n    from .ops import nf4\n    from .data import rows\n"
     found = set(imports_of(ast.parse(text), "qlora_jax"))
-    assert found == {"a.b", "c", "e", "qlora_jax", "qlora_jax.nf4", "qlora_jax.data", "qlora_jax.data.rows"}
+    assert found == {"a.b", "c", "e", "qlora_jax.ops", "qlora_jax.ops.nf4", "qlora_jax.data", "qlora_jax.data.rows"}
 
 
-def test_every_module_has_a_level() -> None:
-    assert len(LEVEL) == len(ORDER)
-    unknown = {part(module) for module in MODULES if module.startswith("qlora_jax.")} - LEVEL.keys()
-    assert not unknown, f"give these a place in ORDER: {sorted(unknown)}"
+def test_every_module_is_in_a_room() -> None:
+    assert {room(module) for module in MODULES} - {""} == ROW.keys() - {"benchmarks"}
 
 
 @every_source
 def test_imports_point_down(path: Path) -> None:
-    name = module_name(path)
-    imported = {module for module in imports_in(path) if module.partition(".")[0] in {*PACKAGES, "train", "tests"}}
-    assert not {module for module in imported if module.partition(".")[0] in ("train", "tests")}
-    if name == "train":
-        return
-    ours = {part(module) for module in imported if module.startswith("qlora_jax.")}
-    if name.startswith("convert"):
-        assert not ours & set(DOORS), "convert is below the doors"
-        return
-    here = part(name)
-    upwards = {other for other in ours if other != here and LEVEL[other] >= LEVEL.get(here, -1)}
+    here = room(module_name(path))
+    ours = {
+        module for module in imports_in(path) if module.partition(".")[0] in {*PACKAGES, "train", "tests", "benchmarks"}
+    }
+    assert not {module for module in ours if module.partition(".")[0] == "tests"}
+    upwards = {module for module in ours if here and room(module) not in ("", here) and ROW[room(module)] >= ROW[here]}
     assert not upwards, f"{here} imports what is not below it: {sorted(upwards)}"
-    if here not in DOORS:
-        assert not {module for module in imported if module.partition(".")[0] == "convert"}
 
 
 def test_no_cycles() -> None:
@@ -162,17 +148,6 @@ def test_what_is_public_is_documented(path: Path) -> None:
     assert not bare
 
 
-def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
-    """`Of a message.` says nothing where it is read alone, as in an editor."""
-    first = [
-        (ast.get_docstring(node) or "").partition(" ")[0]
-        for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    ]
-    assert len([word for word in first if word.rstrip(",:") in POOR_OPENINGS]) <= POORLY_OPENED
-
-
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
 def test_ruff(arguments: list[str]) -> None:
     if importlib.util.find_spec("ruff") is None:
@@ -180,6 +155,18 @@ def test_ruff(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@every_source
+def test_what_belongs_together_is_a_record(path: Path) -> None:
+    """Nobody counts to six in a call of the engine, the planner or the trainer."""
+    if room(module_name(path)) not in ("engine", "planning", "training"):
+        return
+    functions = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
+    ]
+    long = {node.name for node in functions if len([a for a in node.args.args if a.arg != "self"]) > MAX_POSITIONAL}
+    assert not long - {"__init__"}
 
 
 def text_files(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -205,3 +192,14 @@ def test_no_registry_is_named() -> None:
         if REGISTRY.search(line)
     }
     assert not named
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    """`Of a message.` says nothing where it is read alone, as in an editor."""
+    first = [
+        (ast.get_docstring(node) or "").partition(" ")[0]
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    assert len([word for word in first if word.rstrip(",:") in POOR_OPENINGS]) <= POORLY_OPENED

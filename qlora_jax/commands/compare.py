@@ -12,28 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from convert import names
-from convert.adapter import as_adapters, load_adapter, plain_settings, save_adapter
-from convert.job import refuse_existing
+from convert.adapters.adapter import as_adapters, load_adapter, plain_settings, save_adapter
+from convert.files import names
+from convert.files.prequantized import settle
+from convert.jobs.job import refuse_existing
+from convert.jobs.requantize import check_requantize
 from convert.load import load_weights
 from convert.model import BaseModel, open_model
-from convert.prequantized import settle
-from convert.requantize import check_requantize
-from qlora_jax.arguments import path_argument, text_argument
+from qlora_jax.base.console import make_console, progress_bar
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.reading import shown
 from qlora_jax.compare.both import Ours, Steps, Subject, compare
 from qlora_jax.compare.ours import PARTS, linear_key
 from qlora_jax.compare.process import require_libraries
 from qlora_jax.compare.report import as_json, show, write
 from qlora_jax.compare.stages import Comparison
 from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings, TrainingSettings
-from qlora_jax.corpus import read_examples, tokenize_rows
+from qlora_jax.config.arguments import path_argument, text_argument
+from qlora_jax.config.section import MAX_WHOLE
 from qlora_jax.data import Batch, Batches, RawRow, padding_id
-from qlora_jax.display import make_console, progress_bar
-from qlora_jax.engine import Adapters, Engine
-from qlora_jax.errors import InputError
-from qlora_jax.llama import default_attention
-from qlora_jax.reading import shown
-from qlora_jax.section import MAX_WHOLE
+from qlora_jax.data.corpus import read_examples, tokenize_rows
+from qlora_jax.engine.engine import Adapters, Engine
+from qlora_jax.model.decoder import default_attention
 
 EXIT_EXCEEDED = 1
 FRESH_B = 0.01

@@ -4,11 +4,11 @@ import argparse
 
 from convert.hub import cache_dir
 from convert.model import open_tokens
-from qlora_jax.arguments import path_argument, whole_argument
+from qlora_jax.base.console import make_console
 from qlora_jax.config import load_config
-from qlora_jax.corpus import load_corpus
-from qlora_jax.display import make_console
-from qlora_jax.preview import preview
+from qlora_jax.config.arguments import path_argument, whole_argument
+from qlora_jax.data.corpus import load_corpus
+from qlora_jax.data.preview import preview
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,32 +8,33 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from convert.adapter import Adapter, as_adapters
+from convert.adapters.adapter import Adapter, as_adapters
 from convert.cache import cached_folder, discard
+from convert.files.verified import DamagedError
 from convert.hub import cache_dir
 from convert.load import load_weights, total_bytes
 from convert.model import BaseModel
 from convert.stops import Conversation
-from convert.verified import DamagedError
-from qlora_jax import optimizer
-from qlora_jax.analysis import Ahead, StepShapes
-from qlora_jax.budget import Plan
-from qlora_jax.checkpoint import Checkpoint
+from qlora_jax.base.console import Phases, byte_bar
 from qlora_jax.commands.export import conclude, export, finish, save
 from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained
 from qlora_jax.commands.prepare import PreparedRun
 from qlora_jax.config import Config
 from qlora_jax.data import Batches
-from qlora_jax.display import Phases, byte_bar
-from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.generate import Sampling
-from qlora_jax.placement import nbytes
-from qlora_jax.plan import keeps, make_engine
-from qlora_jax.samples import Samples
-from qlora_jax.space import Space
-from qlora_jax.trackers import open_trackers
-from qlora_jax.trainer import Hooks, Trainer
+from qlora_jax.engine import optimizer
+from qlora_jax.engine.compiled_memory import Ahead, StepShapes
+from qlora_jax.engine.engine import Adapters, Engine, Weights
+from qlora_jax.engine.generation import Sampling
+from qlora_jax.planning.budget import Plan
+from qlora_jax.planning.disk import Space
+from qlora_jax.planning.search import keeps, make_engine
+from qlora_jax.runtime.machine import device_kind
+from qlora_jax.runtime.placement import nbytes
+from qlora_jax.training.checkpoint import Checkpoint
+from qlora_jax.training.samples import Samples
+from qlora_jax.training.trackers import open_trackers
+from qlora_jax.training.trainer import Hooks, Trainer
 
 
 def execute(run: PreparedRun, command: Sequence[str]) -> None:
@@ -130,7 +131,7 @@ def describe(
     places, quant_type = config.memory, config.quantization.quant_type
     console.print(
         f"{len(weights.layers)} layers in {quant_type.upper()}: {layers / 2**20:,.0f} MiB ({places.base_weights}), embedding and head: "
-        f"{nbytes(weights.embedding) / 2**20:,.0f} MiB, {engine.compute_dtype.name} on {jax.devices()[0].device_kind}"
+        f"{nbytes(weights.embedding) / 2**20:,.0f} MiB, {engine.compute_dtype.name} on {device_kind()}"
     )
     console.print(f"LoRA r={config.lora.r} on {', '.join(config.lora.targets)}: {trainable:,} trainable parameters")
     rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps

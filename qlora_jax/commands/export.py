@@ -5,21 +5,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from convert.adapter import as_adapters, load_adapter, write_adapter
-from convert.companions import GENERATION_CONFIG
-from convert.held_out import show_held_out_loss
+from convert.adapters.adapter import as_adapters, load_adapter, write_adapter
+from convert.files.companions import GENERATION_CONFIG
+from convert.jobs.held_out import show_held_out_loss
 from convert.merge import merge_with_progress
 from convert.model import BaseModel
 from convert.stops import Conversation, generation_config, with_stops
-from qlora_jax.checkpoint import Checkpoints
+from qlora_jax.base.console import Phases
+from qlora_jax.base.files import remove_folder, replacing_folder, write_json
 from qlora_jax.config import Config
 from qlora_jax.data import Batch, save_template
-from qlora_jax.display import Phases
-from qlora_jax.engine import Adapters
-from qlora_jax.files import remove_folder, replacing_folder, write_json
-from qlora_jax.output_dir import OutputDir
-from qlora_jax.samples import Samples
-from qlora_jax.trainer import best_is_gone
+from qlora_jax.engine.engine import Adapters
+from qlora_jax.training.checkpoint import Checkpoints
+from qlora_jax.training.output_dir import OutputDir
+from qlora_jax.training.samples import Samples
+from qlora_jax.training.trainer import best_is_gone
 
 
 def save(folder: Path, adapters: Adapters, config: Config, model: BaseModel, conversation: Conversation) -> None:

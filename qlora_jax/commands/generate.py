@@ -3,28 +3,30 @@
 import argparse
 import functools
 
-import jax
 from rich.console import Console
 
-from convert.adapter import Adapter, as_adapters, load_adapter
-from convert.adapter_quantization import base_remark, needed_base
+from convert.adapters.adapter import Adapter, as_adapters, load_adapter
+from convert.adapters.quantization import base_remark, needed_base
+from convert.files.prequantized import settle
 from convert.hub import cache_dir
+from convert.jobs.requantize import check_requantize
 from convert.load import frozen_bytes, load_weights, total_bytes
 from convert.model import BaseModel, open_model
-from convert.prequantized import settle
-from convert.requantize import check_requantize
 from convert.stops import Conversation, open_conversation
-from qlora_jax import machine, nf4
-from qlora_jax.arguments import number_argument, path_argument, text_argument, whole_argument
+from qlora_jax.base.console import byte_bar, make_console
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.files import describe_size
 from qlora_jax.config import QuantizationSettings
-from qlora_jax.data.codec import decode
-from qlora_jax.display import byte_bar, make_console
-from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.errors import InputError
-from qlora_jax.files import describe_size
-from qlora_jax.generate import Sampling, generate
-from qlora_jax.llama import LlamaConfig, default_attention, default_compute_dtype
-from qlora_jax.placement import SLOTS, LayerPlace, spread
+from qlora_jax.config.arguments import number_argument, path_argument, text_argument, whole_argument
+from qlora_jax.data.chat.codec import decode
+from qlora_jax.engine.engine import Adapters, Engine, Weights
+from qlora_jax.engine.generation import Sampling, generate
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import default_attention, default_compute_dtype
+from qlora_jax.ops import nf4
+from qlora_jax.runtime import machine
+from qlora_jax.runtime.machine import device_kind
+from qlora_jax.runtime.placement import SLOTS, LayerPlace, spread
 
 SPARE_BYTES = 2**31
 """Of a GPU, left for the key-value cache, a layer's own arrays and the adapters."""
@@ -88,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         model.config, lora, quantization or QuantizationSettings(), compute_dtype=dtype, attention=attention
     )
     form = "bfloat16, as it is" if quantization is None else quantization.quant_type
-    console.print(f"{model.folder.path}: in {form}, computed in {dtype} on {jax.devices()[0].device_kind}")
+    console.print(f"{model.folder.path}: in {form}, computed in {dtype} on {device_kind()}")
     with byte_bar(console) as progress:
         task = progress.add_task("loading", total=total_bytes(model.config, quantization, "device"))
         advance = functools.partial(progress.advance, task)
@@ -123,7 +125,7 @@ def choose_quantization(
     return quantization
 
 
-def choose_places(config: LlamaConfig, quantization: QuantizationSettings | None) -> list[LayerPlace]:
+def choose_places(config: Architecture, quantization: QuantizationSettings | None) -> list[LayerPlace]:
     """Return where each layer lives, on the device as far as there is room; XLA's backend gets the memory that this takes.
 
     Raises:
@@ -163,6 +165,6 @@ def answer(
 ) -> str:
     """The model's answer to a user's message, through its chat template if it has one."""
     input_ids = conversation.prompt_ids(prompt, engine.config.vocab_size)
-    tokens = generate(engine, weights, adapters, input_ids, conversation.stop_ids, sampling)
+    tokens = generate(engine, weights, adapters, input_ids, conversation.stop_ids, sampling=sampling)
     (text,) = decode(conversation.tokenizer, [tokens], skip_special_tokens=True)
     return text.strip()

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
+from qlora_jax.base.console import make_console
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.files import replacing
 from qlora_jax.config import Config, load_config
-from qlora_jax.display import make_console
-from qlora_jax.errors import InputError
-from qlora_jax.files import replacing
-from qlora_jax.section import Section
+from qlora_jax.config.section import Section
 
 DATA_FOLDER = "configs/data/"
 """How the examples name the data that comes with them: from the repository's root."""

@@ -16,20 +16,23 @@ from rich.table import Table
 
 from convert.hub import cache_dir
 from convert.model import open_shape
-from qlora_jax import machine, remembered
-from qlora_jax.arguments import path_argument
-from qlora_jax.budget import GIB, PINNED_SLACK, Limits, Plan
+from qlora_jax.base.console import make_console
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.units import GIB, parse_bytes
 from qlora_jax.commands.space import local_folder, show_space, space_of, with_guessed_tokens
 from qlora_jax.config import Config, MemorySettings, load_config
-from qlora_jax.data.batches import LENGTH_MULTIPLE
-from qlora_jax.display import make_console
-from qlora_jax.errors import InputError
-from qlora_jax.estimate import Job
-from qlora_jax.llama import LlamaConfig, default_attention
-from qlora_jax.metrics import peak_device_gib
-from qlora_jax.plan import choose, make_plan
-from qlora_jax.rates import Rates, published
-from qlora_jax.shortage import explain
+from qlora_jax.config.arguments import path_argument
+from qlora_jax.data.batching.batches import LENGTH_MULTIPLE
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.decoder import default_attention
+from qlora_jax.planning import remembered
+from qlora_jax.planning.budget import PINNED_SLACK, Limits, Plan
+from qlora_jax.planning.estimate import Job
+from qlora_jax.planning.hardware import Rates, published
+from qlora_jax.planning.search import choose, make_plan
+from qlora_jax.planning.shortage import explain
+from qlora_jax.runtime import machine
+from qlora_jax.training.metrics import peak_device_gib
 
 EPILOG = """\
 The longest row is taken to have data.max_seq_length tokens; train.py takes the longest there is. Without --gpu-memory the plan is for
@@ -91,12 +94,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _size(option: str, text: str | None) -> int | None:
     try:
-        return None if text is None else machine.parse_bytes(text)
+        return None if text is None else parse_bytes(text)
     except ValueError as error:
         raise InputError(f"--{option}", found=repr(text), expected=str(error).removeprefix("expected ")) from None
 
 
-def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -> Job:
+def make_job(config: Config, shape: Architecture, length: int, *, on_gpu: bool) -> Job:
     """What the settings ask for, its longest row having `length` tokens."""
     training, data = config.training, config.data
     held_out = data.eval_source is not None or data.eval_fraction > 0
@@ -119,7 +122,7 @@ def make_job(config: Config, shape: LlamaConfig, length: int, *, on_gpu: bool) -
 
 def plan_run(
     config: Config,
-    shape: LlamaConfig,
+    shape: Architecture,
     length: int,
     host_bytes: int | None = None,
     *,
@@ -144,19 +147,19 @@ def plan_run(
     if gpu is None:
         machine.prepare(None, None, 0, cache)
         return next(_plans(job, wishes, checkpointing, Limits(None, host_bytes), None))
-    device_memory = config.memory.device_memory
-    asked = None if device_memory == "auto" else machine.parse_bytes(device_memory)
+    wanted_memory = config.memory.device_memory
+    asked = None if wanted_memory == "auto" else parse_bytes(wanted_memory)
     limits = Limits(machine.usable_bytes(gpu, asked), host_bytes)
     # A model that is yet to be quantized may have to be in memory, for want of disk: its weights then come from the device, to the pool.
     limits = dataclasses.replace(limits, registered=on_disk and machine.registers_host_memory())
     pool = guessed_pool(job, wishes, checkpointing, limits, published(gpu.name))
     pool = machine.prepare(gpu, limits.device, int(PINNED_SLACK * pool), cache)  # settled here, the plan below
-    stats = jax.devices()[0].memory_stats()
+    stats = machine.device_memory()
     device = min(limits.device, stats["bytes_limit"]) if stats else limits.device
     limits = dataclasses.replace(limits, device=device, pool=pool)
     folder = cache_dir() / "planned"
     workspace_of = functools.partial(remembered.workspace, folder)
-    return next(_plans(job, wishes, checkpointing, limits, remembered.rates(folder), workspace_of))
+    return next(_plans(job, wishes, checkpointing, limits, remembered.rates(folder), workspace_of=workspace_of))
 
 
 def guessed_pool(job: Job, wishes: Sequence[MemorySettings], checkpointing: str, limits: Limits, rates: Rates) -> int:
@@ -182,8 +185,8 @@ def _wishes(memory: MemorySettings, kept_before: int | None) -> list[MemorySetti
     return [memory.model_copy(update={"kept_layers": kept_before}), memory]
 
 
-def _plans(job: Job, wishes: Sequence[MemorySettings], *how: Any) -> Iterator[Plan]:
-    """A plan for each of the wishes but those that do not fit, in their order; `how`: the rest of `make_plan`'s arguments.
+def _plans(job: Job, wishes: Sequence[MemorySettings], *how: Any, **options: Any) -> Iterator[Plan]:
+    """A plan for each of the wishes but those that do not fit, in their order; `how`, `options`: the rest of `make_plan`'s arguments.
 
     Raises:
         InputError: none of them fits; of the last.
@@ -191,7 +194,7 @@ def _plans(job: Job, wishes: Sequence[MemorySettings], *how: Any) -> Iterator[Pl
     fitting = 0
     for number, memory in enumerate(wishes, 1):
         try:
-            plan = make_plan(job, memory, *how)
+            plan = make_plan(job, memory, *how, **options)
         except InputError:
             if number == len(wishes) and not fitting:
                 raise

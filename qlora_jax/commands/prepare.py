@@ -6,31 +6,31 @@ from typing import Any
 
 from rich.console import Console
 
-from convert.adapter import Adapter, load_adapter, plain_settings
+from convert.adapters.adapter import Adapter, load_adapter, plain_settings
+from convert.adapters.delta import resolve_base
 from convert.cache import is_kept
-from convert.delta import resolve_base
+from convert.files.identity import model_identity
+from convert.files.prequantized import settle
 from convert.hub import cache_dir
-from convert.identity import model_identity
+from convert.jobs.requantize import check_requantize
 from convert.merge import check_base
 from convert.model import BaseModel, open_model
-from convert.prequantized import settle
-from convert.requantize import check_requantize
 from convert.stops import Conversation, open_conversation
-from qlora_jax.budget import Plan
-from qlora_jax.changes import check_changes, check_identity, work_changes
-from qlora_jax.checkpoint import Checkpoint
+from qlora_jax.base.console import Phases
+from qlora_jax.base.errors import InputError
 from qlora_jax.commands.plan import plan_run, resolved, show
 from qlora_jax.commands.space import show_space, space_of
 from qlora_jax.config import Config
-from qlora_jax.corpus import Corpus, load_corpus
+from qlora_jax.config.changes import check_changes, check_identity, work_changes
 from qlora_jax.data import Batch, Batches
-from qlora_jax.display import Phases
-from qlora_jax.errors import InputError
-from qlora_jax.llama import LlamaConfig
-from qlora_jax.output_dir import OutputDir
-from qlora_jax.preview import preview
-from qlora_jax.space import Space
-from qlora_jax.trainer import check_evaluation
+from qlora_jax.data.corpus import Corpus, load_corpus
+from qlora_jax.data.preview import preview
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.planning.budget import Plan
+from qlora_jax.planning.disk import Space
+from qlora_jax.training.checkpoint import Checkpoint
+from qlora_jax.training.output_dir import OutputDir
+from qlora_jax.training.trainer import check_evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def about_run(config: Config, model: BaseModel, training: Batches, plan: Plan) -
 
 
 def plan_as_before(
-    config: Config, shape: LlamaConfig, length: int, resumed: Checkpoint | None, *, on_disk: bool = False
+    config: Config, shape: Architecture, length: int, resumed: Checkpoint | None, *, on_disk: bool = False
 ) -> Plan:
     """The plan, see `plan_run`.
 

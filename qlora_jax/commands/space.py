@@ -6,17 +6,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from convert.adapters.delta import resolve_base
 from convert.cache import entry_of, unfinished_bytes
-from convert.delta import resolve_base
-from convert.folder import ModelFolder
+from convert.files.folder import ModelFolder
+from convert.files.sizes import companion_bytes, merged_bytes, quantized_bytes, tensors_for, tensors_of
 from convert.hub import cache_dir, resolve_config
-from convert.sizes import companion_bytes, merged_bytes, quantized_bytes, tensors_for, tensors_of
-from qlora_jax.budget import GIB
+from qlora_jax.base.errors import InputError
+from qlora_jax.base.units import GIB
 from qlora_jax.config import Config
-from qlora_jax.data.sources import open_source
-from qlora_jax.errors import InputError
-from qlora_jax.estimate import Job
-from qlora_jax.space import Need, Space
+from qlora_jax.data.rows.sources import open_source
+from qlora_jax.planning.disk import Need, Space
+from qlora_jax.planning.estimate import Job
 
 TOKEN_BYTES = 5
 """Of a token in the store: four of its number, one of the mask."""

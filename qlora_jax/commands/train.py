@@ -10,14 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qlora_jax.arguments import path_argument
+from qlora_jax.base.console import Phases, make_console
+from qlora_jax.base.errors import exit_status
 from qlora_jax.commands.execute import execute
 from qlora_jax.commands.prepare import prepare
 from qlora_jax.config import Config, load_config
-from qlora_jax.display import Phases, make_console
-from qlora_jax.errors import exit_status
-from qlora_jax.output_dir import OutputDir
-from qlora_jax.trackers import check_trackers
+from qlora_jax.config.arguments import path_argument
+from qlora_jax.training.output_dir import OutputDir
+from qlora_jax.training.trackers import check_trackers
 
 EPILOG = """\
 Any setting of the file can be given on the command line, e.g. training.max_steps=20 lora.r=16.

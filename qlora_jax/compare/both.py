@@ -12,7 +12,8 @@ from qlora_jax.compare.side import Side, read_reference
 from qlora_jax.compare.stages import Comparison
 from qlora_jax.config import QuantizationSettings, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import Adapters, Engine, Weights
+from qlora_jax.engine.engine import Adapters, Engine, Weights
+from qlora_jax.runtime.machine import device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def differences(
     run, theirs, truth = reference.run, reference.theirs, reference.truth
     found = Comparison(about={"compute_dtype": run.dtype, "reference": theirs.about})
     engine, weights, start = our.engine(), our.weights(), our.start()
-    found.about["ours"] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    found.about["ours"] = {"device": device_kind(), "jax": jax.__version__}
     delta = stages.compare_weights(found, ours.linears(weights), run.out, run.device)
     shared = ours.with_reference_bytes(weights, run.out, run.dtype, "device")
     side = ours.forward(engine, shared, start, steps.batches[0])

@@ -23,7 +23,7 @@ as a random walk: MARGIN · δ · √(7·L).
 
 import math
 
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.model.architecture import Architecture
 
 UNIT = 2.0**-24
 BFLOAT16_ROUNDING = 2.0**-9
@@ -42,13 +42,13 @@ BYTES_ONE_APART = 3
 """By how much such a scale's code may be off."""
 
 
-def arithmetic(config: LlamaConfig, depth: float) -> float:
+def arithmetic(config: Architecture, depth: float) -> float:
     """float32, after `depth` layers."""
     longest = max(config.hidden_size, config.intermediate_size)
     return MARGIN * UNIT * math.sqrt(longest * SUMS * (depth + 1))
 
 
-def backward(config: LlamaConfig) -> float:
+def backward(config: Architecture) -> float:
     """float32, of all gradients together."""
     return BACKWARD_MARGIN / MARGIN * arithmetic(config, 2 * config.num_hidden_layers)
 
@@ -71,6 +71,6 @@ def divergence(logits: float, rms: float) -> float:
     return (logits * rms) ** 2 / 2
 
 
-def own_bytes(config: LlamaConfig, delta: float) -> float:
+def own_bytes(config: Architecture, delta: float) -> float:
     """Of the logits, where weights differ by `delta`."""
-    return MARGIN * delta * math.sqrt(7 * config.num_hidden_layers)
+    return MARGIN * delta * math.sqrt(len(config.linears) * config.num_hidden_layers)

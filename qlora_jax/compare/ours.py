@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax import nf4
 from qlora_jax.compare.side import Side, Tensors, read_tensors
 from qlora_jax.config import LINEAR_NAMES, TrainingSettings
 from qlora_jax.data import Batch
-from qlora_jax.engine import Adapters, Engine, Weights
-from qlora_jax.optimizer import AdamW
-from qlora_jax.placement import LayerPlace, LayerStore, Tree, put
+from qlora_jax.engine.engine import Adapters, Engine, Weights
+from qlora_jax.engine.optimizer import AdamW
+from qlora_jax.ops import nf4
+from qlora_jax.runtime.placement import LayerPlace, LayerStore, Tree, one_device
 
 PARTS = ("lora_a", "lora_b")
 
@@ -37,7 +37,7 @@ def adapter_tensors(adapters: Adapters) -> Tensors:
 
 def copy_adapters(adapters: Adapters) -> Adapters:
     """New arrays: the optimizer spends those it is given."""
-    return [put(jax.tree.map(np.array, layer), "device") for layer in adapters]
+    return [one_device().put(jax.tree.map(np.array, layer), "device") for layer in adapters]
 
 
 def linears(weights: Weights) -> Iterator[tuple[str, nf4.QuantizedTensor]]:
@@ -86,7 +86,7 @@ def exact_matmuls(engine: Engine) -> Iterator[None]:
 def forward(engine: Engine, weights: Weights, adapters: Adapters, batch: Batch) -> Side:
     """Hidden states, logits and loss of one batch."""
     with exact_matmuls(engine):
-        states = engine.hidden_states(weights, adapters, put(batch.input_ids[0], "device"))
+        states = engine.hidden_states(weights, adapters, one_device().put(batch.input_ids[0], "device"))
         hidden = [np.asarray(h, np.float32) for h in states]
         logits = np.asarray(engine.logits(weights, adapters, batch.input_ids[0]))
         return Side(engine.loss(weights, adapters, [batch]), hidden, logits)
@@ -95,7 +95,7 @@ def forward(engine: Engine, weights: Weights, adapters: Adapters, batch: Batch) 
 def gradients(engine: Engine, weights: Weights, adapters: Adapters, batch: Batch) -> Tensors:
     """Of one batch's loss."""
     with exact_matmuls(engine):
-        _, grads = engine.value_and_grad(weights, adapters, batch, put(jax.random.key(0), "device"))
+        _, grads = engine.value_and_grad(weights, adapters, batch, one_device().put(jax.random.key(0), "device"))
     return adapter_tensors(grads.layers)
 
 
@@ -110,7 +110,7 @@ def train(
 ) -> tuple[list[float], Adapters]:
     """One optimizer step a batch: (the loss before each, the adapters after the last); those given are kept."""
     adapters, losses = copy_adapters(adapters), []
-    optimizer, key = AdamW(settings, adapters, "device"), put(jax.random.key(settings.seed), "device")
+    optimizer, key = AdamW(settings, adapters, "device"), one_device().put(jax.random.key(settings.seed), "device")
     with exact_matmuls(engine):
         for batch, rate in zip(batches, learning_rates, strict=True):
             loss, grads = engine.value_and_grad(weights, adapters, batch, key)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qlora_jax.base.errors import InputError
 from qlora_jax.config import TrainingSettings
 from qlora_jax.data import IGNORED_LABEL, Batch
-from qlora_jax.errors import InputError
 
 LIBRARIES = ("torch", "bitsandbytes", "peft", "accelerate")
 PROGRAM = "qlora_jax.compare.reference"

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax import kernels, nf4
 from qlora_jax.compare import bounds
 from qlora_jax.compare.ours import read_quantized
 from qlora_jax.compare.side import Side, Tensors, read_tensors
-from qlora_jax.llama import LlamaConfig
+from qlora_jax.model.architecture import Architecture
+from qlora_jax.ops import dispatch, nf4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def compare_weights(
 @jax.jit
 def nf4_values(weight: nf4.QuantizedTensor) -> jax.Array:
     """Dequantized to bfloat16."""
-    return kernels.dequantize(weight, "bfloat16")
+    return dispatch.dequantize(weight, "bfloat16")
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ def differing_codes(ours: Any, theirs: np.ndarray) -> int:
     return int((changed >> 4 != 0).sum() + (changed & 15 != 0).sum())
 
 
-def compare_forward(to: Comparison, ours: Side, theirs: Side, config: LlamaConfig, truth: Side | None) -> None:
+def compare_forward(to: Comparison, ours: Side, theirs: Side, config: Architecture, truth: Side | None) -> None:
     """Hidden states, logits, what they mean for the next token, and the loss."""
     layers = range(len(theirs.hidden))
     to.by_layer["ours and theirs"] = [by_token(ours.hidden[i], theirs.hidden[i]) for i in layers]
@@ -155,7 +155,7 @@ def compare_forward(to: Comparison, ours: Side, theirs: Side, config: LlamaConfi
     compare_logits(to, ours, theirs, config, truth)
 
 
-def compare_logits(to: Comparison, ours: Side, theirs: Side, config: LlamaConfig, truth: Side | None) -> None:
+def compare_logits(to: Comparison, ours: Side, theirs: Side, config: Architecture, truth: Side | None) -> None:
     """Logits, Kullback-Leibler divergence, the likeliest token, the loss."""
     difference = np.abs(ours.logits - theirs.logits)
     largest = float(np.abs(theirs.logits).max())
@@ -202,7 +202,7 @@ def divergence(side: Side, beside: Side) -> float:
     return abs(float((np.exp(p) * (p - q)).sum(-1).mean()))
 
 
-def compare_gradients(to: Comparison, ours: Side, theirs: Side, config: LlamaConfig, truth: Side | None) -> None:
+def compare_gradients(to: Comparison, ours: Side, theirs: Side, config: Architecture, truth: Side | None) -> None:
     """Every adapter tensor's gradient, and all together."""
     for key, expected in theirs.gradients.items():
         found = ours.gradients[key]
@@ -232,7 +232,7 @@ def compare_gradients(to: Comparison, ours: Side, theirs: Side, config: LlamaCon
 
 
 def compare_training(
-    to: Comparison, ours: Side, theirs: Side, start: Tensors, config: LlamaConfig, truth: Side | None
+    to: Comparison, ours: Side, theirs: Side, start: Tensors, config: Architecture, truth: Side | None
 ) -> None:
     """The losses on the way, and by how much the adapter changed."""
     to.losses = {"ours": ours.losses, "theirs": theirs.losses} | ({"float32": truth.losses} if truth else {})
@@ -261,7 +261,7 @@ def judge(
 
 
 def compare_own_bytes(
-    to: Comparison, ours: Side, theirs: Side, config: LlamaConfig, delta: float, limit: float
+    to: Comparison, ours: Side, theirs: Side, config: Architecture, delta: float, limit: float
 ) -> None:
     """The whole road, each side on the bytes it quantized to itself; `limit` is what arithmetic alone may come to."""
     bound = bounds.own_bytes(config, delta) + limit

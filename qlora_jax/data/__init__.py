@@ -8,20 +8,20 @@ tokenization, workers   rows → token ids and masks, on all cores;  store  kept
 packing, order, batches   which rows make a step, as a function of its number
 """
 
-from qlora_jax.data.batches import IGNORED_LABEL, Batch, Batches, Mix, eval_batches, length_bucket
-from qlora_jax.data.chat import Rendered, Renderer
-from qlora_jax.data.formats import Chat, Completion, Layout, Text, detect_format
-from qlora_jax.data.gate import Report
-from qlora_jax.data.limits import NO_LIMITS, ModelLimits, check_rows, padding_id
-from qlora_jax.data.recipe import Recipe, make_recipe
-from qlora_jax.data.rows import RawRow, Row, RowError
-from qlora_jax.data.selection import Selection
-from qlora_jax.data.sources import Source, open_source
-from qlora_jax.data.store import Kept, TokenStore
-from qlora_jax.data.template_check import check_template, end_ids
-from qlora_jax.data.templates import ChatTemplate, choose_template, save_template
-from qlora_jax.data.tokenization import Example, tokenize
-from qlora_jax.data.workers import tokenize_all, tokenize_few
+from qlora_jax.data.batching.batches import IGNORED_LABEL, Batch, Batches, Mix, eval_batches, length_bucket
+from qlora_jax.data.chat.conversation import Rendered, Renderer
+from qlora_jax.data.chat.templates import ChatTemplate, choose_template, save_template
+from qlora_jax.data.rows.formats import Chat, Completion, Layout, Text, detect_format
+from qlora_jax.data.rows.row import RawRow, Row, RowError
+from qlora_jax.data.rows.sources import Source, open_source
+from qlora_jax.data.tokens.gate import Report
+from qlora_jax.data.tokens.limits import NO_LIMITS, ModelLimits, check_rows, padding_id
+from qlora_jax.data.tokens.recipe import Recipe, make_recipe
+from qlora_jax.data.tokens.selection import Selection
+from qlora_jax.data.tokens.store import Kept, TokenStore
+from qlora_jax.data.tokens.template_check import check_template, end_ids
+from qlora_jax.data.tokens.tokenization import Example, tokenize
+from qlora_jax.data.tokens.workers import tokenize_all, tokenize_few
 
 __all__ = [
     "IGNORED_LABEL",

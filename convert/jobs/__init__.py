@@ -1,0 +1,1 @@
+"""Long work on whole folders: killed and continued, checked, held against the original."""

@@ -1,0 +1,1 @@
+"""Batches: packing, order, and a step's rows as a function of its number."""

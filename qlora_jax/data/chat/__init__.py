@@ -1,0 +1,1 @@
+"""Conversations: written by a chat template, with the spans that are learned."""

@@ -1,0 +1,1 @@
+"""Rows: where they come from, how they are decoded, and what their fields mean."""

@@ -1,0 +1,1 @@
+"""Tokens: encoded on all cores, with a loss mask, kept on the disk."""

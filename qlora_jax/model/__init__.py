@@ -1,0 +1,1 @@
+"""The model: its architecture, the decoder layer, linears with adapters, the loss."""

@@ -1,0 +1,1 @@
+"""A run: its steps, checkpoints, folder, metrics, samples and signals."""
