@@ -35,7 +35,7 @@ from convert.files.folder import ModelFolder
 from convert.files.shapes import tensor_shapes
 from convert.files.shards import TensorSpec, write_index, write_json, write_pieces
 from qlora_jax.config import LoraSettings, QuantizationSettings
-from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.families import read_architecture
 
 ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 10**9
@@ -154,7 +154,7 @@ def children() -> list[str]:
 def make_model(folder: Path, layers: int, **changes: int) -> None:
     """Random bfloat16 weights in shards of about a gigabyte; `changes` replace keys of the shape."""
     config = {**CONFIG, **changes, "num_hidden_layers": layers}
-    specs = [TensorSpec(name, "BF16", shape) for name, shape in tensor_shapes(Architecture.from_hf(config)).items()]
+    specs = [TensorSpec(name, "BF16", shape) for name, shape in tensor_shapes(read_architecture(config)).items()]
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
         if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > SHARD_BYTES:
@@ -180,7 +180,7 @@ def _random(rng: np.random.Generator, size: int, step: int = 2**22) -> Iterator[
 
 def make_adapter(folder: Path, model: Path, rank: int) -> None:
     """Random A and B on all linears."""
-    config = Architecture.from_hf(ModelFolder(model).config)
+    config = read_architecture(ModelFolder(model).config)
     rng, lora = np.random.default_rng(1), LoraSettings(r=rank)
 
     def pair(rows: int, columns: int) -> dict[str, np.ndarray]:
@@ -191,7 +191,7 @@ def make_adapter(folder: Path, model: Path, rank: int) -> None:
         {name: {"adapter": pair(*shape)} for name, shape in config.linear_shapes().items()}
         for _ in range(config.num_hidden_layers)
     ]
-    save_adapter(folder, adapters, lora, QuantizationSettings(), str(model))
+    save_adapter(folder, adapters, lora, QuantizationSettings(), str(model), architecture=config)
 
 
 def copy(model: Path, out: Path) -> dict[str, float]:

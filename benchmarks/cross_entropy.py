@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from benchmarks.machine import write_result
-from convert.files import names
 from convert.files.pieces import read_bfloat16
-from convert.gguf.smollm2 import MODEL_ID
+from convert.files.stated import names_of
+from convert.gguf.packages import SMOLLM2_ID as MODEL_ID
 from convert.model import open_model
 from qlora_jax.compare.stages import relative
 
@@ -51,7 +51,8 @@ def theirs(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Measure, print and write."""
     model = open_model(MODEL_ID)
-    head, norm = (read_bfloat16(model.folder, name).astype(np.float32) for name in (names.EMBEDDING, names.FINAL_NORM))
+    names = names_of(model.folder)
+    head, norm = (read_bfloat16(model.folder, name).astype(np.float32) for name in (names.embedding, names.final_norm))
     rng = np.random.default_rng(0)
     states = rng.standard_normal((TOKENS, head.shape[1])).astype(np.float32) * norm
     logits, targets = states @ head.T, rng.integers(0, len(head), TOKENS)

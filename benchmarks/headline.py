@@ -36,11 +36,10 @@ from benchmarks import synthetic
 from benchmarks.machine import RESULTS
 from benchmarks.start import rows
 from convert.adapters.adapter import WEIGHTS_FILE, load_adapter
-from convert.files import names
+from convert.files.names import ADAPTER_PARTS, Names
 from convert.files.sizes import merged_bytes, tensors_for
 from qlora_jax.base.units import GIB, parse_bytes
-from qlora_jax.config import LINEAR_NAMES
-from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.families import read_architecture
 
 ROOT = Path(__file__).parents[1]
 TRAIN = (sys.executable, "train.py")
@@ -262,17 +261,17 @@ def read_back(out: Path) -> dict[str, Any]:
     last = max((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     arrays = ocp.load((last / "arrays").absolute())
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))["starts"][-1]
-    config = Architecture.from_hf(
+    config = read_architecture(
         json.loads((Path(record["config"]["model"]["name_or_path"]) / "config.json").read_text())
     )
     adapter = load_adapter(out / "adapter", config)  # every tensor is there, in its shape, and finite
     by_name = {key.partition(" ")[0]: np.asarray(value) for key, value in arrays.items() if key.startswith("adapters")}
     with safetensors.safe_open(out / "adapter" / WEIGHTS_FILE, framework="numpy") as file:
         for layer in range(config.num_hidden_layers):
-            for name in LINEAR_NAMES:
-                for part in names.ADAPTER_PARTS:
+            for name in adapter.names.paths:
+                for part in ADAPTER_PARTS:
                     saved = by_name[f"adapters['{name}']['adapter']['{part}']"][layer]
-                    if not np.array_equal(file.get_tensor(names.adapter(layer, name, part)), saved):
+                    if not np.array_equal(file.get_tensor(adapter.names.adapter(layer, name, part)), saved):
                         raise SystemExit(f"{out}: {name} {part} of layer {layer} is not the checkpoint's")
     return {"read_back": f"{len(adapter.targets)} linears equal to {last.name}'s"}
 
@@ -302,8 +301,8 @@ def layers_that_fit(shape: str, free: int) -> int:
     """Layers of a shape of which two merged folders fit into so many bytes."""
     settings = synthetic.hf_config(shape, None)
     for layers in range(settings["num_hidden_layers"], 0, -1):
-        config = Architecture.from_hf({**settings, "num_hidden_layers": layers})
-        if 2 * merged_bytes(tensors_for(config), LINEAR_NAMES, "dequantized") < 0.9 * free:
+        config = read_architecture({**settings, "num_hidden_layers": layers})
+        if 2 * merged_bytes(tensors_for(config), Names.of(config), list(config.linears), "dequantized") < 0.9 * free:
             return layers
     return 0
 

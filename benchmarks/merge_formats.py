@@ -31,7 +31,7 @@ from convert.merge import merge
 from convert.model import BaseModel, open_model
 from qlora_jax.base.console import make_console
 from qlora_jax.base.errors import exit_status
-from qlora_jax.config import LINEAR_NAMES, Config, QuantizationSettings, load_config
+from qlora_jax.config import Config, QuantizationSettings, load_config
 from qlora_jax.data import Batch
 from qlora_jax.data.corpus import load_corpus
 from qlora_jax.engine.engine import Engine, Weights
@@ -58,7 +58,7 @@ def through_gguf(folder: ModelFolder, model: BaseModel, kind: gguf.GGMLQuantizat
     def layers() -> Iterator[Tree]:
         for index in range(model.config.num_hidden_layers):
             layer = read_layer(folder, index, None)
-            yield layer | {name: {"weight": back(layer[name]["weight"])} for name in LINEAR_NAMES}
+            yield layer | {name: {"weight": back(layer[name]["weight"])} for name in model.config.linears}
 
     plain = load_weights(folder, model.config, None, "disk")
     return Weights(plain.embedding, LayerStore(layers(), "device"), plain.head)

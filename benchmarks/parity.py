@@ -24,7 +24,7 @@ import jax
 
 from benchmarks.machine import RESULTS, write_result
 from convert.adapters.adapter import as_adapters, load_adapter, save_adapter
-from convert.gguf.smollm2 import MODEL_ID
+from convert.gguf.packages import SMOLLM2_ID as MODEL_ID
 from convert.model import BaseModel, open_model
 from qlora_jax.base.console import make_console, progress_bar
 from qlora_jax.base.errors import exit_status
@@ -128,7 +128,14 @@ class Parity:
         made = ours_of(self.model, self.work / "start", self.lora, self.config.quantization, self.options.dtype)
         engine = made.engine()
         start = engine.init_adapters(self.config.training.seed)
-        save_adapter(self.work / "start", start, self.lora, self.config.quantization, self.model.name_or_path)
+        save_adapter(
+            self.work / "start",
+            start,
+            self.lora,
+            self.config.quantization,
+            self.model.name_or_path,
+            architecture=self.model.config,
+        )
         return engine, made.weights(), start
 
     def theirs(self) -> Run:
@@ -146,7 +153,14 @@ class Parity:
     def theirs_of(self, theirs: Run, adapters: Adapters) -> float:
         """Held-out loss of an adapter of ours on PyTorch's side."""
         folder = self.work / "ours"
-        save_adapter(folder, adapters, self.lora, self.config.quantization, self.model.name_or_path)
+        save_adapter(
+            folder,
+            adapters,
+            self.lora,
+            self.config.quantization,
+            self.model.name_or_path,
+            architecture=self.model.config,
+        )
         run = dataclasses.replace(theirs, out=self.work / "evaluated", adapter=folder, stages=["evaluate"])
         self.reference(run)
         return read_reference(run.out, run.adapters).held_out[0]

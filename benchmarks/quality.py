@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.parity import Parity
-from convert.gguf.smollm2 import MODEL_ID
+from convert.gguf.packages import SMOLLM2_ID as MODEL_ID
 from convert.load import load_weights
 from convert.model import BaseModel
 from qlora_jax.base.console import make_console, progress_bar

@@ -30,7 +30,9 @@ from qlora_jax.data import Batch
 from qlora_jax.engine.engine import Engine, Started, Weights
 from qlora_jax.engine.optimizer import AdamW
 from qlora_jax.model.architecture import Architecture
-from qlora_jax.model.decoder import MLP_TOKENS, default_attention
+from qlora_jax.model.attention import default_attention
+from qlora_jax.model.decoder import MLP_TOKENS
+from qlora_jax.model.families import read_architecture
 from qlora_jax.planning.budget import PINNED_SLACK, Limits, Plan
 from qlora_jax.planning.estimate import Job, Layout, workspace
 from qlora_jax.planning.hardware import measured, published
@@ -135,7 +137,7 @@ def llama(name: str) -> Architecture:
     """`7b`, or `7b:8` for its first eight layers."""
     shape, _, layers = shape_name(name).partition(":")
     settings = {**SHAPES[shape], "vocab_size": 32000, "model_type": "llama", "rms_norm_eps": 1e-5}
-    return Architecture.from_hf({**settings, "num_hidden_layers": int(layers or settings["num_hidden_layers"])})
+    return read_architecture({**settings, "num_hidden_layers": int(layers or settings["num_hidden_layers"])})
 
 
 def settle(options: argparse.Namespace) -> Plan:

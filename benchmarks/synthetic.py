@@ -21,12 +21,14 @@ import numpy as np
 
 from benchmarks.step import SHAPES, shape_name
 from benchmarks.tokenizer import byte_tokenizer
-from convert.files import bitsandbytes, names
+from convert.files import bitsandbytes
+from convert.files.names import Names
 from convert.files.shards import TensorSpec, write_index, write_json, write_shard
 from qlora_jax.base.console import byte_bar, make_console
 from qlora_jax.base.errors import InputError, exit_status
-from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
+from qlora_jax.config import QuantizationSettings
 from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.families import read_architecture
 from qlora_jax.ops import nf4
 
 QUANTIZATION = QuantizationSettings()
@@ -70,12 +72,12 @@ def random_linear(shape: tuple[int, int], rng: np.random.Generator) -> nf4.Quant
 
 def layer_tensors(config: Architecture, layer: int) -> Iterator[tuple[list[TensorSpec], list[np.ndarray]]]:
     """One decoder layer, a weight at a time: its tensors' specs and data."""
-    rng = np.random.default_rng(layer)
-    for name in names.NORM_NAMES:
+    rng, names = np.random.default_rng(layer), Names.of(config)
+    for name in names.norms:
         ones = np.ones(config.hidden_size, ml_dtypes.bfloat16)
         yield [TensorSpec(names.norm(layer, name), "BF16", ones.shape)], [ones]
     shapes = config.linear_shapes()
-    for name in LINEAR_NAMES:
+    for name in shapes:
         tensor = names.linear(layer, name)
         specs = bitsandbytes.specs(tensor, shapes[name], QUANTIZATION)
         yield specs, bitsandbytes.tensors(tensor, random_linear(shapes[name], rng))
@@ -83,13 +85,13 @@ def layer_tensors(config: Architecture, layer: int) -> Iterator[tuple[list[Tenso
 
 def vocabulary_tensors(config: Architecture) -> Iterator[tuple[list[TensorSpec], list[np.ndarray]]]:
     """Embedding, final norm and head."""
-    rng = np.random.default_rng(config.num_hidden_layers)
+    rng, names = np.random.default_rng(config.num_hidden_layers), Names.of(config)
     shape = (config.vocab_size, config.hidden_size)
-    for name in (names.EMBEDDING, names.LM_HEAD):
+    for name in (names.embedding, names.lm_head):
         values = (DEVIATION * rng.standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16)
         yield [TensorSpec(name, "BF16", shape)], [values]
     ones = np.ones(config.hidden_size, ml_dtypes.bfloat16)
-    yield [TensorSpec(names.FINAL_NORM, "BF16", ones.shape)], [ones]
+    yield [TensorSpec(names.final_norm, "BF16", ones.shape)], [ones]
 
 
 def write(
@@ -106,7 +108,7 @@ def write(
     if out.exists():
         raise InputError(out, found="something there already", fix="name a new folder, or remove this one")
     out.mkdir(parents=True)
-    config = Architecture.from_hf(settings)
+    config = read_architecture(settings)
     depth = config.num_hidden_layers
     first = [list(layer_tensors(config, layer)) for layer in range(min(distinct or 0, depth))]
 
@@ -168,7 +170,7 @@ def main() -> None:
     console = make_console(stderr=True)
     settings, written = hf_config(options.shape, options.layers), 0
     with byte_bar(console) as progress:
-        task = progress.add_task("writing", total=expected_bytes(Architecture.from_hf(settings)))
+        task = progress.add_task("writing", total=expected_bytes(read_architecture(settings)))
 
         def advance(nbytes: int) -> None:
             nonlocal written

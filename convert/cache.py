@@ -23,6 +23,7 @@ from rich.console import Console
 from convert.files.folder import ModelFolder
 from convert.files.prequantized import settle
 from convert.files.sizes import companion_bytes, quantized_bytes, tensors_of
+from convert.files.stated import names_of
 from convert.files.verified import VerifiedFolder, write_record
 from convert.hub import cache_dir
 from convert.jobs.job import DestinationError, in_use
@@ -125,7 +126,11 @@ def remove(names: Sequence[str]) -> None:
 
 def _require_room(entry: Path, folder: ModelFolder, quantization: QuantizationSettings, leave_free: int) -> None:
     """Raises DestinationError: the entry would take room that is for others."""
-    missing = quantized_bytes(tensors_of(folder), quantization) + companion_bytes(folder) - unfinished_bytes(entry)
+    missing = (
+        quantized_bytes(tensors_of(folder), names_of(folder), quantization)
+        + companion_bytes(folder)
+        - unfinished_bytes(entry)
+    )
     place = entry.parent
     place.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place).free

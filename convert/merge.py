@@ -27,12 +27,13 @@ from convert.adapters.adapter import WEIGHTS_FILE, Adapter, load_adapter
 from convert.adapters.config import CONFIG_FILE, read_adapter_config
 from convert.adapters.delta import Base, Pair, base_passes, merged_weight, resolve_base
 from convert.adapters.quantization import base_remark, needed_base
-from convert.files import names, pieces, prequantized
+from convert.files import bitsandbytes, pieces, prequantized
 from convert.files.ahead import in_order
 from convert.files.derived import Shard, write_derived
 from convert.files.folder import ModelFolder
 from convert.files.head import is_tied
 from convert.files.shards import Piece, TensorSpec
+from convert.files.stated import names_of
 from convert.hub import cache_dir, resolve_model
 from convert.jobs.check import Differences, check_merge
 from convert.jobs.job import Log, describe, files_identity, refuse_existing
@@ -80,7 +81,7 @@ def merge(
     check_base(folder, base)
     if folder.is_4bit:
         prequantized.settle(folder, adapter.quantization, where=adapter.path, fix=needed_base(adapter.quantization))
-    unmet = adapter.pairs.keys() - {names.parse_target(name) for name in folder.names}
+    unmet = adapter.pairs.keys() - {adapter.names.parse_target(name) for name in folder.names}
     if unmet:
         raise RuntimeError(f"no weights for {len(unmet)} of {len(adapter.pairs)} adapted weights")
 
@@ -123,9 +124,11 @@ def check_base(folder: ModelFolder, base: Base) -> None:
         )
 
 
-def _changes(name: str, adapter: Adapter, base: Base) -> bool:
+def _changes(folder: ModelFolder, name: str, adapter: Adapter, base: Base) -> bool:
     """Whether a tensor of the base is another one in the merged model."""
-    through_4_bits = base == "dequantized" and names.parse_linear(name) is not None
+    names = adapter.names
+    is_linear = names.parse_linear(name) is not None
+    through_4_bits = base == "dequantized" and (is_linear or bitsandbytes.is_packed(folder, name))
     name = adapter.of(name)
     return (
         through_4_bits or name in adapter.saved or name in adapter.tokens or names.parse_target(name) in adapter.pairs
@@ -134,11 +137,12 @@ def _changes(name: str, adapter: Adapter, base: Base) -> bool:
 
 def _merged_specs(folder: ModelFolder, shard: str, adapter: Adapter, base: Base) -> list[TensorSpec]:
     """A head that is a copy of the embedding is left out where the adapter replaces the embedding: it would be another head."""
-    replaced = names.EMBEDDING in adapter.saved and names.LM_HEAD not in adapter.saved
+    names = adapter.names
+    replaced = names.embedding in adapter.saved and names.lm_head not in adapter.saved
     return [
-        TensorSpec(spec.name, "BF16", spec.shape) if _changes(spec.name, adapter, base) else spec
+        TensorSpec(spec.name, "BF16", spec.shape) if _changes(folder, spec.name, adapter, base) else spec
         for spec in prequantized.plain_specs(folder, shard)
-        if not (replaced and spec.name == names.LM_HEAD and is_tied(folder))
+        if not (replaced and spec.name == names.lm_head and is_tied(folder))
     ]
 
 
@@ -165,7 +169,7 @@ def _passes(
     folder: ModelFolder, spec: TensorSpec, adapter: Adapter, base: Base
 ) -> tuple[Iterator[Callable[[], None]], Iterator[Callable[[], Piece]]]:
     """What comes before any of a tensor's pieces, and the pieces. Nothing is held before they are asked for."""
-    if not _changes(spec.name, adapter, base):
+    if not _changes(folder, spec.name, adapter, base):
         cuts = range(0, math.prod(spec.shape), pieces.PIECE)
         return iter(()), (functools.partial(folder.elements, spec.name, begin, pieces.PIECE) for begin in cuts)
     if len(spec.shape) == 1:
@@ -173,7 +177,7 @@ def _passes(
     name = adapter.of(spec.name)
     stored, tokens = adapter.saved.get(name), adapter.tokens.get(name)
     first, rows = base_passes(folder, spec.name, adapter.quantization, base, stored, tokens)
-    return first, _merged_rows(rows, adapter.pairs.get(names.parse_target(name)))
+    return first, _merged_rows(rows, adapter.pairs.get(adapter.names.parse_target(name)))
 
 
 def _merged_rows(rows: pieces.Rows, pair: Pair | None) -> Iterator[Callable[[], np.ndarray]]:
@@ -267,7 +271,7 @@ def merge_with_progress(
 
         advance = functools.partial(progress.advance, task)
         merge(folder, adapter, out, base, advance, console.print, verify if check else lambda written: None)
-    stored = [name for name in adapter.saved if names.parse_target(name) not in adapter.pairs]
+    stored = [name for name in adapter.saved if adapter.names.parse_target(name) not in adapter.pairs]
     whole = f" and {len(stored)} whole tensor{'s'[: len(stored) > 1]}" if stored else ""
     whole += "".join(f", {rows.indices.size} rows of {name}" for name, rows in adapter.tokens.items())
     beyond = [name for layer, name in adapter.pairs if layer is None]
@@ -281,6 +285,7 @@ def merge_with_progress(
 
 
 def _linears(folder: ModelFolder) -> list[tuple[int, str]]:
+    names = names_of(folder)
     return [linear for name in folder.names if (linear := names.parse_linear(name)) is not None]
 
 

@@ -17,6 +17,7 @@ from qlora_jax.base.reading import PASSED_ON, is_file, read_json_object, reason_
 from qlora_jax.data import ModelLimits
 from qlora_jax.data.chat.codec import try_tokenizer
 from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.families import read_architecture
 
 UNLOADABLE = "a tokenizer that cannot be loaded"
 MAX_TOKENIZER_BYTES = 2**28
@@ -50,7 +51,8 @@ def open_model(name_or_path: str, *, log: Callable[[str], object] = print) -> Ba
     for line in remarks(folder, config, tokenizer):
         log(line)
     name = name_or_path if from_hub else str(path.resolve())
-    return BaseModel(name, folder, config, tokenizer, limits_of(folder.config, tokenizer))
+    limits = dataclasses.replace(limits_of(folder.config, tokenizer), vocab_size=config.vocab_size)
+    return BaseModel(name, folder, config, tokenizer, limits)
 
 
 def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> Architecture:
@@ -60,7 +62,7 @@ def open_shape(name_or_path: str, *, log: Callable[[str], object] = print) -> Ar
         InputError: it cannot be found or is not supported.
     """
     path = resolve_config(name_or_path, log=log)
-    return Architecture.from_hf(read_json_object(path, fix="fetch the model again"), path)
+    return read_architecture(read_json_object(path, fix="fetch the model again"), path)
 
 
 def open_tokenizer(name_or_path: str, *, log: Callable[[str], object] = print) -> PreTrainedTokenizerBase:

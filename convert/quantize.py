@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.files import bitsandbytes, names, pieces
+from convert.files import bitsandbytes, pieces
 from convert.files.ahead import in_order
 from convert.files.derived import Shard, write_derived
 from convert.files.folder import ModelFolder
+from convert.files.names import Names
 from convert.files.shards import Piece, TensorSpec
+from convert.files.stated import modules_beside, names_of
 from convert.files.verified import Sums
 from convert.hub import cache_dir, resolve_model
 from convert.jobs.job import Log, describe, refuse_existing
@@ -54,14 +56,15 @@ def quantize(
         DestinationError: `out` exists, cannot be made, or the disk has no room for it.
     """
     refuse_quantized(folder)
+    names = names_of(folder)
 
     def change(shard: str) -> Shard:
         kept = [spec for spec in folder.specs(shard) if not names.is_ignored(spec.name)]
-        specs = [new for spec in kept for new in quantized_specs(spec, quantization)]
+        specs = [new for spec in kept for new in quantized_specs(spec, names, quantization)]
         work = sum(spec.nbytes for spec in kept)
         return Shard(specs, _pieces(folder, kept, quantization, advance), work)
 
-    block = bitsandbytes.quantization_config(quantization)
+    block = bitsandbytes.quantization_config(quantization, modules_beside(folder))
     job = job_of(folder, quantization)
     write_derived(
         folder, out, change, job, quantization_config=block, record_sums=record_sums, advance=advance, log=log
@@ -88,7 +91,7 @@ def refuse_quantized(folder: ModelFolder) -> None:
         )
 
 
-def quantized_specs(spec: TensorSpec, quantization: QuantizationSettings) -> list[TensorSpec]:
+def quantized_specs(spec: TensorSpec, names: Names, quantization: QuantizationSettings) -> list[TensorSpec]:
     """What becomes of one tensor of an unquantized folder."""
     if names.parse_linear(spec.name) is None:
         return [TensorSpec(spec.name, "BF16", spec.shape)]
@@ -102,6 +105,7 @@ def _pieces(
     advance: Callable[[int], object],
 ) -> Iterator[Piece]:
     """The new bytes of these tensors; besides a piece at most one linear's codes are held."""
+    names = names_of(folder)
     for spec in kept:
         if names.parse_linear(spec.name) is None:
             yield from in_order(pieces.bfloat16(folder, spec.name))
@@ -137,7 +141,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert.
     machine.keep_compiled(cache_dir() / "compiled")
     folder = ModelFolder(resolve_model(options.model, log=console.print))
     refuse_quantized(folder)
-    read_config(folder)  # refuses what is not a supported Llama, before hours are spent on it
+    read_config(folder)  # refuses what is not supported, before hours are spent on it
     check_requantize(folder, quantization, accepted=options.requantize, accept="--requantize", log=console.print)
     total = sum(spec.nbytes for shard in folder.shards for spec in folder.specs(shard))
     with byte_bar(console) as progress:

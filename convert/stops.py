@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from convert.files.companions import CHAT_TEMPLATE, GENERATION_CONFIG, Files, as_files, is_tokenizer_s, tokenizer_files
 from convert.files.folder import ModelFolder
+from convert.files.stated import text_keys
 from convert.model import load_tokenizer
 from qlora_jax.base.errors import InputError
 from qlora_jax.base.reading import kind_of, read_json
@@ -79,7 +80,8 @@ def generation_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]
         InputError: it is damaged, or its `eos_token_id` is no token id or list of them.
     """
     path = folder / GENERATION_CONFIG
-    settings: Any = {key: config[key] for key in STATED if config.get(key) is not None}
+    stated = text_keys(config)
+    settings: Any = {key: stated[key] for key in STATED if stated.get(key) is not None}
     if kind_of(path) != "nothing":
         settings = read_json(path, fix="fetch the model again, or remove this file")
     eos = settings.get("eos_token_id") if isinstance(settings, dict) else settings

@@ -1,4 +1,4 @@
-"""QLoRA fine-tuning of Llama-family models in pure JAX and Flax.
+"""QLoRA fine-tuning of large language models in pure JAX and Flax.
 
 What is named in `__all__` is the public API. It is imported when it is first asked for, so that `import qlora_jax` starts neither JAX
 nor anything else.

@@ -16,14 +16,15 @@ from convert.adapters.file import read_rows, read_tensor, row_slices
 from convert.adapters.quantization import Stated, stated_quantization
 from convert.adapters.tensors import DAMAGED, DAMAGED_FIX, tensor_problems
 from convert.adapters.whole import Whole, whole_tensors
-from convert.files import names
 from convert.files.folder import ModelFolder, some
+from convert.files.names import ADAPTER_PARTS, Names
+from convert.files.names import Target as Key
 from convert.files.recognition import not_an_adapter
 from convert.files.shards import PT_METADATA, TensorSpec, write_json, write_shard
 from qlora_jax.base.errors import InputError
 from qlora_jax.base.files import replacing_folder
 from qlora_jax.base.reading import kind_of, open_file, reading
-from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
+from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Adapters
 from qlora_jax.model.architecture import Architecture
 from qlora_jax.runtime.placement import Tree, Where, fetch, one_device
@@ -33,18 +34,18 @@ QUANTIZATION_KEY = "quantization"
 """Our own entry in the file's metadata: what the adapter was trained on, which a merge into that needs to know. PEFT ignores it."""
 
 
-class Pairs(Mapping[names.Target, Pair]):
+class Pairs(Mapping[Key, Pair]):
     """The adapted weights, (layer, our name) → Pair. Each look-up reads the file, so that one pair at a time is in memory.
 
     An embedding [vocabulary, hidden] changes by (B·A)ᵀ: its pair is Aᵀ for `lora_b` and Bᵀ for `lora_a`.
     """
 
-    def __init__(self, path: Path, targets: Mapping[names.Target, Target], use_dora: bool) -> None:
-        self._path, self._targets, self._use_dora = path, targets, use_dora
+    def __init__(self, path: Path, targets: Mapping[Key, Target], names: Names, *, use_dora: bool) -> None:
+        self._path, self._targets, self._names, self._use_dora = path, targets, names, use_dora
 
-    def __getitem__(self, key: names.Target) -> Pair:
-        scaling = self._targets[key].scaling
-        lora_a, lora_b = (_read32(self._path, names.adapter(*key, part)) for part in names.ADAPTER_PARTS)
+    def __getitem__(self, key: Key) -> Pair:
+        scaling, names = self._targets[key].scaling, self._names
+        lora_a, lora_b = (_read32(self._path, names.adapter(*key, part)) for part in ADAPTER_PARTS)
         if key[1] == "embed_tokens":
             lora_a, lora_b = np.ascontiguousarray(lora_b.T), np.ascontiguousarray(lora_a.T)
         magnitude = _read32(self._path, names.magnitude(*key)) if self._use_dora else None
@@ -53,7 +54,7 @@ class Pairs(Mapping[names.Target, Pair]):
     def __contains__(self, key: object) -> bool:
         return key in self._targets  # the inherited one would read the file
 
-    def __iter__(self) -> Iterator[names.Target]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self._targets)
 
     def __len__(self) -> int:
@@ -93,9 +94,11 @@ class Adapter:
 
     path: Path
     config: AdapterConfig
+    names: Names
+    """Names of the model's tensors."""
     stated: Stated
     """What it was trained on, as far as anything says."""
-    targets: Mapping[names.Target, Target]
+    targets: Mapping[Key, Target]
     pairs: Pairs
     saved: Saved
     tokens: Mapping[str, TokenRows]
@@ -115,7 +118,7 @@ class Adapter:
 
     def of(self, tensor: str) -> str:
         """The tensor whose changes are this one's too: the embedding, of a head that is one with it."""
-        return names.EMBEDDING if self.is_tied and tensor == names.LM_HEAD else tensor
+        return self.names.embedding if self.is_tied and tensor == self.names.lm_head else tensor
 
 
 def save_adapter(
@@ -124,10 +127,12 @@ def save_adapter(
     lora: LoraSettings,
     quantization: QuantizationSettings,
     base_model_name_or_path: str,
+    *,
+    architecture: Architecture,
 ) -> None:
     """Write an adapter that PEFT loads. The folder appears whole or not at all; one that is there is replaced."""
     with replacing_folder(folder) as aside:
-        write_adapter(aside, adapters, lora, quantization, base_model_name_or_path)
+        write_adapter(aside, adapters, lora, quantization, base_model_name_or_path, architecture=architecture)
 
 
 def write_adapter(
@@ -136,23 +141,33 @@ def write_adapter(
     lora: LoraSettings,
     quantization: QuantizationSettings,
     base_model_name_or_path: str,
+    *,
+    architecture: Architecture,
 ) -> None:
     """Write an adapter's files into a folder that is there."""
+    names, targets = Names.of(architecture), lora.targets(architecture.linears)
     arrays = {
         names.adapter(layer, name, part): tree[name]["adapter"][part]
         for layer, tree in enumerate(adapters)
-        for name in lora.targets
-        for part in names.ADAPTER_PARTS
+        for name in targets
+        for part in ADAPTER_PARTS
     }
     specs = [TensorSpec(name, "F32", array.shape) for name, array in arrays.items()]
     metadata = {**PT_METADATA, QUANTIZATION_KEY: quantization.model_dump_json()}
     tensors = (fetch(array).astype(np.float32, copy=False) for array in arrays.values())  # one at a time
     write_shard(folder / WEIGHTS_FILE, specs, tensors, metadata)
-    write_json(folder / CONFIG_FILE, _peft_config(lora, base_model_name_or_path))
+    write_json(
+        folder / CONFIG_FILE,
+        _peft_config(lora, names.pattern(targets) if names.is_part else list(targets), base_model_name_or_path),
+    )
 
 
-def _peft_config(lora: LoraSettings, base_model_name_or_path: str) -> dict[str, Any]:
-    """The core fields of PEFT's LoraConfig; older versions refuse fields that they do not know."""
+def _peft_config(lora: LoraSettings, targets: str | list[str], base_model_name_or_path: str) -> dict[str, Any]:
+    """The core fields of PEFT's LoraConfig; older versions refuse fields that they do not know.
+
+    Args:
+        targets: what `target_modules` is: names; or, as names would match linears of a vision tower too, an expression.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -162,7 +177,7 @@ def _peft_config(lora: LoraSettings, base_model_name_or_path: str) -> dict[str, 
         "lora_dropout": lora.lora_dropout,
         "use_rslora": lora.use_rslora,
         "use_dora": False,
-        "target_modules": list(lora.targets),
+        "target_modules": targets,
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -202,9 +217,10 @@ def load_adapter(folder: str | Path, config: Architecture, model: ModelFolder | 
         return Adapter(
             path=folder,
             config=settings,
+            names=Names.of(config),
             stated=stated_quantization(folder, settings.base_model, path, note),
             targets=targets,
-            pairs=Pairs(path, targets, settings.use_dora),
+            pairs=Pairs(path, targets, Names.of(config), use_dora=settings.use_dora),
             saved=Saved(path, _changed(path, wholes, held, config, model)),
             tokens=_tokens(path, settings, config),
             is_tied=config.tie_word_embeddings,
@@ -215,13 +231,14 @@ def _changed(
     path: Path, wholes: Mapping[str, Whole], held: set[str], config: Architecture, model: ModelFolder | None
 ) -> dict[str, str]:
     """The tensors that are stored whole, and are not what the model has already: Hugging Face's name → the file's."""
+    names = Names.of(config)
     stored = {tensor: whole.key for tensor, whole in wholes.items() if whole.key in held}
     if config.tie_word_embeddings:
-        stored.pop(names.LM_HEAD, None)  # the embedding's values again
+        stored.pop(names.lm_head, None)  # the embedding's values again
     return {
         tensor: key
         for tensor, key in stored.items()
-        if model is None or tensor not in names.VOCABULARY.values() or not _is_the_models(path, key, tensor, model)
+        if model is None or tensor not in names.vocabulary.values() or not _is_the_models(path, key, tensor, model)
     }
 
 
@@ -241,10 +258,11 @@ def _is_the_models(path: Path, key: str, tensor: str, model: ModelFolder) -> boo
 
 
 def _tokens(path: Path, settings: AdapterConfig, config: Architecture) -> dict[str, TokenRows]:
+    names = Names.of(config)
     found = {
         tensor: TokenRows(indices=np.array(ids, np.int64), values=_read32(path, names.token_rows(tensor)))
-        for tensor, ids in settings.token_ids().items()
-        if not (config.tie_word_embeddings and tensor == names.LM_HEAD)
+        for tensor, ids in settings.token_ids(names).items()
+        if not (config.tie_word_embeddings and tensor == names.lm_head)
     }
     return {tensor: rows for tensor, rows in found.items() if rows.indices.size}
 
@@ -255,16 +273,17 @@ def plain_settings(adapter: Adapter, config: Architecture) -> LoraSettings:
     Raises:
         InputError: it is of a kind that can only be merged; everything that makes it so is named.
     """
-    names_of = sorted({name for layer, name in adapter.targets if layer is not None}, key=LINEAR_NAMES.index)
+    adapted = {name for layer, name in adapter.targets if layer is not None}
+    targets = tuple(name for name in config.linears if name in adapted)
     beyond = [name for layer, name in adapter.targets if layer is None]
     kinds = set(adapter.targets.values())
     reasons = ["DoRA (use_dora)"] if adapter.config.use_dora else []
     reasons += [f"LoRA on {' and '.join(beyond)}"] if beyond else []
-    saved = [name for name in adapter.saved if names.parse_target(name) not in adapter.targets]
+    saved = [name for name in adapter.saved if adapter.names.parse_target(name) not in adapter.targets]
     reasons += [f"modules_to_save ({some(saved)})"] if saved else []
     reasons += [f"trainable_token_indices ({some(list(adapter.tokens))})"] if adapter.tokens else []
     reasons += ["rank_pattern or alpha_pattern"] if len(kinds) > 1 else []
-    if len(adapter.targets) - len(beyond) != len(names_of) * config.num_hidden_layers or not kinds:
+    if len(adapter.targets) - len(beyond) != len(targets) * config.num_hidden_layers or not kinds:
         reasons.append("linears adapted in some layers only")
     if reasons:
         raise InputError(
@@ -276,7 +295,7 @@ def plain_settings(adapter: Adapter, config: Architecture) -> LoraSettings:
     (kind,) = kinds
     rslora = bool(adapter.config.settings.get("use_rslora"))
     alpha = adapter.config.settings["lora_alpha"]
-    lora = LoraSettings(r=kind.rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=0.0, target_modules=names_of)
+    lora = LoraSettings(r=kind.rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=0.0, target_modules=targets)
     if lora.scaling != kind.scaling:  # by a pattern that matches everything
         lora = lora.model_copy(update={"lora_alpha": kind.scaling * (kind.rank**0.5 if rslora else kind.rank)})
     return lora
@@ -297,10 +316,10 @@ def as_adapters(
     lora = plain_settings(adapter, config)
 
     def matrices(pair: Pair) -> Tree:
-        return {part: np.asarray(getattr(pair, part)).astype(dtype) for part in names.ADAPTER_PARTS}
+        return {part: np.asarray(getattr(pair, part)).astype(dtype) for part in ADAPTER_PARTS}
 
     def layer_tree(layer: int) -> Tree:
-        return {name: {"adapter": matrices(adapter.pairs[layer, name])} for name in lora.targets}
+        return {name: {"adapter": matrices(adapter.pairs[layer, name])} for name in lora.targets(config.linears)}
 
     return lora, [
         jax.block_until_ready(one_device().put(layer_tree(layer), where)) for layer in range(config.num_hidden_layers)

@@ -21,10 +21,10 @@ from typing import Any
 
 from convert.adapters.patterns import evaluate
 from convert.adapters.settings import refuse_unsupported
-from convert.files import names
+from convert.files.names import VOCABULARY, Names
+from convert.files.names import Target as Key
 from convert.files.recognition import not_an_adapter
 from qlora_jax.base.reading import kind_of, read_json_object
-from qlora_jax.config import LINEAR_NAMES
 from qlora_jax.model.architecture import Architecture
 
 CONFIG_FILE = "adapter_config.json"
@@ -63,16 +63,17 @@ class AdapterConfig:
         """Whether PEFT kept a head that is the embedding what it is (`ensure_weight_tying`)."""
         return bool(self.settings.get("ensure_weight_tying"))
 
-    def targets(self, config: Architecture) -> dict[names.Target, Target]:
+    def targets(self, config: Architecture) -> dict[Key, Target]:
         """Every weight of a model of this shape that the adapter changes, by (layer, our name): linears in the model's order, then
         what is outside the layers. A head that is the embedding is not apart from it with `ensure_weight_tying`.
 
         Raises:
             InputError: a regular expression is none, or cannot be evaluated within limits.
         """
-        linears = [(layer, name) for layer in range(config.num_hidden_layers) for name in LINEAR_NAMES]
-        keys: list[names.Target] = [*linears, *((None, name) for name in names.VOCABULARY)]
-        paths = {key: names.target(*key).removesuffix(".weight") for key in keys}
+        names = Names.of(config)
+        linears = [(layer, name) for layer in range(config.num_hidden_layers) for name in names.paths]
+        keys: list[Key] = [*linears, *((None, name) for name in VOCABULARY)]
+        paths = {key: names.module(*key) for key in keys}
         matcher = _Matcher(self, list(paths.values()))
         found = {key: matcher.target(path) for key, path in paths.items() if matcher.is_target(path, *key)}
         if config.tie_word_embeddings and self.ties and (None, "embed_tokens") in found:
@@ -80,19 +81,23 @@ class AdapterConfig:
         return found
 
     def saved(self, tensor: str) -> bool:
-        """Whether `modules_to_save` has the module that holds a tensor of the base, or one around it."""
+        """Whether `modules_to_save` has the module that holds a tensor of the base, or one around it.
+
+        Args:
+            tensor: its name among the modules, see `Names.in_modules`.
+        """
         wanted = set(self.settings.get("modules_to_save") or ())
         parts = tensor.split(".")[:-1]
         paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
         return any(not wanted.isdisjoint(_endings(path)) for path in paths)
 
-    def token_ids(self) -> dict[str, list[int]]:
+    def token_ids(self, names: Names) -> dict[str, list[int]]:
         """The rows that are stored one by one: Hugging Face's name of the embedding's or head's tensor → token ids, in the file's order."""
         asked = self.settings.get("trainable_token_indices")
         if asked is None:
             return {}
         by_name = asked if isinstance(asked, dict) else {"embed_tokens": asked}
-        paths = {tensor: tensor.removesuffix(".weight") for tensor in names.VOCABULARY.values()}
+        paths = {names.target(None, name): names.module(None, name) for name in VOCABULARY}
         return {tensor: ids for name, ids in by_name.items() for tensor, path in paths.items() if path.endswith(name)}
 
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from convert.files import names, pieces
+from convert.files import bitsandbytes, pieces
 from convert.files.ahead import in_order
 from convert.files.folder import ModelFolder
+from convert.files.stated import names_of
 from qlora_jax.config import QuantizationSettings
 
 Base = Literal["original", "dequantized"]
@@ -137,6 +138,7 @@ def base_passes(
         some = pieces.row_slices(*stored.shape)
         copies = ((rows, functools.partial(np.ndarray.astype, stored[rows], ml_dtypes.bfloat16)) for rows in some)
         return iter(()), copies
-    if base == "dequantized" and names.parse_linear(name) is not None:
+    is_linear = names_of(folder).parse_linear(name) is not None
+    if base == "dequantized" and (is_linear or bitsandbytes.is_packed(folder, name)):
         return pieces.through_4_bits(folder, name, quantization)
     return iter(()), pieces.bfloat16_rows(folder, name)

@@ -17,18 +17,18 @@ _APPLIED = {
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base model's weights too: their adapters belong to another base."""
 _BIASES = ("none", "all", "lora_only")
-"""Which biases were trained: a Llama's linears have none."""
+"""Which biases were trained. Of a model that has some, an adapter with trained ones is refused: see `convert.adapters.tensors`."""
 _NEUTRAL = {
     "task_type", "auto_mapping", "revision", "inference_mode", "lora_dropout", "megatron_config", "megatron_core", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "peft_version",
-    "fan_in_fan_out",  # PEFT turns it off for torch's linears, and all of Llama's are
+    "fan_in_fan_out",  # PEFT turns it off for torch's linears, and all of these models' are
     "velora_config",  # how gradients are computed
 }  # fmt: skip
 _KINDS = {
-    "lora_bias": "adds biases to linears that have none",
+    "lora_bias": "adds biases to what it adapts",
     "alora_invocation_tokens": "changes only the tokens after its invocation, which no merged model does",
     "layer_replication": "builds a deeper model out of the base's layers",
-    "target_parameters": "adapts parameters of experts, which a Llama has not",
+    "target_parameters": "adapts parameters of experts, which these models have not",
     "use_qalora": "averages groups of inputs before A",
     "use_bdlora": "keeps A or B in blocks",
     "arrow_config": "chooses between several adapters token by token",

@@ -10,7 +10,8 @@ import safetensors
 from convert.adapters.config import AdapterConfig, Target
 from convert.adapters.file import are_equal, is_finite
 from convert.adapters.whole import Whole, saveable
-from convert.files import names
+from convert.files.names import VOCABULARY, Names, is_saved
+from convert.files.names import Target as Key
 from qlora_jax.base.errors import shown
 from qlora_jax.base.reading import reading
 from qlora_jax.model.architecture import Architecture
@@ -50,7 +51,7 @@ class Expected:
 def tensor_problems(
     path: Path,
     settings: AdapterConfig,
-    targets: Mapping[names.Target, Target],
+    targets: Mapping[Key, Target],
     wholes: Mapping[str, Whole],
     config: Architecture,
 ) -> list[Problem]:
@@ -89,9 +90,9 @@ def tensor_problems(
 
 
 def _expected(
-    settings: AdapterConfig, targets: Mapping[names.Target, Target], wholes: Mapping[str, Whole], config: Architecture
+    settings: AdapterConfig, targets: Mapping[Key, Target], wholes: Mapping[str, Whole], config: Architecture
 ) -> Expected:
-    shapes, of_saveable = _matrix_shapes(config), saveable(config)
+    names, shapes, of_saveable = Names.of(config), _matrix_shapes(config), saveable(config)
     required: dict[str, Shape] = {}
     for (layer, name), target in targets.items():
         out_features, in_features = shapes[name] if name != "embed_tokens" else shapes[name][::-1]
@@ -99,7 +100,7 @@ def _expected(
         required[names.adapter(layer, name, "lora_b")] = (out_features, target.rank)
         if settings.use_dora:
             required[names.magnitude(layer, name)] = (out_features,)
-    tokens = settings.token_ids()
+    tokens = settings.token_ids(names)
     for tensor, token_ids in tokens.items():
         required[names.token_rows(tensor)] = (len(token_ids), config.hidden_size)
     required |= {whole.key: of_saveable[tensor] for tensor, whole in wholes.items() if whole.is_required}
@@ -113,11 +114,11 @@ def _expected(
             (names.adapter(None, "embed_tokens", one), names.adapter(None, "lm_head", other))
             for one, other in (("lora_a", "lora_b"), ("lora_b", "lora_a"))
         ]
-    rows, copy = names.token_rows(names.EMBEDDING), names.token_rows(names.LM_HEAD)
+    rows, copy = names.token_rows(names.embedding), names.token_rows(names.lm_head)
     if (
         config.tie_word_embeddings
         and rows in required
-        and tokens.get(names.LM_HEAD, ids := tokens[names.EMBEDDING]) == ids
+        and tokens.get(names.lm_head, ids := tokens[names.embedding]) == ids
     ):
         optional[copy] = required.pop(copy, required[rows])
         copies.append((rows, copy))
@@ -129,13 +130,13 @@ def _expected(
 
 def _matrix_shapes(config: Architecture) -> dict[str, tuple[int, int]]:
     """(out, in) of everything that an adapter may change, by our names."""
-    return config.linear_shapes() | dict.fromkeys(names.VOCABULARY, (config.vocab_size, config.hidden_size))
+    return config.linear_shapes() | dict.fromkeys(VOCABULARY, (config.vocab_size, config.hidden_size))
 
 
 def _unknown(name: str, config: Architecture) -> Problem:
-    parsed = names.parse_adapter(name)
+    parsed = Names.of(config).parse_adapter(name)
     if parsed is None:
-        written = ".default" in name or not name.startswith(names.saved(""))
+        written = ".default" in name or not is_saved(name)
         return Problem(kind="named by state_dict" if written else "unknown", text=f"unknown tensor {shown(name)[1:-1]}")
     layer, linear, _ = parsed
     if layer >= config.num_hidden_layers:
@@ -158,9 +159,10 @@ def _tensor_problems(
             (axis,) = apart
             rank_axis = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}
             is_rank = any(name.endswith(part) and axis == its for part, its in rank_axis.items())
-            is_rows = expected[axis] == config.vocab_size and any(f".{module}." in name for module in names.VOCABULARY)
+            is_rows = expected[axis] == config.vocab_size and any(f".{module}." in name for module in VOCABULARY)
             kind = "rank" if is_rank else "vocabulary" if is_rows else "shape"
-            of_layer = name.endswith(("q_proj.lora_A.weight", "k_proj.lora_A.weight", "v_proj.lora_A.weight"))
+            inputs = tuple(f"{linear.name}.lora_A.weight" for linear in config.attention_inputs)
+            of_layer = name.endswith(inputs)
             number = shape[axis] if is_rows or of_layer else None
         yield Problem(kind=kind, text=text, number=number)
     elif dtype not in ("F32", "F16", "BF16", "F64"):
@@ -170,12 +172,15 @@ def _tensor_problems(
 
 
 def _setting_problems(
-    settings: AdapterConfig, targets: Mapping[names.Target, Target], config: Architecture
+    settings: AdapterConfig, targets: Mapping[Key, Target], config: Architecture
 ) -> Iterator[Problem]:
     """Settings that no such model can have."""
     if not targets:
         yield Problem(kind="no target", text="target_modules match no linear of this model")
-    asked, tokens = settings.settings.get("trainable_token_indices"), settings.token_ids()
+    names = Names.of(config)
+    if (bias := settings.settings.get("bias")) not in (None, "none") and (names.biased or "bias" in names.norm_parts):
+        yield Problem(kind="peft only", text=f"bias is {shown(bias)}: it trained biases of the base's too")
+    asked, tokens = settings.settings.get("trainable_token_indices"), settings.token_ids(names)
     if isinstance(asked, dict):
         served = [name for name in asked if any(t.removesuffix(".weight").endswith(name) for t in tokens)]
         for name in asked.keys() - served:
@@ -184,7 +189,7 @@ def _setting_problems(
             )
     for tensor, token_ids in tokens.items():
         _, name = names.parse_target(tensor) or (None, tensor)
-        if (None, name) in targets or settings.saved(tensor):
+        if (None, name) in targets or settings.saved(names.in_modules(tensor)):
             yield Problem(
                 kind="token", text=f"trainable_token_indices trains rows of {name}, which is trained otherwise as well"
             )
@@ -193,9 +198,7 @@ def _setting_problems(
             yield Problem(kind="vocabulary", text=text)
 
 
-def _beyond_the_layers(
-    targets: Iterable[names.Target], settings: AdapterConfig, config: Architecture
-) -> Iterator[Problem]:
+def _beyond_the_layers(targets: Iterable[Key], settings: AdapterConfig, config: Architecture) -> Iterator[Problem]:
     """What PEFT can do to an embedding or a head, and we cannot."""
     for name in [name for layer, name in targets if layer is None]:
         if config.tie_word_embeddings and not (settings.ties and name == "embed_tokens"):
@@ -221,17 +224,17 @@ def _untied(
     """A model whose head is its embedding stays one model only if both get the same values, as PEFT's does then."""
     if not config.tie_word_embeddings:
         return
-    tied = "the model's head is its embedding (tie_word_embeddings)"
-    embedding, head = wholes[names.EMBEDDING].key, wholes[names.LM_HEAD].key
-    shape = saveable(config)[names.EMBEDDING]
+    names, tied = Names.of(config), "the model's head is its embedding (tie_word_embeddings)"
+    embedding, head = wholes[names.embedding].key, wholes[names.lm_head].key
+    shape = saveable(config)[names.embedding]
     if head in found:
         if embedding not in found or not are_equal(path, head, embedding, shape):
             yield Problem(kind="tied", text=f"{head}: {tied}, and the adapter stores another head")
-    elif settings.saved(names.EMBEDDING) and not settings.ties:
+    elif settings.saved(names.in_modules(names.embedding)) and not settings.ties:
         text = f"{embedding}: {tied}, and the adapter changes one of them only (trained without ensure_weight_tying)"
         yield Problem(kind="tied", text=text)
-    tokens = settings.token_ids()
-    if tokens.get(names.LM_HEAD, tokens.get(names.EMBEDDING)) != tokens.get(names.EMBEDDING):
+    tokens = settings.token_ids(names)
+    if tokens.get(names.lm_head, tokens.get(names.embedding)) != tokens.get(names.embedding):
         yield Problem(
             kind="tied",
             text=f"trainable_token_indices: {tied}, and other rows of the one are trained than of the other",

@@ -14,7 +14,8 @@ import dataclasses
 from collections.abc import Mapping, Set
 
 from convert.adapters.config import AdapterConfig, Target
-from convert.files import names
+from convert.files.names import Names
+from convert.files.names import Target as Key
 from convert.files.shapes import tensor_shapes
 from qlora_jax.model.architecture import Architecture
 
@@ -38,33 +39,36 @@ class Whole:
 
 def saveable(config: Architecture) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that an adapter may store whole, by Hugging Face's names; a tied head too has one."""
-    shapes = tensor_shapes(config)
-    return {**shapes, names.LM_HEAD: shapes[names.EMBEDDING]}
+    shapes, names = tensor_shapes(config), Names.of(config)
+    return {**shapes, names.lm_head: shapes[names.embedding]}
 
 
 def whole_tensors(
-    settings: AdapterConfig, targets: Mapping[names.Target, Target], config: Architecture, found: Set[str]
+    settings: AdapterConfig, targets: Mapping[Key, Target], config: Architecture, found: Set[str]
 ) -> dict[str, Whole]:
     """Hugging Face's name of each tensor that the adapter must or may store whole → what it is called in the file.
 
     Args:
         found: the names in the file.
     """
-    tokens, wholes = settings.token_ids(), {}
+    names = Names.of(config)
+    tokens, wholes = settings.token_ids(names), {}
     tied = config.tie_word_embeddings and settings.ties
     for tensor in saveable(config):
-        saved, is_head = names.saved(tensor), tensor == names.LM_HEAD
+        saved, is_head = names.saved(tensor), tensor == names.lm_head
         copies, unused = (names.trained_copy(tensor),), (names.untrained_copy(tensor),)
-        if settings.saved(tensor) and not (is_head and config.tie_word_embeddings and saved not in found):
+        if settings.saved(names.in_modules(tensor)) and not (
+            is_head and config.tie_word_embeddings and saved not in found
+        ):
             wholes[tensor] = Whole(key=saved, is_required=True, copies=copies, unused=unused)
-        elif is_head and tied and settings.saved(names.EMBEDDING):
+        elif is_head and tied and settings.saved(names.in_modules(names.embedding)):
             wholes[tensor] = Whole(key=saved, copies=copies, unused=unused)
         elif names.parse_target(tensor) in targets or (is_head and tied and (None, "embed_tokens") in targets):
-            if tensor in names.VOCABULARY.values():
+            if tensor in names.vocabulary.values():
                 base = names.stored_base(tensor)
                 wholes[tensor] = Whole(key=base if base in found else saved)  # before 0.6.2 PEFT knew but one name
-        elif tensor in tokens or (is_head and config.tie_word_embeddings and names.EMBEDDING in tokens):
+        elif tensor in tokens or (is_head and config.tie_word_embeddings and names.embedding in tokens):
             wholes[tensor] = Whole(key=names.token_base(tensor))
-        elif tensor in names.VOCABULARY.values():
+        elif tensor in names.vocabulary.values():
             wholes[tensor] = Whole(key=saved)
     return wholes

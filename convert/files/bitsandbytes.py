@@ -11,8 +11,8 @@ A linear `X.weight` of shape [out, in], n = out · in weights in N = ceil(n / 64
 
 Matched to bitsandbytes 0.50 (`QuantState.as_dict`, `Params4bit.from_prequantized`) and transformers' `save_pretrained`. What is read is
 used as it is, nothing is quantized again. Where we depart: the JSON is padded with spaces, which JSON allows, because a file's header
-needs its length before the offset in it is known; and a folder is taken as a whole, every linear of every decoder layer in 4 bits and
-of one type, because the engine compiles one layer for all.
+needs its length before the offset in it is known; and all linears that are in 4 bits must be of one type. Some of a folder's linears may
+be in 16 or 8 bits (`llm_int8_skip_modules`; "dynamic" quantizations): see `convert.files.prequantized`.
 """
 
 import json
@@ -74,8 +74,17 @@ def companion_of(tensor: str) -> str | None:
     return match[1] if match else None
 
 
-def quantization_config(quantization: QuantizationSettings) -> dict[str, Any]:
-    """The block of `config.json`, as transformers writes it."""
+def is_packed(folder: ModelFolder, name: str) -> bool:
+    """Whether a weight of a folder that was checked is in 4 bits."""
+    return f"{name}.absmax" in folder
+
+
+def quantization_config(quantization: QuantizationSettings, skipped: Sequence[str] = ()) -> dict[str, Any]:
+    """The block of `config.json`, as transformers writes it.
+
+    Args:
+        skipped: modules beside the text model, which are not in 4 bits.
+    """
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -85,7 +94,9 @@ def quantization_config(quantization: QuantizationSettings) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": quantization.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,  # transformers then skips the head by itself
+        "llm_int8_skip_modules": ["lm_head", *skipped]
+        if skipped
+        else None,  # without, transformers skips the head by itself
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

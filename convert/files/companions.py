@@ -1,7 +1,7 @@
 """What goes along with a model's weights: tokenizer, all its chat templates, generation config, licence; below the folder too.
 
 Left behind are weights and pickles of whatever format, Python code (none of it is run here, and what is written computes what
-transformers' own Llama computes), model cards, which describe another model, hidden files, files too large to be a companion, and folders
+transformers' own models compute), model cards, which describe another model, hidden files, files too large to be a companion, and folders
 below that are artifacts of their own: another model, an adapter, a training's checkpoint, the same weights in another format.
 """
 

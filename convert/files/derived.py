@@ -139,6 +139,8 @@ def _config(folder: ModelFolder, quantization_config: dict[str, Any] | None) -> 
     config = {key: value for key, value in folder.config.items() if key not in ("quantization_config", "auto_map")}
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:  # the older name too, where it is there
         config[key] = "bfloat16"
+        if isinstance(text := config.get("text_config"), dict) and key in text:
+            config["text_config"] = text | {key: "bfloat16"}
     if has_own_head(folder):
         config["tie_word_embeddings"] = False
     if quantization_config is not None:

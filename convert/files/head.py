@@ -1,6 +1,7 @@
 """Whether a model's head is its embedding, which `config.json` alone does not say.
 
-A checkpoint may set `tie_word_embeddings` and hold an `lm_head.weight` all the same. transformers 5 ties only equal matrices: a copy of the
+A checkpoint may set `tie_word_embeddings`, or leave it to its family's default, and hold an `lm_head.weight`
+all the same. transformers 5 ties only equal matrices: a copy of the
 embedding is the embedding, any other matrix is the head, whatever the flag says. So here.
 """
 
@@ -9,9 +10,9 @@ import functools
 import ml_dtypes
 import numpy as np
 
-from convert.files import names
 from convert.files.folder import ModelFolder
 from convert.files.shards import FLOATS
+from convert.files.stated import names_of, stated_architecture
 
 COMPARED = 2**21
 """Elements compared at a time."""
@@ -22,22 +23,23 @@ def is_tied(folder: ModelFolder) -> bool:
     """Whether the head is the embedding. Reads both matrices if `config.json` says so and both are in the folder.
 
     Raises:
-        InputError: the file was cut off meanwhile.
+        InputError: the config is not supported, or the file was cut off meanwhile.
     """
-    if not folder.config.get("tie_word_embeddings"):
+    if not stated_architecture(folder).tie_word_embeddings:
         return False
-    if names.LM_HEAD not in folder or names.EMBEDDING not in folder:
+    names = names_of(folder)
+    if names.lm_head not in folder or names.embedding not in folder:
         return True
-    embedding, head = folder.spec(names.EMBEDDING), folder.spec(names.LM_HEAD)
+    embedding, head = folder.spec(names.embedding), folder.spec(names.lm_head)
     if embedding.shape != head.shape or not {embedding.dtype, head.dtype} <= FLOATS:
         return False
-    pieces = zip(folder.pieces(names.EMBEDDING, COMPARED), folder.pieces(names.LM_HEAD, COMPARED), strict=True)
+    pieces = zip(folder.pieces(names.embedding, COMPARED), folder.pieces(names.lm_head, COMPARED), strict=True)
     return all(_equal(*pair) for pair in pieces)
 
 
 def has_own_head(folder: ModelFolder) -> bool:
     """Whether a head is stored that `config.json` denies."""
-    return bool(folder.config.get("tie_word_embeddings")) and not is_tied(folder)
+    return stated_architecture(folder).tie_word_embeddings and not is_tied(folder)
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from convert.files import names
 from convert.files.folder import ModelFolder
+from convert.files.stated import names_of
 from qlora_jax.ops import nf4
 
 LAYERS, PLACES, BLOCKS = 4, 2, 32
@@ -71,6 +71,7 @@ def look(folder: ModelFolder) -> Seen | None:
 
 def _sample(folder: ModelFolder) -> Iterator[np.ndarray]:
     """Blocks [n, 64] float32 of some linears, none of zeros only."""
+    names = names_of(folder)
     linears = {name: parsed[0] for name in folder.names if (parsed := names.parse_linear(name)) is not None}
     layers = sorted(set(linears.values()))
     chosen = {layers[index] for index in np.linspace(0, len(layers) - 1, LAYERS).astype(int)} if layers else set()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from convert.files import bitsandbytes
+from convert.files import bitsandbytes, int8
 from convert.files.ahead import Shared, in_order
 from convert.files.folder import ModelFolder, aligned
 from qlora_jax.config import QuantizationSettings
@@ -78,7 +78,7 @@ def quantized(folder: ModelFolder, name: str, quantization: QuantizationSettings
     Raises:
         InputError: a weight or a scale is not finite.
     """
-    if folder.is_4bit:
+    if bitsandbytes.is_packed(folder, name):
         return bitsandbytes.read(folder, name)
     shape = folder.spec(name).shape
     if jax.default_backend() != "cpu":
@@ -106,8 +106,10 @@ def through_4_bits(folder: ModelFolder, name: str, quantization: QuantizationSet
     Raises:
         InputError: (a task of the first pass) a weight or a scale is not finite.
     """
-    if folder.is_4bit:
+    if bitsandbytes.is_packed(folder, name):
         return iter(()), _dequantized(folder, name, quantization)
+    if folder.is_4bit:  # one of the linears that are not
+        return iter(()), bfloat16_rows(folder, name)
     shape = folder.spec(name).shape
     if jax.default_backend() != "cpu":
         sent = [Shared(functools.partial(_send, folder, name, *part)) for part in _parts(folder, name)]
@@ -208,7 +210,8 @@ def read_bfloat16(folder: ModelFolder, name: str) -> np.ndarray:
     Raises:
         InputError: a value is not finite then.
     """
-    tensor = folder.read(name).astype(ml_dtypes.bfloat16, copy=False)
+    shape = folder.spec(name).shape
+    tensor = _cast(folder, name, 0, math.prod(shape)).reshape(shape)
     if not _is_finite(tensor):
         nf4.check_finite(tensor, f"{folder.path}: {name}")
     return tensor
@@ -226,7 +229,10 @@ def _parts(folder: ModelFolder, name: str) -> Iterator[tuple[int, int]]:
 
 
 def _cast(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:
-    return folder.elements(name, begin, size).astype(ml_dtypes.bfloat16, copy=False)
+    values = folder.elements(name, begin, size)
+    if values.dtype == np.int8:
+        values = int8.decoded(folder, name, values, begin)
+    return values.astype(ml_dtypes.bfloat16, copy=False)
 
 
 def _finite(folder: ModelFolder, name: str, begin: int, size: int) -> np.ndarray:

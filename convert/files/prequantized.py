@@ -1,33 +1,75 @@
-"""Model folders that are in bitsandbytes' 4 bits already: whether everything in one is as it must be, and what the linears are in."""
+"""Model folders that are in bitsandbytes' 4 bits already: whether everything in one is as it must be, and what the linears are in.
+
+Those that are not in 4 bits are used as they are: in bfloat16, or in the bfloat16 that 8 bits decode to (`convert.files.int8`).
+"""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from convert.files import bitsandbytes, int8
 from convert.files.bitsandbytes import STATE, QuantState, companion_of, parse_state, read_state, specs
-from convert.files.folder import ModelFolder, some
+from convert.files.folder import ModelFolder
 from convert.files.shards import TensorSpec
+from convert.files.stated import names_of, stated_architecture
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.ops import nf4
 
+BFLOAT16_BYTES = 2
 MAP_TOLERANCE = 1e-6
 """Relative. Dequantizing uses our maps, not the stored ones: with equal ones (all we have seen) its bits are bitsandbytes' own. A map
 computed by another version or on another CPU may be an ulp (1.2e-7) off; a value further away makes it another format."""
 
 
+def plain_linears(folder: ModelFolder) -> list[str]:
+    """The linears of a 4-bit folder that are not in 4 bits, by tensor name, in the order of the folder."""
+    names = names_of(folder)
+    return [
+        name
+        for name in folder.names
+        if names.parse_linear(name) is not None and not bitsandbytes.is_packed(folder, name)
+    ]
+
+
+def extra_bytes(folder: ModelFolder, quantization: QuantizationSettings) -> list[int]:
+    """For each layer, by how many bytes its linears that are not in 4 bits are larger than if they were."""
+    names = names_of(folder)
+    extra = [0] * stated_architecture(folder).num_hidden_layers
+    for name in plain_linears(folder) if folder.is_4bit else ():
+        shape = folder.spec(name).shape
+        parsed = names.parse_linear(name)
+        extra[0 if parsed is None else parsed[0]] += BFLOAT16_BYTES * math.prod(shape) - _packed_bytes(
+            shape, quantization
+        )
+    return extra
+
+
+def _packed_bytes(shape: tuple[int, ...], quantization: QuantizationSettings) -> int:
+    """Bytes of a linear in 4 bits in memory: codes and scales."""
+    blocks = -(-math.prod(shape) // nf4.BLOCK_SIZE)
+    nested = -(-blocks // nf4.ABSMAX_BLOCK_SIZE) + 1  # and the offset
+    return -(-math.prod(shape) // 2) + (blocks + 4 * nested if quantization.double_quant else 4 * blocks)
+
+
 def plain_specs(folder: ModelFolder, shard: str) -> list[TensorSpec]:
-    """A shard's tensors as an unquantized folder would have them: no companions, 4-bit linears as BF16 [out, in]."""
+    """A shard's tensors as an unquantized folder would have them: no companions, linears in 4 or 8 bits as BF16 [out, in]."""
     if not folder.is_4bit:
         return folder.specs(shard)
     weights = {companion_of(name) for name in folder.names}
-    return [
-        TensorSpec(spec.name, "BF16", read_state(folder, spec.name).shape) if spec.name in weights else spec
-        for spec in folder.specs(shard)
-        if companion_of(spec.name) is None
-    ]
+    found = []
+    for spec in folder.specs(shard):
+        if companion_of(spec.name) is not None or int8.is_companion(folder, spec.name):
+            continue
+        if spec.name in weights:
+            spec = TensorSpec(spec.name, "BF16", read_state(folder, spec.name).shape)
+        elif spec.dtype == "I8":
+            spec = TensorSpec(spec.name, "BF16", spec.shape)
+        found.append(spec)
+    return found
 
 
 def settle(folder: ModelFolder, asked: QuantizationSettings, *, where: object, fix: str) -> QuantizationSettings:
@@ -66,11 +108,11 @@ def check(folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]) -> list[st
     problems = [
         f"{weight}: in 4 bits; only the linears of decoder layers can be"
         for weight in companions
-        if weight not in shapes
+        if weight not in shapes and not names_of(folder).is_beside(weight)
     ]
-    plain = sorted(name for name in shapes if name not in companions and name in folder)
-    if plain:
-        problems.append(f"{len(plain)} of {len(shapes)} linears are not in 4 bits ({some(plain)}): all or none must be")
+    for name in sorted(shapes.keys() - companions.keys()):
+        if name in folder and int8.is_int8(folder, name):
+            problems += int8.problems(folder, name, shapes[name])
     kinds: set[tuple[str, bool]] = set()
     for name in companions.keys() & shapes.keys():
         state = parse_state(folder, name, [tensor for tensor in companions[name] if STATE in tensor])

@@ -208,7 +208,7 @@ def _collection(path: Path, names: set[str]) -> Recognized | None:
             what="the hub's cache of a model", do=f"give the model's id, {model}, or the folder of a snapshot in it"
         )
     if "model_index.json" in names:
-        return Recognized(what="a diffusion pipeline", do="give a Llama")
+        return Recognized(what="a diffusion pipeline", do="give a language model")
     inner = [
         name
         for name in sorted(names)[:100]
@@ -254,10 +254,7 @@ def _data_or_tokenizer(path: Path, names: set[str]) -> Recognized | None:
 
 
 def _gguf(folder: Path, name: str) -> Recognized:
-    do = (
-        "give the model it was made from; or, where that is lost, write its weights as safetensors: "
-        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={name!r}).save_pretrained(DIR), the tokenizer likewise"
-    )
+    do = f"give it as the model, which is converted once: {folder / name}; better, give the model it was made from"
     return Recognized(what="a GGUF file, llama.cpp's format", do=do)
 
 

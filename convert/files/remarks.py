@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from convert.files import names
+from convert.files import int8, prequantized
 from convert.files.companions import left_behind
 from convert.files.folder import ModelFolder, some
 from convert.files.head import has_own_head
+from convert.files.names import Names
 from convert.files.shards import FLOATS
+from convert.files.stated import text_keys
 from qlora_jax.data import ModelLimits
 from qlora_jax.model.architecture import Architecture
 
@@ -24,6 +26,7 @@ FREQUENCY_TOLERANCE = 2.0**-7
 
 def limits_of(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> ModelLimits:
     """What `config.json` and tokenizer say of token ids and lengths."""
+    config = text_keys(config)
     stated = {
         "max_position_embeddings in config.json": config.get("max_position_embeddings"),
         "model_max_length in tokenizer_config.json": tokenizer.model_max_length,
@@ -40,6 +43,7 @@ def remarks(folder: ModelFolder, config: Architecture, tokenizer: PreTrainedToke
             f"{folder.path}: tie_word_embeddings is true, but lm_head.weight is another matrix than the embedding: it is used, as "
             "transformers does"
         )
+    yield from _not_in_4_bits(folder)
     yield from _unused_frequencies(folder, config)
     yield from tokens_without_row(folder.path, config.vocab_size, tokenizer)
     if unused := left_behind(folder.path):
@@ -63,17 +67,27 @@ def tokens_without_row(where: Path, vocab_size: int | None, tokenizer: PreTraine
         )
 
 
+def _not_in_4_bits(folder: ModelFolder) -> Iterator[str]:
+    """Linears of a 4-bit folder that are in another format, each of which is its own."""
+    plain = prequantized.plain_linears(folder) if folder.is_4bit else []
+    in_8_bits = [name for name in plain if int8.is_int8(folder, name)]
+    if in_16_bits := [name for name in plain if name not in in_8_bits]:
+        yield f"{folder.path}: {len(in_16_bits)} linears are not in 4 bits ({some(in_16_bits)}): used in bfloat16, as they are"
+    if in_8_bits:
+        yield f"{folder.path}: {len(in_8_bits)} linears are in 8 bits ({some(in_8_bits)}): used in the bfloat16 that they decode to"
+
+
 def _unused_frequencies(folder: ModelFolder, config: Architecture) -> Iterator[str]:
     """Old checkpoints store rotary frequencies; the ones that follow from `config.json` are used, here and in transformers."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    expected = config.rope_theta**-exponents
+    ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
+    expected = np.array(ropes[0].frequencies if ropes else (), np.float64)
+    names = Names.of(config)
     for name in folder.names:
         if names.is_ignored(name) and folder.spec(name).dtype in FLOATS:
             stored = folder.read(name).astype(np.float64)
             if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=FREQUENCY_TOLERANCE, atol=0):
                 yield (
-                    f"{folder.path}: {name} holds other frequencies than follow from config.json (rope_theta {config.rope_theta:g}), whose "
-                    "are used, as in transformers"
+                    f"{folder.path}: {name} holds other frequencies than follow from config.json, whose are used, as in transformers"
                 )
                 return
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 from convert.adapters.delta import Base
-from convert.files import names, prequantized
+from convert.files import prequantized
 from convert.files.derived import SPARE_BYTES
 from convert.files.folder import ModelFolder
+from convert.files.names import Names
 from convert.files.shapes import tensor_shapes
 from convert.files.shards import TensorSpec
 from convert.quantize import quantized_specs
@@ -26,13 +27,13 @@ def tensors_for(config: Architecture) -> list[TensorSpec]:
     return [TensorSpec(name, "BF16", shape) for name, shape in tensor_shapes(config).items()]
 
 
-def quantized_bytes(tensors: Iterable[TensorSpec], quantization: QuantizationSettings) -> int:
+def quantized_bytes(tensors: Iterable[TensorSpec], names: Names, quantization: QuantizationSettings) -> int:
     """Of the folder that `convert.quantize` makes of these tensors, at most; without its companions, such as the tokenizer."""
     kept = (spec for spec in tensors if not names.is_ignored(spec.name))
-    return _total(new for spec in kept for new in quantized_specs(spec, quantization))
+    return _total(new for spec in kept for new in quantized_specs(spec, names, quantization))
 
 
-def merged_bytes(tensors: Iterable[TensorSpec], target_modules: Sequence[str], base: Base) -> int:
+def merged_bytes(tensors: Iterable[TensorSpec], names: Names, target_modules: Sequence[str], base: Base) -> int:
     """The same of the folder that `convert.merge` makes of them, with an adapter on linears so named."""
 
     def changes(spec: TensorSpec) -> bool:

@@ -15,29 +15,23 @@ Each matrix is read when its turn comes, some rows at a time, so memory does not
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from convert.adapters.adapter import Adapter
 from convert.adapters.delta import Base, Pair, adapted, base_rows, dora_factor, merged_weight
-from convert.files import names, pieces
+from convert.files import pieces
 from convert.files.ahead import in_order
 from convert.files.folder import ModelFolder
+from convert.jobs.check_layer import SideLayer, abstract_layer, apart, norm, xielu
 from convert.load import read_config
 from qlora_jax.base.errors import InputError
-from qlora_jax.config import QuantizationSettings
 from qlora_jax.model.architecture import Architecture
-from qlora_jax.model.decoder import DecoderLayer, RMSNorm
-from qlora_jax.model.linear import FrozenParam
-from qlora_jax.ops import twins
-from qlora_jax.ops.operands import Rotation
 
 NUM_TOKENS = 16
 ROOM = 2.0
@@ -46,6 +40,7 @@ side of a rounding for a few weights in a thousand, which changes the distance b
 FLOAT32_NOISE = 1e-5
 """Of the norm of what is compared: float32 sums of thousands of products err by 4e-6 where a delta so small is lost to rounding whole."""
 ADAPTED, ROUNDED, MERGED = 0, 1, 2
+MODELS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,50 +126,66 @@ class _Models:
         self, folder: ModelFolder, adapter: Adapter, merged: ModelFolder, base: Base, config: Architecture
     ) -> None:
         self.folder, self.adapter, self.merged, self.base, self.config = folder, adapter, merged, base, config
-        self._layer = _abstract_layer(config)
+        self.names, self._layer = adapter.names, functools.cache(functools.partial(abstract_layer, config))
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """token_ids [T] → [3, T, D] float32."""
-        out, pair = np.empty((3, token_ids.size, self.config.hidden_size), np.float32), self._pair(names.EMBEDDING)
-        for rows, values in self._plain_rows(names.EMBEDDING):
+        out, pair = np.empty((3, token_ids.size, self.config.hidden_size), np.float32), self._pair(self.names.embedding)
+        for rows, values in self._plain_rows(self.names.embedding):
             inside = (token_ids >= rows.start) & (token_ids < rows.stop)
             if not inside.any():
                 continue
             chosen = token_ids[inside] - rows.start
             weight = np.asarray(values())[chosen]
             out[:MERGED, inside] = weight
-            out[MERGED, inside] = self._theirs(names.EMBEDDING, rows)[chosen]
+            out[MERGED, inside] = self._theirs(self.names.embedding, rows)[chosen]
             if pair is not None:
                 part = dataclasses.replace(pair, lora_b=pair.lora_b[token_ids[inside]])
                 weight = weight.astype(ml_dtypes.bfloat16)
                 out[ADAPTED, inside] = adapted(weight, part)
                 out[ROUNDED, inside] = merged_weight(weight, part)
-        return out
+        return out * np.float32(self.config.embed_scale)
 
-    def layer(self, layer: int) -> DecoderLayer:
+    def layer(self, layer: int) -> SideLayer:
         """A decoder layer for h [3, T, D], whose linears read their weights when they are called."""
-        module = self._layer
-        for name in names.NORM_NAMES:
-            setattr(module, name, functools.partial(_apart, self._norm(names.norm(layer, name))))
+        config, names = self.config, self.names
+        module = self._layer(config.kinds[layer])
+        for name in names.norms:
+            weight, *bias = (self._vectors(names.norm(layer, name, part)) for part in names.norm_parts)
+            setattr(module, name, apart(norm(config, weight, *bias), MODELS))
+        for name in names.qk_norms:
+            setattr(module, name, norm(config, self._vectors(names.qk_norm(layer, name))))
+        if names.activation:
+            numbers = {name: self._vectors(names.act_fn(layer, name)) for name in names.activation}
+            module.act_fn = apart(xielu(numbers), MODELS)
         module.linear = functools.partial(self._linear, layer)
         return module
 
     def head(self, h: jax.Array) -> np.ndarray:
         """h [3, T, D] → logits [3, T, V] float32."""
-        x = np.asarray(self._norm(names.FINAL_NORM)(h))
-        return np.asarray(self._product(names.EMBEDDING if self.config.tie_word_embeddings else names.LM_HEAD, x))
+        config, names = self.config, self.names
+        weight, *bias = (self._vectors(names.final_norm_part(part)) for part in names.norm_parts)
+        x = np.asarray(norm(config, weight, *bias)(h))
+        logits = np.asarray(self._product(names.embedding if config.tie_word_embeddings else names.lm_head, x))
+        logits = logits * np.float32(config.logit_scale)
+        cap = config.logit_softcap
+        return logits if cap is None else np.float32(cap) * np.tanh(logits / np.float32(cap))
 
     def _linear(self, layer: int, name: str, x: jax.Array) -> jax.Array:
         """x [3, T, in], or the same as [3 · T, in] → float32, each row by its own model."""
-        return _apart(functools.partial(self._product, names.linear(layer, name)), x)
+        y = apart(functools.partial(self._product, self.names.linear(layer, name)), MODELS)(x)
+        if name not in self.names.biased:
+            return y
+        bias = self._vectors(self.names.bias(layer, name))[:, None]
+        return (y.reshape(MODELS, NUM_TOKENS, -1) + bias).reshape(y.shape)
 
     def _pair(self, tensor: str) -> Pair | None:
-        return self.adapter.pairs.get(names.parse_target(tensor))
+        return self.adapter.pairs.get(self.names.parse_target(tensor))
 
     def _product(self, tensor: str, x: jax.Array | np.ndarray) -> jax.Array:
         """x [3, T, in] → [3, T, out] float32 by a weight, with its adapter if it has one."""
         pair, stored = self._pair(tensor), self.adapter.saved.get(tensor)
-        through_4_bits = self.base == "dequantized" and names.parse_linear(tensor) is not None and stored is None
+        through_4_bits = self.base == "dequantized" and self.names.parse_linear(tensor) is not None and stored is None
         columns = _columns(np.asarray(x))
         y = np.empty((3, self.merged.spec(tensor).shape[0], NUM_TOKENS), np.float32)
         rows_of, down = self._plain_rows(tensor), None
@@ -200,17 +211,11 @@ class _Models:
             pass
         return jnp.asarray(y.swapaxes(1, 2))
 
-    def _norm(self, name: str) -> RMSNorm:
-        """A norm for [3, T, D], with each model's own weight."""
-        ours = (
-            self.adapter.saved[name].astype(ml_dtypes.bfloat16)
-            if name in self.adapter.saved
-            else self.folder.read(name)
-        )
-        norm = nnx.eval_shape(lambda: RMSNorm(self.config.hidden_size, self.config.rms_norm_eps))
-        weights = np.stack([ours, ours, self.merged.read(name)]).astype(np.float32)[:, None]
-        norm.weight = FrozenParam(jnp.asarray(weights))
-        return norm
+    def _vectors(self, name: str) -> jax.Array:
+        """Each model's own of a tensor that is no matrix: [3, ...] float32."""
+        saved = self.adapter.saved
+        ours = saved[name].astype(ml_dtypes.bfloat16) if name in saved else self.folder.read(name)
+        return jnp.asarray(np.stack([ours, ours, self.merged.read(name)]).astype(np.float32))
 
     def _plain_rows(self, name: str) -> pieces.Rows:
         """A matrix without a delta: base + adapter's, in the dtype it has."""
@@ -236,55 +241,6 @@ def _times(weight: jax.Array, columns: jax.Array) -> jax.Array:
     return jnp.matmul(weight.astype(jnp.float32), columns, precision=jax.lax.Precision.HIGHEST)
 
 
-def _apart(part: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """What a part of a layer makes of x [3, T, in]; of a layer that works on [3 · T, in] at once, in that form."""
-    return part(x.reshape(3, NUM_TOKENS, -1)).reshape(*x.shape[:-1], -1)
-
-
 def _columns(x: np.ndarray) -> np.ndarray:
     """[3, T, in] → [3, in, T], in memory too: W·xᵀ is several times as fast as x·Wᵀ where tokens are few."""
     return np.ascontiguousarray(x.swapaxes(1, 2))
-
-
-class _Layer(DecoderLayer):
-    """A decoder layer whose linears are `linear(name, x)`, and whose norms are any functions."""
-
-    def normed(self, name: str, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """As a `DecoderLayer`."""
-        return getattr(self, name)(h), h
-
-    def project(
-        self,
-        names: Sequence[str],
-        x: jax.Array,
-        key: None,
-        *,
-        residual: jax.Array | None = None,
-        rotation: Rotation | None = None,
-        rotated: Sequence[bool] = (False,),
-    ) -> list[jax.Array]:
-        """As a `DecoderLayer`; its sharing is not for us."""
-        if x.ndim == 4:  # heads side by side
-            x = x.reshape(*x.shape[:2], -1)
-        outputs = [self.linear(name, x) for name in names]
-        if residual is not None:
-            outputs[0] += residual
-        if rotation is not None:
-            outputs = [_turn(y, rotation) if turned else y for y, turned in zip(outputs, rotated, strict=True)]
-        return outputs
-
-    def feed_forward(self, x: jax.Array, residual: jax.Array, *unused: Any) -> jax.Array:
-        """As a `DecoderLayer`."""
-        inner = twins.plain_swiglu(*self.project(("gate_proj", "up_proj"), x, None))
-        (out,) = self.project(("down_proj",), inner, None, residual=residual)
-        return out
-
-
-def _turn(y: jax.Array, rotation: Rotation) -> jax.Array:
-    """y [3, T, heads · P], rotated."""
-    return twins.plain_rotate(y.reshape(-1, y.shape[-1]), rotation).reshape(y.shape)
-
-
-def _abstract_layer(config: Architecture) -> _Layer:
-    """A decoder layer without weights."""
-    return nnx.eval_shape(lambda: _Layer(config, None, QuantizationSettings(), "xla", nnx.Rngs(0)))

@@ -21,7 +21,7 @@ from qlora_jax.config import QuantizationSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine.engine import Engine, Weights
 from qlora_jax.model.architecture import Architecture
-from qlora_jax.model.decoder import default_attention
+from qlora_jax.model.attention import default_attention
 from qlora_jax.runtime import machine
 from qlora_jax.runtime.machine import device_memory
 from qlora_jax.runtime.placement import READ_AHEAD, SLOTS, one_device

@@ -27,11 +27,12 @@ import pydantic
 
 from convert.adapters.adapter import Adapter
 from convert.adapters.delta import base_rows
-from convert.files import levels, names
+from convert.files import levels
 from convert.files.ahead import in_order
 from convert.files.folder import ModelFolder
 from convert.files.pieces import Values
 from convert.files.shards import write_json
+from convert.files.stated import names_of
 from convert.jobs.job import Log
 from qlora_jax.base.errors import InputError
 from qlora_jax.config import QuantizationSettings
@@ -179,6 +180,7 @@ def _share(share: float) -> str:
 
 def _tasks(folder: ModelFolder, adapter: Adapter, merged: ModelFolder) -> Iterator[Callable[[], Any]]:
     """Each counts some rows of an adapted linear."""
+    names = adapter.names
     for name in merged.names:
         target = names.parse_target(name)
         if names.parse_linear(name) is None or target not in adapter.pairs or name in adapter.saved:
@@ -234,6 +236,7 @@ def _blocks(weight: jax.Array) -> jax.Array:
 
 def _fingerprint(folder: ModelFolder) -> str:
     """SHA-256 of some of the linears' first elements in bfloat16: the same however they are dealt to files, and in float32 too."""
+    names = names_of(folder)
     linears = sorted(name for name in folder.names if names.parse_linear(name) is not None)
     digest = hashlib.sha256()
     for name in linears[:: max(1, len(linears) // FINGERPRINT_TENSORS)]:

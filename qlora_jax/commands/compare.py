@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 
 from convert.adapters.adapter import as_adapters, load_adapter, plain_settings, save_adapter
-from convert.files import names
-from convert.files.prequantized import settle
+from convert.files.names import Names
+from convert.files.prequantized import plain_linears, settle
 from convert.jobs.job import refuse_existing
 from convert.jobs.requantize import check_requantize
 from convert.load import load_weights
@@ -27,13 +27,13 @@ from qlora_jax.compare.ours import PARTS, linear_key
 from qlora_jax.compare.process import require_libraries
 from qlora_jax.compare.report import as_json, show, write
 from qlora_jax.compare.stages import Comparison
-from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings, TrainingSettings
+from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.config.arguments import path_argument, text_argument
 from qlora_jax.config.section import MAX_WHOLE
 from qlora_jax.data import Batch, Batches, RawRow, padding_id
 from qlora_jax.data.corpus import read_examples, tokenize_rows
 from qlora_jax.engine.engine import Adapters, Engine
-from qlora_jax.model.decoder import default_attention
+from qlora_jax.model.attention import default_attention
 
 EXIT_EXCEEDED = 1
 FRESH_B = 0.01
@@ -238,9 +238,10 @@ def make_adapter(folder: Path, model: BaseModel, lora: LoraSettings, quantizatio
 
     shapes = model.config.linear_shapes()
     layers = [
-        {name: {"adapter": pair(*shapes[name])} for name in lora.targets} for _ in range(model.config.num_hidden_layers)
+        {name: {"adapter": pair(*shapes[name])} for name in lora.targets(shapes)}
+        for _ in range(model.config.num_hidden_layers)
     ]
-    save_adapter(folder, layers, lora, quantization, model.name_or_path)
+    save_adapter(folder, layers, lora, quantization, model.name_or_path, architecture=model.config)
     return folder
 
 
@@ -278,14 +279,14 @@ def compare_model(
 
 def subject_of(model: BaseModel, adapter: Path, lora: LoraSettings, quantization: QuantizationSettings) -> Subject:
     """What is compared, with the names that it has over there."""
-    layers = range(model.config.num_hidden_layers)
-    linears = {
-        linear_key(i, name): names.linear(i, name).removesuffix(".weight") for i in layers for name in LINEAR_NAMES
-    }
+    layers, names = range(model.config.num_hidden_layers), Names.of(model.config)
+    plain = set(plain_linears(model.folder)) if model.folder.is_4bit else set()
+    every = ((i, name) for i in layers for name in names.paths)
+    linears = {linear_key(*key): names.module(*key) for key in every if names.linear(*key) not in plain}
     adapters = {
         f"{linear_key(i, name)}.{part}": names.adapter(i, name, part)
         for i in layers
-        for name in lora.targets
+        for name in lora.targets(names.paths)
         for part in PARTS
     }
     return Subject(

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from convert.adapters.adapter import Adapter, as_adapters
 from convert.cache import cached_folder, discard
+from convert.files.prequantized import extra_bytes
+from convert.files.stated import modules_beside
 from convert.files.verified import DamagedError
 from convert.hub import cache_dir
 from convert.load import load_weights, total_bytes
@@ -21,7 +23,6 @@ from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained
 from qlora_jax.commands.prepare import PreparedRun
 from qlora_jax.config import Config
-from qlora_jax.data import Batches
 from qlora_jax.engine import optimizer
 from qlora_jax.engine.compiled_memory import Ahead, StepShapes
 from qlora_jax.engine.engine import Adapters, Engine, Weights
@@ -56,7 +57,7 @@ def execute(run: PreparedRun, command: Sequence[str]) -> None:
         engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
         weights = load(config, engine, model, plan, run.space, console, phases)
         adapters = first_adapters(config, engine, model, run.start)
-        describe(config, engine, weights, adapters, run.training, console)
+        describe(run, engine, weights, adapters)
         samples = make_samples(
             config, engine, weights, run.conversation, folder.path / "samples.jsonl", console, run.resumed
         )
@@ -122,18 +123,27 @@ def first_adapters(config: Config, engine: Engine, model: BaseModel, start: Adap
     return as_adapters(start, model.config, engine.adapters, config.lora.dtype)[1]
 
 
-def describe(
-    config: Config, engine: Engine, weights: Weights, adapters: Adapters, training: Batches, console: Console
-) -> None:
-    """What is about to run, in three lines."""
-    layers = nbytes(engine.abstract_layer) * len(weights.layers)
+def describe(run: PreparedRun, engine: Engine, weights: Weights, adapters: Adapters) -> None:
+    """Print what is about to run, in three lines."""
+    config, training, console = run.config, run.training, run.console
+    others = extra_bytes(run.model.folder, config.quantization)  # some linears may not be in 4 bits
+    layers = nbytes(engine.abstract_layer) * len(weights.layers) + sum(others)
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     places, quant_type = config.memory, config.quantization.quant_type
     console.print(
         f"{len(weights.layers)} layers in {quant_type.upper()}: {layers / 2**20:,.0f} MiB ({places.base_weights}), embedding and head: "
         f"{nbytes(weights.embedding) / 2**20:,.0f} MiB, {engine.compute_dtype.name} on {device_kind()}"
     )
-    console.print(f"LoRA r={config.lora.r} on {', '.join(config.lora.targets)}: {trainable:,} trainable parameters")
+    targets = config.lora.targets(engine.config.linears)
+    rest = [
+        *(name for name in engine.config.linears if name not in targets),
+        "lm_head",
+        *modules_beside(run.model.folder),
+    ]
+    console.print(
+        f"LoRA r={config.lora.r} on {', '.join(targets)} of each of {len(weights.layers)} layers: {trainable:,} trainable parameters; "
+        f"not adapted: {', '.join(rest)}"
+    )
     rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
     name = "packed lines" if config.data.packing else "rows"
     console.print(f"{len(training)} optimizer steps of {rows} {name}, {training.epoch(len(training)):.2f} epochs")

@@ -29,7 +29,9 @@ def save(folder: Path, adapters: Adapters, config: Config, model: BaseModel, con
     """
     generation = with_stops(generation_config(model.folder.path, model.folder.config), conversation.stop_ids)
     with replacing_folder(folder) as aside:
-        write_adapter(aside, adapters, config.lora, config.quantization, config.model.name_or_path)
+        write_adapter(
+            aside, adapters, config.lora, config.quantization, config.model.name_or_path, architecture=model.config
+        )
         save_template(conversation.template, aside)
         write_json(aside / GENERATION_CONFIG, generation)
 

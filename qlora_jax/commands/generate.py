@@ -22,7 +22,8 @@ from qlora_jax.data.chat.codec import decode
 from qlora_jax.engine.engine import Adapters, Engine, Weights
 from qlora_jax.engine.generation import Sampling, generate
 from qlora_jax.model.architecture import Architecture
-from qlora_jax.model.decoder import default_attention, default_compute_dtype
+from qlora_jax.model.attention import default_attention
+from qlora_jax.model.decoder import default_compute_dtype
 from qlora_jax.ops import nf4
 from qlora_jax.runtime import machine
 from qlora_jax.runtime.machine import device_kind

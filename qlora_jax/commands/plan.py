@@ -14,6 +14,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from convert.adapters.targets import resolve_targets
 from convert.hub import cache_dir
 from convert.model import open_shape
 from qlora_jax.base.console import make_console
@@ -24,7 +25,7 @@ from qlora_jax.config import Config, MemorySettings, load_config
 from qlora_jax.config.arguments import path_argument
 from qlora_jax.data.batching.batches import LENGTH_MULTIPLE
 from qlora_jax.model.architecture import Architecture
-from qlora_jax.model.decoder import default_attention
+from qlora_jax.model.attention import default_attention
 from qlora_jax.planning import remembered
 from qlora_jax.planning.budget import PINNED_SLACK, Limits, Plan
 from qlora_jax.planning.estimate import Job
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
     console = make_console(stderr=options.json)
     config = load_config(options.config, options.overrides)
     shape = open_shape(config.model.name_or_path, log=console.print)
+    config = config.model_copy(update={"lora": resolve_targets(config.lora, shape)})
     length = LENGTH_MULTIPLE * -(-config.data.max_seq_length // LENGTH_MULTIPLE)
     sizes = {name: _size(name, getattr(options, name.replace("-", "_"))) for name in SIZES}
     if sizes["gpu-memory"] is None:
@@ -99,7 +101,7 @@ def _size(option: str, text: str | None) -> int | None:
         raise InputError(f"--{option}", found=repr(text), expected=str(error).removeprefix("expected ")) from None
 
 
-def make_job(config: Config, shape: Architecture, length: int, *, on_gpu: bool) -> Job:
+def make_job(config: Config, shape: Architecture, length: int, *, on_gpu: bool, extra_bytes: Sequence[int] = ()) -> Job:
     """What the settings ask for, its longest row having `length` tokens."""
     training, data = config.training, config.data
     held_out = data.eval_source is not None or data.eval_fraction > 0
@@ -117,6 +119,7 @@ def make_job(config: Config, shape: Architecture, length: int, *, on_gpu: bool) 
         on_gpu=on_gpu,
         eval_rows=training.per_device_eval_batch_size if held_out else 0,
         packed=bool(config.data.packing),
+        extra_bytes=tuple(extra_bytes),
     )
 
 
@@ -128,6 +131,7 @@ def plan_run(
     *,
     on_disk: bool = False,
     kept_before: int | None = None,
+    extra_bytes: Sequence[int] = (),
 ) -> Plan:
     """The plan for this machine; JAX's backend is started by it, with the memory that the plan needs.
 
@@ -135,12 +139,13 @@ def plan_run(
         on_disk: whether the model is in 4 bits on the disk already.
         kept_before: the layers whose intermediates a continued run kept until now. It goes on with as many where they fit and the
             settings do not say otherwise.
+        extra_bytes: of linears that are not in 4 bits, see `Job`.
 
     Raises:
         InputError: the run does not fit, or the GPU cannot be asked for.
     """
     gpu = machine.find_gpu()
-    job = make_job(config, shape, length, on_gpu=gpu is not None)
+    job = make_job(config, shape, length, on_gpu=gpu is not None, extra_bytes=extra_bytes)
     wishes, checkpointing = _wishes(config.memory, kept_before), config.training.gradient_checkpointing
     host_bytes = host_bytes or machine.available_host_bytes()
     cache = cache_dir() / "compiled"

@@ -8,9 +8,10 @@ from rich.console import Console
 
 from convert.adapters.adapter import Adapter, load_adapter, plain_settings
 from convert.adapters.delta import resolve_base
+from convert.adapters.targets import resolve_targets
 from convert.cache import is_kept
 from convert.files.identity import model_identity
-from convert.files.prequantized import settle
+from convert.files.prequantized import extra_bytes, settle
 from convert.hub import cache_dir
 from convert.jobs.requantize import check_requantize
 from convert.merge import check_base
@@ -20,7 +21,7 @@ from qlora_jax.base.console import Phases
 from qlora_jax.base.errors import InputError
 from qlora_jax.commands.plan import plan_run, resolved, show
 from qlora_jax.commands.space import show_space, space_of
-from qlora_jax.config import Config
+from qlora_jax.config import Config, LoraSettings
 from qlora_jax.config.changes import check_changes, check_identity, work_changes
 from qlora_jax.data import Batch, Batches
 from qlora_jax.data.corpus import Corpus, load_corpus
@@ -68,7 +69,7 @@ def prepare(config: Config, folder: OutputDir, console: Console, phases: Phases)
         resumed = folder.newest(console.print)
     with phases.time("model"):
         model = open_model(config.model.name_or_path, log=console.print)
-        refuse_attention_dropout(model)
+        check_training(model, config.data.max_seq_length, console)
         config, start = settle_adapter(config, model)
         config = settle_base(settle_quantization(config, model, console), model, console)
     with phases.time("data"):
@@ -80,7 +81,8 @@ def prepare(config: Config, folder: OutputDir, console: Console, phases: Phases)
     folder.refuse_nothing_to_do(resumed, len(training))
     with phases.time("planning"):
         on_disk = is_kept(model.folder, model.name_or_path, asked.quantization)
-        plan = plan_as_before(asked, model.config, training.longest, resumed, on_disk=on_disk)
+        extra = extra_bytes(model.folder, asked.quantization)
+        plan = plan_as_before(asked, model.config, training.longest, resumed, on_disk=on_disk, extra=extra)
     show(plan, console, len(training))
     config = resolved(asked, plan)
     space = space_of(config, plan.job, len(training), model.folder, model.name_or_path)
@@ -102,14 +104,20 @@ def about_run(config: Config, model: BaseModel, training: Batches, plan: Plan) -
 
 
 def plan_as_before(
-    config: Config, shape: Architecture, length: int, resumed: Checkpoint | None, *, on_disk: bool = False
+    config: Config,
+    shape: Architecture,
+    length: int,
+    resumed: Checkpoint | None,
+    *,
+    on_disk: bool = False,
+    extra: Sequence[int] = (),
 ) -> Plan:
     """The plan, see `plan_run`.
 
     A continued run keeps the intermediates of as many layers as before, if it can, because that decides the last bits.
     """
     before = resumed.about.get("work", {}).get("keep") if resumed else None
-    return plan_run(config, shape, length, on_disk=on_disk, kept_before=before)
+    return plan_run(config, shape, length, on_disk=on_disk, kept_before=before, extra_bytes=extra)
 
 
 def continued(resumed: Checkpoint | None, folder: OutputDir, about: Mapping[str, Any], console: Console) -> None:
@@ -140,29 +148,45 @@ def conversation_of(config: Config, model: BaseModel, corpus: Corpus) -> Convers
     return conversation
 
 
-def refuse_attention_dropout(model: BaseModel) -> None:
-    """Refuse a model whose attention drops weights in training: transformers would, and nothing here does.
+def check_training(model: BaseModel, longest: int, console: Console) -> None:
+    """Refuse a model that transformers would train otherwise: with dropout of its own, or with rows for which its facts do not hold.
 
     Raises:
-        InputError: `config.json` has an `attention_dropout`.
+        InputError: `config.json` has a dropout that is not left out for its whole family, or rows may be longer than it allows.
     """
-    if dropout := model.config.attention_dropout:
+    facts, where = model.config, model.folder.path / "config.json"
+    dropouts = [
+        (key, rate) for key, rate in (("attention_dropout", facts.attention_dropout), *facts.other_dropouts) if rate
+    ]
+    said = " and ".join(f"{key} is {rate}" for key, rate in dropouts)
+    if dropouts and not facts.dropouts_are_left_out:
         raise InputError(
-            model.folder.path / "config.json",
-            found=f"attention_dropout is {dropout}, not supported in training",
+            where,
+            found=f"{said}, not supported in training",
             expected="0.0",
             fix="set it to 0.0 there to train without; lora.lora_dropout regularizes the adapter",
+        )
+    if dropouts:
+        console.print(f"{said} in {where}: left out; lora.lora_dropout regularizes the adapter")
+    if facts.max_length is not None and longest > facts.max_length:
+        raise InputError(
+            "data.max_seq_length",
+            found=f"{longest}, but {where} says how positions are embedded up to {facts.max_length}, and beyond otherwise",
+            expected=f"at most {facts.max_length}",
+            fix=f"set data.max_seq_length to {facts.max_length} or less",
         )
 
 
 def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | None]:
     """The settings with those of the adapter that `lora.init_from` names, and that adapter, its tensors not read yet.
 
+    Without one, `lora.target_modules` is resolved against the model.
+
     Raises:
         InputError: it cannot be used, or settings given by name contradict it (all at once).
     """
     if config.lora.init_from is None:
-        return config, None
+        return config.model_copy(update={"lora": resolve_targets(config.lora, model.config)}), None
     adapter = load_adapter(config.lora.init_from, model.config, model.folder)
     own = plain_settings(adapter, model.config)
     lora = {key: getattr(own, key) for key in ("r", "lora_alpha", "use_rslora", "target_modules")}
@@ -172,7 +196,7 @@ def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | 
         for section, asked, values in (("lora", config.lora, lora), ("quantization", config.quantization, quantization))
         for key, value in values.items()
         if key in asked.model_fields_set
-        and (asked.targets != own.targets if key == "target_modules" else getattr(asked, key) != value)
+        and (not _equal_targets(asked, own, model.config) if key == "target_modules" else getattr(asked, key) != value)
     ]
     if problems:
         raise InputError(
@@ -185,6 +209,11 @@ def settle_adapter(config: Config, model: BaseModel) -> tuple[Config, Adapter | 
         "quantization": config.quantization.model_copy(update=quantization),
     }
     return config.model_copy(update=update), adapter
+
+
+def _equal_targets(one: LoraSettings, other: LoraSettings, config: Architecture) -> bool:
+    """Whether settings adapt the same linears of a model."""
+    return resolve_targets(one, config).targets(config.linears) == other.targets(config.linears)
 
 
 def settle_quantization(config: Config, model: BaseModel, console: Console) -> Config:

@@ -9,7 +9,9 @@ from rich.table import Table
 from convert.adapters.delta import resolve_base
 from convert.cache import entry_of, unfinished_bytes
 from convert.files.folder import ModelFolder
+from convert.files.names import Names
 from convert.files.sizes import companion_bytes, merged_bytes, quantized_bytes, tensors_for, tensors_of
+from convert.files.stated import names_of
 from convert.hub import cache_dir, resolve_config
 from qlora_jax.base.errors import InputError
 from qlora_jax.base.units import GIB
@@ -35,10 +37,11 @@ def space_of(config: Config, job: Job, steps: int | None, folder: ModelFolder | 
     tensors = tensors_for(job.config) if folder is None else tensors_of(folder)
     companions = 0 if folder is None else companion_bytes(folder)
     merge_base = resolve_base(config.training.merge_base, folder)
-    merged = companions + merged_bytes(tensors, config.lora.targets, merge_base)
+    names = Names.of(job.config) if folder is None else names_of(folder)
+    merged = companions + merged_bytes(tensors, names, config.lora.targets(names.paths), merge_base)
     others = ()
     if folder is None or not folder.is_4bit:
-        size = companions + quantized_bytes(tensors, config.quantization)
+        size = companions + quantized_bytes(tensors, names, config.quantization)
         place, there = cache_dir() / "quantized" / "model", 0
         if folder is not None:
             place = entry_of(folder, name_or_path, config.quantization)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.compare.side import Side, Tensors, read_tensors
-from qlora_jax.config import LINEAR_NAMES, TrainingSettings
+from qlora_jax.config import TrainingSettings
 from qlora_jax.data import Batch
 from qlora_jax.engine.engine import Adapters, Engine, Weights
 from qlora_jax.engine.optimizer import AdamW
@@ -29,8 +29,7 @@ def adapter_tensors(adapters: Adapters) -> Tensors:
     return {
         f"{linear_key(layer, name)}.{part}": np.array(tree[name]["adapter"][part])
         for layer, tree in enumerate(adapters)
-        for name in LINEAR_NAMES
-        if name in tree
+        for name in tree
         for part in PARTS
     }
 
@@ -43,9 +42,15 @@ def copy_adapters(adapters: Adapters) -> Adapters:
 def linears(weights: Weights) -> Iterator[tuple[str, nf4.QuantizedTensor]]:
     """Every 4-bit weight, layer by layer."""
     for layer, tree in weights.layers.walk(range(len(weights.layers))):
-        for name in LINEAR_NAMES:
-            yield linear_key(layer, name), tree[name]["weight"]
-        weights.layers.pace.dispatched(jnp.ravel(tree["input_layernorm"]["weight"])[0])
+        for name, weight in _in_4_bits(tree).items():
+            yield linear_key(layer, name), weight
+        weights.layers.pace.dispatched(jnp.ravel(jax.tree.leaves(tree)[0])[0])
+
+
+def _in_4_bits(layer: Tree) -> dict[str, nf4.QuantizedTensor]:
+    """A layer's linears that are in 4 bits, by name."""
+    weights = {name: module.get("weight") for name, module in layer.items()}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, nf4.QuantizedTensor)}
 
 
 def read_quantized(folder: Path, key: str, like: nf4.QuantizedTensor, dtype: str) -> nf4.QuantizedTensor:
@@ -68,10 +73,10 @@ def with_reference_bytes(weights: Weights, folder: Path, dtype: str, where: Laye
     def layers() -> Iterator[Tree]:
         for layer, tree in weights.layers.walk(range(len(weights.layers))):
             yield tree | {
-                name: {"weight": read_quantized(folder, linear_key(layer, name), tree[name]["weight"], dtype)}
-                for name in LINEAR_NAMES
+                name: tree[name] | {"weight": read_quantized(folder, linear_key(layer, name), weight, dtype)}
+                for name, weight in _in_4_bits(tree).items()
             }
-            weights.layers.pace.dispatched(jnp.ravel(tree["input_layernorm"]["weight"])[0])
+            weights.layers.pace.dispatched(jnp.ravel(jax.tree.leaves(tree)[0])[0])
 
     return Weights(weights.embedding, LayerStore(layers(), where), weights.head)
 

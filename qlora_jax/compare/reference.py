@@ -206,6 +206,7 @@ def save_forward(model: Any, batch: tuple[torch.Tensor, torch.Tensor], run: dict
         return hook
 
     decoder = (model.get_base_model() if run["adapter"] is not None else model).model
+    decoder = getattr(decoder, "language_model", decoder)  # of a model of images and text
     modules = [decoder.embed_tokens, *decoder.layers]
     handles = [module.register_forward_hook(keep(f"hidden.{i}")) for i, module in enumerate(modules)]
     with torch.no_grad(), autocast(run):

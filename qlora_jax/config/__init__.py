@@ -1,7 +1,6 @@
 """Every setting of a run, typed and validated; how a file of them is read; which may change in a continued run."""
 
 from qlora_jax.config.settings import (
-    LINEAR_NAMES,
     NOT_YET,
     Config,
     LoraSettings,
@@ -12,7 +11,6 @@ from qlora_jax.config.settings import (
 )
 
 __all__ = [
-    "LINEAR_NAMES",
     "NOT_YET",
     "Config",
     "LoraSettings",

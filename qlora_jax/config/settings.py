@@ -6,7 +6,7 @@ A YAML file and `section.key=value` overrides meet in one frozen `Config`; whate
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,8 @@ from qlora_jax.config.data import DataSettings
 from qlora_jax.config.section import Section, UserPath, UserText
 
 MAX_SETTINGS_BYTES = 2**20
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MAX_PATTERN = 1000
+"""Characters of an entry of `lora.target_modules`."""
 Where = Literal["auto", "device", "host"]
 Tracker = Literal["tensorboard", "wandb"]
 
@@ -51,7 +51,8 @@ class LoraSettings(Section):
     r: pydantic.PositiveInt = 64
     lora_alpha: float = pydantic.Field(default=16.0, gt=0)
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | tuple[LinearName, ...] = "all-linear"
+    target_modules: str | tuple[str, ...] | None = "all-linear"
+    """`all-linear`; a list of linears' names; a regular expression that a linear's whole path matches; or null for PEFT's own choice."""
     use_rslora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of adapters and their gradients between steps. bfloat16, peft's `autocast_adapter_dtype=False`, takes half the memory and traffic;
@@ -65,18 +66,31 @@ class LoraSettings(Section):
         """The factor on B·A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The linears of a decoder layer that carry an adapter, in the layer's own order."""
-        return tuple(n for n in LINEAR_NAMES if self.target_modules == "all-linear" or n in self.target_modules)
+    def targets(self, linears: Iterable[str]) -> tuple[str, ...]:
+        """The linears of a decoder layer that carry an adapter, in the layer's own order.
+
+        Args:
+            linears: the names of all that it has. What `target_modules` says besides `all-linear` and names is resolved against the
+                model before: see `convert.adapters.targets`.
+        """
+        if self.target_modules == "all-linear":
+            return tuple(linears)
+        names = self.target_modules if isinstance(self.target_modules, tuple) else ()
+        if not names:
+            raise ValueError(f"target_modules {self.target_modules!r} is not resolved")
+        return tuple(name for name in linears if name in names)
 
     @pydantic.field_validator("target_modules", mode="before")
     @classmethod
     def _all_linear_or_names(cls, value: Any) -> Any:
-        names = value if isinstance(value, list | tuple) else ()
-        if value != "all-linear" and not (names and all(name in LINEAR_NAMES for name in names)):
-            raise ValueError(f"expected all-linear, or a list of some of {', '.join(LINEAR_NAMES)}")
-        return value
+        names = [value] if isinstance(value, str) else value
+        if value is None or (isinstance(names, list | tuple) and names and all(_is_name(name) for name in names)):
+            return value
+        raise ValueError("expected all-linear, a list of linears' names such as q_proj, a regular expression, or null")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_PATTERN and is_unicode(value)
 
 
 class TrainingSettings(Section):

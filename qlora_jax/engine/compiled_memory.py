@@ -90,11 +90,19 @@ def temporary_bytes(
     shapes = StepShapes(engine, rows, length, packed=packed, micro_batches=micro_batches)
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as compilers:
         # Lowering is Python's work and compiling XLA's: one function is compiled while the next is lowered.
-        compiling = {name: compilers.submit(lowered.compile) for name, lowered in shapes.head()}
+        compiling = {name: [compilers.submit(lowered.compile)] for name, lowered in shapes.head()}
         for each in saves:
-            for name, lowered in shapes.layer(engine.saving if each else engine.recomputing):
-                compiling[f"kept_{name}" if each else name] = compilers.submit(lowered.compile)
-        return {name: each.result().memory_analysis().temp_size_in_bytes for name, each in compiling.items()}
+            for program in programs_of(engine, each):
+                for name, lowered in shapes.layer(program):
+                    key = f"kept_{name}" if each else name
+                    compiling.setdefault(key, []).append(compilers.submit(lowered.compile))
+        sizes = {name: [each.result().memory_analysis() for each in some] for name, some in compiling.items()}
+        return {name: max(each.temp_size_in_bytes for each in some) for name, some in sizes.items()}
+
+
+def programs_of(engine: Engine, saves: bool) -> list[LayerProgram]:
+    """Return the programs of each kind of layer that save activations, or that do not."""
+    return [program for (_, its), program in engine.programs.items() if its == saves]
 
 
 class Ahead:
@@ -116,8 +124,11 @@ class Ahead:
     def _lower(self, shapes: StepShapes, saves: tuple[bool, ...], more: Lowered) -> None:
         with contextlib.suppress(Exception):
             engine = shapes.engine
-            programs_of = [engine.saving if each else engine.recomputing for each in saves]
-            parts = [shapes.layer(program, first=True) for program in programs_of]
+            parts = [
+                shapes.layer(program, first=program.kind == engine.config.kinds[0])
+                for each in saves
+                for program in programs_of(engine, each)
+            ]
             for part in (*parts, shapes.head(), shapes.rest(), more):
                 for _, lowered in part:
                     self._compilers.submit(lowered.compile)

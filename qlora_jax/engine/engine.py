@@ -39,7 +39,9 @@ from qlora_jax.engine.layer_program import Context, LayerProgram, Packing, init_
 from qlora_jax.engine.objectives import CrossEntropy, Objective
 from qlora_jax.engine.state import Adapters, Gradients, Observer, Weights, ignore
 from qlora_jax.model.architecture import Architecture
-from qlora_jax.model.decoder import MLP_TOKENS, Attention, Cache, Embedding, Head
+from qlora_jax.model.attention import Attention, Cache
+from qlora_jax.model.decoder import MLP_TOKENS
+from qlora_jax.model.vocabulary import Embedding, Head
 from qlora_jax.runtime.placement import LayerInputs, Placement, Tree, Where, one_device, visits
 
 
@@ -71,11 +73,11 @@ class Engine:
         lora: the adapters, or None for the base model alone.
         quantization: how the weights were quantized.
         compute_dtype: of hidden states and matmuls.
-        attention: jax's implementation, see `decoder.default_attention`.
+        attention: jax's implementation, see `attention.default_attention`.
         activations: where kept layer inputs live.
         adapters: where adapters and their gradients live; on the host they visit with their layer.
         keep: how many layers, the last ones, keep their intermediates on the device instead of being run again.
-        neftune_noise_alpha: training adds noise of this strength to the embedded tokens, see `decoder.add_noise`; 0 for none.
+        neftune_noise_alpha: training adds noise of this strength to the embedded tokens, see `vocabulary.add_noise`; 0 for none.
         share_dense: in the backward walk, dequantize each weight once for the recomputed forward and for dX; a layer's dense matrices
             (1.7 GB at 70B) then exist together while the layer is at work. Otherwise it is done twice, a matrix at a time.
         mlp_tokens: tokens the MLP works on at a time.
@@ -102,14 +104,20 @@ class Engine:
         self.config, self.lora = config, lora
         self.activations, self.adapters, self.keep = activations, adapters, keep
         self._noise_alpha = (
-            self.placement.put(np.float32(neftune_noise_alpha), "device") if neftune_noise_alpha else None
+            self.placement.put(np.float32(neftune_noise_alpha * config.noise_scale), "device")
+            if neftune_noise_alpha
+            else None
         )
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.adapter_dtype = lora.dtype if lora else "float32"
         self._layer_settings = (config, lora, quantization, attention)
         options = {"share_dense": share_dense, "mlp_tokens": mlp_tokens}
-        self.recomputing = LayerProgram.of(*self._layer_settings, saves=False, **options)
-        self.saving = LayerProgram.of(*self._layer_settings, saves=True, **options)
+        self.programs = {
+            (kind, saves): LayerProgram.of(*self._layer_settings, kind=kind, saves=saves, **options)
+            for kind in dict.fromkeys(config.kinds)
+            for saves in (False, True)
+        }
+        """The compiled functions of layers, by their kind and by whether they save activations."""
         self.objective: Objective = CrossEntropy(config)
         self._embedding_def, _, self.abstract_embedding = programs.describe(Embedding, config)
         self._head_def, _, self.abstract_head = programs.describe(Head, config)
@@ -118,12 +126,12 @@ class Engine:
     @property
     def abstract_adapter(self) -> Tree:
         """Shapes of one layer's adapter."""
-        return self.recomputing.abstract_adapter
+        return self.program(0, saves=False).abstract_adapter
 
     @property
     def abstract_layer(self) -> Tree:
         """Shapes of one layer's frozen weights."""
-        return self.recomputing.abstract_frozen
+        return self.program(0, saves=False).abstract_frozen
 
     @property
     def draws(self) -> bool:
@@ -208,7 +216,11 @@ class Engine:
 
     def _program(self, layer: int) -> LayerProgram:
         """The program of a layer in training: the last `keep` layers save their activations, the others recompute them."""
-        return self.saving if layer >= self.config.num_hidden_layers - self.keep else self.recomputing
+        return self.program(layer, saves=layer >= self.config.num_hidden_layers - self.keep)
+
+    def program(self, layer: int, *, saves: bool) -> LayerProgram:
+        """Return a layer's compiled functions: those that save activations for the backward pass, or those that recompute them."""
+        return self.programs[self.config.kinds[layer], saves]
 
     def _context(self, key: jax.Array | None, layer: int, micro_batch: _MicroBatch) -> Context:
         return Context(key, self._numbers[layer], micro_batch.number, micro_batch.packing)
@@ -249,7 +261,9 @@ class Engine:
             np.broadcast_to(np.arange(start, start + input_ids.shape[1], dtype=np.int32), input_ids.shape), "device"
         )
         for layer, frozen, adapter in _walk(weights, adapters, range(len(weights.layers))):
-            h, cache[layer], ready = self.recomputing.decode(adapter, frozen, h, positions, cache[layer])
+            h, cache[layer], ready = self.program(layer, saves=False).decode(
+                adapter, frozen, h, positions, cache[layer]
+            )
             weights.layers.pace.dispatched(ready)
             del frozen, adapter
         return programs.logits(self._head_def, weights.head, h[:, -1]), cache
@@ -277,7 +291,7 @@ class Engine:
     ) -> tuple[jax.Array, jax.Array]:
         """One layer on h [B, T, D], without dropout → (its output, a scalar that becomes ready with it)."""
         context = Context(None, self._numbers[layer], self._number(0), packing)
-        h, ready, _ = self.recomputing.forward(adapter, frozen, h, context)
+        h, ready, _ = self.program(layer, saves=False).forward(adapter, frozen, h, context)
         return h, ready
 
     def _hidden(self, weights: Weights, adapters: Adapters, input_ids: jax.Array, packing: Packing | None) -> jax.Array:

@@ -39,6 +39,7 @@ def generate(
     Raises:
         InputError: there is no memory for so many tokens.
     """
+    _require_positions(engine, len(input_ids) + sampling.max_new_tokens)
     length = -(-(len(input_ids) + sampling.max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     _require_room(engine, len(input_ids), length)
     cache = engine.new_cache(1, length)
@@ -55,6 +56,15 @@ def generate(
         on_token(token)
         new = np.asarray([[token]], np.int32)
     return tokens
+
+
+def _require_positions(engine: Engine, number: int) -> None:
+    """Raises InputError: the model's positions are embedded otherwise in texts of so many tokens, which is not supported."""
+    longest = engine.config.max_length
+    if longest is not None and number > longest:
+        found = f"prompt and answer may take {number:,} tokens, and this model's positions are scaled by length beyond {longest:,}"
+        fix = "give a shorter prompt, or ask for fewer new tokens (--max-new-tokens, training.sample_max_new_tokens)"
+        raise InputError("the prompt", found=found, expected=f"at most {longest:,}", fix=fix)
 
 
 def _require_room(engine: Engine, prompt: int, length: int) -> None:

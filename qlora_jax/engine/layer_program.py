@@ -16,8 +16,9 @@ from flax import nnx
 
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.engine.programs import Definition, describe, ready_with
-from qlora_jax.model.architecture import Architecture
-from qlora_jax.model.decoder import Cache, DecoderLayer
+from qlora_jax.model.architecture import Architecture, Kind
+from qlora_jax.model.attention import Cache
+from qlora_jax.model.decoder import DecoderLayer
 from qlora_jax.runtime.placement import Tree, nbytes
 
 Packing = tuple[jax.Array, jax.Array]  # positions and segment_ids of packed rows, each [B, T] int32
@@ -59,17 +60,18 @@ class LayerProgram:
     """
 
     definition: Definition
+    kind: Kind
     saves: bool
     """Whether `forward` saves activations for `backward`, which recomputes them otherwise."""
     abstract_adapter: Tree
     abstract_frozen: Tree
 
     @classmethod
-    def of(cls, *settings: Any, saves: bool, **options: Any) -> "LayerProgram":
+    def of(cls, *settings: Any, kind: Kind, saves: bool, **options: Any) -> "LayerProgram":
         """The program of a `DecoderLayer` with these settings; `share_dense` has no part in one that saves."""
         options = {name: value for name, value in options.items() if not (saves and name == "share_dense")}
-        definition, adapter, frozen = describe(DecoderLayer, *settings, keep=saves, **options)
-        return cls(definition=definition, saves=saves, abstract_adapter=adapter, abstract_frozen=frozen)
+        definition, adapter, frozen = describe(DecoderLayer, *settings, kind=kind, keep=saves, **options)
+        return cls(definition=definition, kind=kind, saves=saves, abstract_adapter=adapter, abstract_frozen=frozen)
 
     def forward(
         self, adapter: Tree, frozen: Tree, h: jax.Array, context: Context

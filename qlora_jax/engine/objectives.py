@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import jax
 
 from qlora_jax.engine.programs import Definition, describe
-from qlora_jax.model.decoder import Head
 from qlora_jax.model.loss import chunked_loss, chunked_loss_and_grad
+from qlora_jax.model.vocabulary import Head
 from qlora_jax.runtime.placement import Tree
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.model.decoder import add_noise
+from qlora_jax.model.vocabulary import add_noise
 from qlora_jax.runtime.placement import Tree
 
 Noise = tuple[jax.Array, jax.Array, jax.Array]  # alpha, the step's key, the micro-batch's number

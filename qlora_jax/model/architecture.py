@@ -1,12 +1,7 @@
-"""The facts of a model that decide its mathematics and its names, read from `config.json`."""
+"""The facts of a model that decide its mathematics and its names, as records; `families` reads them from a `config.json`."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Self
-
-from qlora_jax.base.errors import InputError
-from qlora_jax.base.reading import shown
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,22 +9,87 @@ class Linear:
     """A linear of a decoder layer, as model files and PEFT name it."""
 
     name: str
-    """The last part of its path, which `lora.target_modules` says: `q_proj`."""
+    """The last part of its path, which `lora.target_modules` says: `q_proj`, `qkv_proj`, `c_fc`."""
     path: str
     """Its place below the layer: `self_attn.q_proj`."""
     shape: tuple[int, int]
     """(out, in)."""
+    bias: bool = False
+    """Whether a frozen bias [out] is added."""
+    parts: tuple[int, ...] = ()
+    """Rows of each part of a fused linear, in order: (H·P, K·P, K·P) of `qkv_proj`; empty for one that is not fused."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding of a kind of layers: angles are position · frequency."""
+
+    frequencies: tuple[float, ...]
+    """One a pair of features, float32 numbers. The first 2·len features of a head are rotated, the others pass."""
+    scale: float = 1.0
+    """Factor on cos and sin."""
+    interleaved: bool = False
+    """Whether pairs are (2i, 2i + 1); otherwise (i, i + half)."""
+    long: tuple[float, ...] | None = None
+    """The frequencies where a micro-batch's last position is `original` or beyond (longrope)."""
+    original: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What may differ from layer to layer along the walk. Layers of equal kinds share their compiled functions."""
+    """Facts that may differ from layer to layer along the walk. Layers of equal kinds share their compiled functions."""
 
     window: int | None = None
     """Keys that a query sees, itself included; None for all before it."""
+    rope: Rope | None = None
+    """None where positions are not rotated (NoPE)."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norms:
+    """A model's norms of its hidden states, and where a layer has them: each name is the module's in model files, None is no norm."""
+
+    eps: float
+    centred: bool = False
+    """Whether the mean is taken off first (layer norm); otherwise RMSNorm."""
+    late: bool = False
+    """Whether the weight multiplies in float32, before the one rounding; it is then kept in float32."""
+    offset: float = 0.0
+    """Added to the file's weight when it is loaded: 1 for Gemma."""
+    bias: bool = False
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether weights are kept in float32: those that multiply in it, and sums with an offset."""
+        return self.late or self.offset != 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The norms that a layer has, in the order in which they are applied."""
+        places = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return tuple(name for name in places if name is not None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QKNorm:
+    """A norm of queries and keys; its eps, offset and rounding are those of `Norms`, unless it says otherwise."""
+
+    over: Literal["head", "width", "heads"]
+    """head: each head's P features, one weight [P]; width: all heads' features, a weight [H·P]; heads: each head by its own, [H, P]."""
+    after_rope: bool = False
+    names: tuple[str, str] = ("q_norm", "k_norm")
+    """Modules below `self_attn`."""
+
+
+XIELU = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
+"""Shapes of the numbers that a layer with `xielu` has in model files, below `mlp.act_fn`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Facts of a base model: keys of its `config.json` under Hugging Face's names, and what follows from them.
 
@@ -43,79 +103,73 @@ class Architecture:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
+    kinds: tuple[Kind, ...]
+    """Each layer's kind, first to last."""
+    norms: Norms
+    attention_inputs: tuple[Linear, ...]
+    """Linears of attention's input: queries, keys and values, or one that is all three."""
+    attention_output: Linear
+    """The linear of what attention gives."""
+    mlp_inputs: tuple[Linear, ...]
+    """Linears of the MLP's input, the gate first; one if they are fused, or if there is no gate."""
+    mlp_output: Linear
+    tie_word_embeddings: bool = False
+    model_type: str = "llama"
+    attention_scale: float
+    """Factor on q·kᵀ."""
+    attention_softcap: float | None = None
+    """c of c·tanh(score / c)."""
+    qk_norm: QKNorm | None = None
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu"] = "silu"
+    gated: bool = True
+    parallel: bool = False
+    """Whether attention and MLP read the same normed input, and both are added to the hidden states (Cohere)."""
+    embed_scale: float = 1.0
+    embed_scale_rounded: bool = False
+    """Whether the factor is rounded to the compute dtype first (Gemma)."""
+    noise_scale: float = 1.0
+    """Factor on NEFTune's noise: `embed_scale` where transformers adds it to embeddings before they are scaled (Granite)."""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    layers_prefix: str = "model.layers"
+    """The layers' place in model files; the embedding and the final norm are beside them."""
+    modules_prefix: str = "model.layers"
+    """Their place in the modules that `AutoModelForCausalLM` gives, by which PEFT names what it adapts."""
+    max_length: int | None = None
+    """The longest row for which these facts hold, where the family computes longer ones otherwise: `dynamic` rope beyond its positions."""
     attention_dropout: float = 0.0
-    """Of attention weights in training, which `train.py` refuses; no other command computes with it."""
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: object = "config.json") -> Self:
-        """Read a parsed `config.json`.
-
-        Raises:
-            InputError: a key is missing, or one that changes the mathematics has a value that is not supported (all at once).
-        """
-        missing = [f"{key} is missing" for key in _REQUIRED if key not in config]
-        others = [
-            f"{key} is {shown(config[key])}, supported: {values[0]!r}"
-            for key, values in _ONLY.items()
-            if config.get(key, values[0]) not in values
-        ]
-        ignored = [
-            key for key, is_neutral in _IGNORED.items() if config.get(key) and not is_neutral(config[key], config)
-        ]
-        others += [f"{key} is {shown(config[key])}, not supported" for key in ignored]
-        for key in ("rope_scaling", "rope_parameters"):  # the name in transformers 4, and in 5
-            if not _is_plain_rope(scaling := config.get(key) or {}):
-                others.append(f"{key} is {shown(scaling)}, supported: rope_type 'default'")
-        damage = [] if missing or others else _bad_numbers(config)
-        if problems := [*missing, *others, *damage]:
-            fix = "fetch the model again" if not others else "use another base model"
-            if ignored and len(ignored) == len(others):
-                fix += f"; or, if it was trained without, as transformers runs it, remove {' and '.join(ignored)} from config.json"
-            raise InputError(where, found="; ".join(problems), expected="a Llama without these", fix=fix)
-        heads = config["num_attention_heads"]
-        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in the order of transformers 5
-        return cls(
-            **{key: config[key] for key in _REQUIRED},
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            attention_dropout=config.get("attention_dropout") or 0.0,
-        )
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """Each layer's kind, first to last."""
-        return (Kind(),) * self.num_hidden_layers
+    """Dropout of attention weights in training, which `train.py` refuses; no other command computes with it."""
+    other_dropouts: tuple[tuple[str, float], ...] = ()
+    """Keys and rates of dropout elsewhere in training, of which the same holds."""
+    dropouts_are_left_out: bool = False
+    """Whether these dropouts are left out, and said to be, rather than refused: a family's default that fine-tuning does without."""
 
     @property
     def linears(self) -> dict[str, Linear]:
-        """The linears of a decoder layer by name: those that attention enters by, the one it leaves by, and the MLP's."""
-        return _linears(self)
-
-    @property
-    def attention_inputs(self) -> tuple[str, ...]:
-        """Linears of attention's input: queries, keys and values."""
-        return ATTENTION_INPUTS
-
-    @property
-    def attention_output(self) -> str:
-        """The linear of what attention gives."""
-        return ATTENTION_OUTPUT
-
-    @property
-    def mlp_linears(self) -> tuple[str, ...]:
-        """The MLP's linears, in the order in which they are applied: gate, up, down."""
-        return MLP_LINEARS
+        """The linears of a decoder layer by name, in the order in which they are applied."""
+        every = (*self.attention_inputs, self.attention_output, *self.mlp_inputs, self.mlp_output)
+        return {linear.name: linear for linear in every}
 
     @property
     def dropout_inputs(self) -> tuple[str, ...]:
-        """For each input that linears of a layer have, the first of these linears: each input draws a dropout mask of its own."""
-        return self.attention_inputs[0], self.attention_output, self.mlp_linears[0], self.mlp_linears[-1]
+        """The first linear of each input that linears of a layer have: each input draws a dropout mask of its own."""
+        firsts = (self.attention_inputs[0], self.attention_output, self.mlp_inputs[0], self.mlp_output)
+        return tuple(linear.name for linear in firsts)
+
+    def qk_norm_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights of the norms of queries and keys, by module; empty where there are none."""
+        if self.qk_norm is None:
+            return {}
+        shapes = {}
+        for name, heads in zip(self.qk_norm.names, (self.num_attention_heads, self.num_key_value_heads), strict=True):
+            by_kind = {"head": (self.head_dim,), "width": (heads * self.head_dim,), "heads": (heads, self.head_dim)}
+            shapes[name] = by_kind[self.qk_norm.over]
+        return shapes
+
+    def rotates_whole_heads(self, rope: Rope) -> bool:
+        """Whether queries and keys are rotated as they leave their linears, whole heads by halves, and nothing else is done to them."""
+        is_plain = self.qk_norm is None and not self.attention_inputs[0].parts
+        return is_plain and not rope.interleaved and 2 * len(rope.frequencies) == self.head_dim
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each linear of a decoder layer, by name."""
@@ -129,102 +183,3 @@ LINEAR_PATHS = {
     **{name: f"mlp.{name}" for name in MLP_LINEARS},
 }
 """By a linear's name, its place below the layer, in the order in which they are applied."""
-
-
-@functools.cache
-def _linears(shape: Architecture) -> dict[str, Linear]:
-    hidden, mlp = shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    shapes = {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (mlp, hidden),
-        "up_proj": (mlp, hidden),
-        "down_proj": (hidden, mlp),
-    }
-    return {name: Linear(name=name, path=path, shape=shapes[name]) for name, path in LINEAR_PATHS.items()}
-
-
-def _bad_numbers(config: Mapping[str, Any]) -> list[str]:
-    """What is no number of the kind that it should be, or would make a model beyond all machines."""
-
-    def is_number(value: Any, kinds: type | tuple[type, ...], limit: float) -> bool:
-        return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= limit
-
-    whole = [key for key in (*_REQUIRED, "num_key_value_heads", "head_dim") if config.get(key) or key in _REQUIRED]
-    problems = [
-        f"{key} is {shown(config[key])}, expected a whole number from 1 to {_MAX_LAYERS if 'layers' in key else _MAX_SIZE}"
-        for key in whole
-        if not is_number(config[key], int, _MAX_LAYERS if "layers" in key else _MAX_SIZE)
-    ]
-    ropes = {key: config.get(key) or {} for key in ("rope_scaling", "rope_parameters")}
-    numbers = {"rms_norm_eps": config.get("rms_norm_eps", 1e-6), "rope_theta": config.get("rope_theta") or 1.0}
-    numbers |= {f"{key}.rope_theta": rope["rope_theta"] for key, rope in ropes.items() if rope.get("rope_theta")}
-    problems += [
-        f"{key} is {shown(value)}, expected a positive number"
-        for key, value in numbers.items()
-        if not is_number(value, (int, float), _MAX_NUMBER)
-    ]
-    if not isinstance(config.get("tie_word_embeddings", False), bool):
-        problems.append(f"tie_word_embeddings is {shown(config['tie_word_embeddings'])}, expected true or false")
-    dropout = config.get("attention_dropout") or 0.0
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        problems.append(f"attention_dropout is {shown(dropout)}, expected a number from 0 to below 1")
-    if not problems:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        if not config.get("head_dim") and hidden % heads:
-            problems.append(
-                f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim"
-            )
-        if heads % (config.get("num_key_value_heads") or heads):
-            problems.append(
-                f"num_attention_heads {heads} is no multiple of num_key_value_heads {config['num_key_value_heads']}"
-            )
-        rows = max(config["intermediate_size"], heads * (config.get("head_dim") or hidden // heads))
-        if hidden * rows > _MAX_WEIGHTS or hidden * config["vocab_size"] > _MAX_EMBEDDING:
-            problems.append(
-                f"a linear has {hidden * rows:,} weights and the embedding {hidden * config['vocab_size']:,}, expected at most "
-                f"{_MAX_WEIGHTS:,} and {_MAX_EMBEDDING:,}"
-            )
-    return problems
-
-
-_MAX_LAYERS, _MAX_SIZE, _MAX_NUMBER = 10_000, 2**27, 1e30
-_MAX_WEIGHTS, _MAX_EMBEDDING = 2**31 - 1, 2**36
-"""Of one matrix: JAX counts a linear's weights in 32 bits. Llama 3.1 405B's have 872 million, its embedding 2.1 billion."""
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu", "swish"),  # two names of one function
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "is_causal": (True, None),
-}
-"""Keys that change the mathematics → what is supported. Those that change none in transformers' Llama, such as `pretraining_tp`, which cuts
-products into slices and adds these up, are in no list."""
-
-
-def _is_no_window(window: Any, config: Mapping[str, Any]) -> bool:
-    positions = config.get("max_position_embeddings")
-    wide = isinstance(window, int) and isinstance(positions, int) and window >= positions
-    return wide or config.get("use_sliding_window") is False
-
-
-_IGNORED: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
-    "sliding_window": _is_no_window,
-    "layer_types": lambda types, _: isinstance(types, list) and all(kind == "full_attention" for kind in types),
-    "partial_rotary_factor": lambda factor, _: factor == 1,
-    "logit_softcapping": lambda cap, _: False,
-    "num_local_experts": lambda number, _: False,
-}
-"""Keys of other models that transformers ignores in a Llama, as no Llama has them: refused, unless they say what a Llama does anyway."""
-
-
-def _is_plain_rope(scaling: Any) -> bool:
-    """Whether positions are rotated as without any scaling."""
-    if not isinstance(scaling, dict):
-        return False
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return kind == "default" or (kind in ("linear", "llama3") and scaling.get("factor") == 1)

@@ -57,7 +57,7 @@ class LoRA(nnx.Module):
 
 
 class NF4Linear(nnx.Module):
-    """A frozen linear without bias, `weight` a 4-bit tensor of shape (out, in), and its adapter if it has one.
+    """A frozen linear, `weight` a 4-bit tensor of shape (out, in), its bias [out] and its adapter if it has them.
 
     A new one holds random weights (normal, deviation 0.02) until a checkpoint's take their place.
 
@@ -74,11 +74,13 @@ class NF4Linear(nnx.Module):
         quantization: QuantizationSettings,
         rngs: nnx.Rngs,
         *,
+        bias: bool = False,
         recomputed: bool = False,
         share_dense: bool = False,
     ) -> None:
         weight = 0.02 * jax.random.normal(rngs.params(), (out_features, in_features), jnp.bfloat16)
         self.weight = FrozenParam(nf4.quantize(weight, quantization.double_quant, quantization.quant_type))
+        self.bias = FrozenParam(jnp.zeros(out_features, jnp.bfloat16)) if bias else None
         self.adapter, self.recomputed, self.share_dense = adapter, recomputed or share_dense, share_dense
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -123,6 +125,7 @@ def project(
         x,
         weights,
         tuple(None if linear.adapter is None else linear.adapter.pair() for linear in linears),
+        tuple(None if linear.bias is None else linear.bias[...] for linear in linears),
         None if residual is None else residual.reshape(-1, residual.shape[-1]),
         None if key is None else Draw(key, first),
         rotation,

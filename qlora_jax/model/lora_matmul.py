@@ -1,6 +1,7 @@
 """LoRA matmuls: frozen weights with their adapters, the backward pass written out.
 
-    y = x·Wᵀ + scaling · (dropout(x)·Aᵀ)·Bᵀ          W frozen, in 4 bits or a plain matrix [out, in]; A [R, in] and B [out, R] trained
+    y = x·Wᵀ + b + scaling · (dropout(x)·Aᵀ)·Bᵀ      W frozen, in 4 bits or a plain matrix [out, in], b [out] frozen, if there is one;
+                                                    A [R, in] and B [out, R] trained
 
 `lora_matmul` is that for several linears of one input; the other functions are its parts, for whoever writes a longer stretch out
 (mlp.py). `lora_x` is dropout(x)·Aᵀ [N, ΣR] of all the linears, whose A's are one matrix [ΣR, in]: x and its gradient are read once.
@@ -75,6 +76,10 @@ class MatmulOptions:
     """Which outputs are rotated."""
     shape: tuple[int, ...] = ()
     """The shape of x, which the gradient has too."""
+    activation: str = "silu"
+    """What an MLP's gate goes through."""
+    adds_residual: bool = True
+    """Whether an MLP's output is added to the hidden states."""
 
 
 class _Residuals(NamedTuple):
@@ -99,11 +104,12 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return dispatch.matmul(x, weight) if isinstance(weight, nf4.QuantizedTensor) else twins.dense_matmul(x, weight)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def lora_matmul(
     x: jax.Array,
     weights: tuple[Weight, ...],
     pairs: tuple[Pair | None, ...],
+    biases: tuple[jax.Array | None, ...],
     residual: jax.Array | None,
     draw: Draw | None,
     rotation: Rotation | None,
@@ -112,16 +118,18 @@ def lora_matmul(
     """Apply linears to x of any shape that is [N, in] in memory: one output [N, out] a linear, in x's dtype.
 
     Args:
+        biases: [out] each, or None.
         residual: [N, out], added to the first output.
         rotation: rotary embedding's angles, for the outputs that `options.rotated` says.
     """
-    return _forward(x, weights, pairs, residual, draw, rotation, options)[0]
+    return _forward(x, weights, pairs, biases, residual, draw, rotation, options)[0]
 
 
 def _forward(
     x: jax.Array,
     weights: tuple[Weight, ...],
     pairs: tuple[Pair | None, ...],
+    biases: tuple[jax.Array | None, ...],
     residual: jax.Array | None,
     draw: Draw | None,
     rotation: Rotation | None,
@@ -130,7 +138,7 @@ def _forward(
     saved_x, x = x if any(pairs) else None, _as_rows(x, weights)
     if options.share_dense:
         weights = tuple(map(dense, weights))
-    bases = [[matmul(x, weight)] for weight in weights]
+    bases = [[_biased(matmul(x, weight), bias)] for weight, bias in zip(weights, biases, strict=True)]
     if residual is not None:
         bases[0].append(residual)
     dropped = drop_out(x, draw, options)
@@ -160,14 +168,18 @@ def _backward(options: MatmulOptions, saved: _Residuals, dys: list[jax.Array]) -
     ]
     bases, dlora_x = toward_input(dys, weights, pairs, options.scalings)
     if not any(pairs):
-        return functools.reduce(jnp.add, bases).reshape(options.shape), None, pairs, dresidual, None, None
+        return functools.reduce(jnp.add, bases).reshape(options.shape), None, pairs, None, dresidual, None, None
     dropped = drop_out_again(given._replace(x=None if given.x is None else _as_rows(given.x, weights)), options)
     dx = input_gradient(bases, dlora_x, pairs, dropped.bits, options.dropout).reshape(options.shape)
     dpairs = pair_gradients(dys, Gradients(dlora_x, dropped.x, lora_x), pairs, options.scalings)
-    return dx, None, dpairs, dresidual, None, None  # weights are frozen: no cotangent
+    return dx, None, dpairs, None, dresidual, None, None  # weights and biases are frozen: no cotangent
 
 
 lora_matmul.defvjp(_forward, _backward)
+
+
+def _biased(product: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return product if bias is None else product + bias.astype(product.dtype)[None]
 
 
 def _as_rows(x: jax.Array, weights: Sequence[Weight]) -> jax.Array:

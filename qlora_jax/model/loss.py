@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.data import IGNORED_LABEL
-from qlora_jax.model.decoder import Head
+from qlora_jax.model.vocabulary import Head
 
 LOGIT_BYTES = 128 * 2**20
 """What one chunk of float32 logits may take; sets the number of tokens a chunk."""

@@ -1,18 +1,22 @@
-"""SwiGLU between its three linears: down(silu(gate(x)) · up(x)), forward and backward pass written out.
+"""The MLP: down(activation(gate(x)) · up(x)), forward and backward pass written out; and its other forms, as they are.
 
 The arrays here are [N, F], the largest of a layer, and all that is done to them but the matmuls is moving them. Forward, one pass adds
 the adapters' terms to gate and up and multiplies. Backward, one pass takes gate, up and the gradient that comes through down_proj, and
 writes the gradients of both and down_proj's input, for its adapter's gradient; nothing but gate and up is saved, or recomputed, before.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from qlora_jax.model.linear import NF4Linear, matmul_options, project, weights_of
+from qlora_jax.model.architecture import XIELU
+from qlora_jax.model.linear import FrozenParam, NF4Linear, matmul_options, project, weights_of
 from qlora_jax.model.lora_matmul import (
     AdapterInput,
     Draw,
@@ -41,6 +45,25 @@ GATED_PRODUCTS = ("gate", "up")
 """Names of gate and up [N, F] before the adapters' terms, for the policy that chooses which activations are saved."""
 
 
+class Xielu(nnx.Module):
+    """An activation with numbers of its own: α⁺x² + βx for x > 0, α⁻(expm1(min(x, ε)) - x) + βx elsewhere, as Apertus has it."""
+
+    def __init__(self) -> None:
+        self.alpha_p, self.alpha_n = (
+            FrozenParam(jnp.zeros(XIELU[name], jnp.bfloat16)) for name in ("alpha_p", "alpha_n")
+        )
+        self.beta, self.eps = (FrozenParam(jnp.zeros(XIELU[name], jnp.bfloat16)) for name in ("beta", "eps"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x of any shape → the same shape and dtype."""
+        positive, negative, beta, eps = (
+            each[...].astype(x.dtype).reshape((1,) * x.ndim)
+            for each in (self.alpha_p, self.alpha_n, self.beta, self.eps)
+        )
+        above, below = jax.nn.softplus(positive), beta + jax.nn.softplus(negative)
+        return jnp.where(x > 0, above * x * x + beta * x, (jnp.expm1(jnp.minimum(x, eps)) - x) * below + beta * x)
+
+
 class Draws(NamedTuple):
     """Where dropout's bits come from, for each of the two inputs that linears have here."""
 
@@ -65,51 +88,87 @@ class _Residuals(NamedTuple):
     """That of down; None if the backward pass makes it again."""
 
 
+class Activation(NamedTuple):
+    """A function between an MLP's linears."""
+
+    name: str = "silu"
+    """A name of `twins.ACTIVATIONS`, or xielu."""
+    gated: bool = True
+    numbers: Xielu | None = None
+
+
+SILU = Activation()
+"""SwiGLU's."""
+
+
 def feed_forward(
     linears: Sequence[NF4Linear],
     x: jax.Array,
-    residual: jax.Array,
+    residual: jax.Array | None,
     keys: tuple[jax.Array | None, jax.Array | None] = (None, None),
     *,
+    activation: Activation = SILU,
     first: jax.Array | int = 0,
     matrices: Sequence[jax.Array | None] | None = None,
 ) -> jax.Array:
-    """Return residual + down(silu(gate(x)) · up(x)) [N, D] in x's dtype, for x and residual [N, D].
+    """Return residual + down(activation(gate(x)) · up(x)) [N, D] in x's dtype, for x and residual [N, D].
 
     Args:
-        linears: gate, up and down.
+        linears: gate, up and down; or one that is gate and up, the gate's rows first, and down; or, without a gate, up and down.
+        residual: None for none.
         keys: draw the dropout masks of x and of SwiGLU's output; None means no dropout.
         first: the number of x's first token among the micro-batch's, for the masks.
         matrices: the linears' weights where they were dequantized before.
     """
-    if not all(linear.adapter for linear in linears):
-        return _one_by_one(linears, x, residual, keys, first, matrices)
+    adapted = all(linear.adapter and linear.bias is None for linear in linears)
+    if not (adapted and len(linears) == len(GATED_PRODUCTS) + 1 and activation.numbers is None):
+        return _one_by_one(linears, x, residual, keys, activation=activation, first=first, matrices=matrices)
     draws = Draws(*(None if key is None else Draw(key, first) for key in keys))
     pairs = tuple(linear.adapter.pair() for linear in linears)
     x = jax.lax.optimization_barrier(x)  # or XLA makes it again for every matmul, instead of once
-    return _feed_forward(x, residual, weights_of(linears, matrices), pairs, draws, matmul_options(linears))
+    options = dataclasses.replace(
+        matmul_options(linears), activation=activation.name, adds_residual=residual is not None
+    )
+    return _feed_forward(x, residual, weights_of(linears, matrices), pairs, draws, options)
 
 
 def _one_by_one(
     linears: Sequence[NF4Linear],
     x: jax.Array,
-    residual: jax.Array,
+    residual: jax.Array | None,
     keys: tuple[jax.Array | None, jax.Array | None],
+    *,
+    activation: Activation,
     first: jax.Array | int,
     matrices: Sequence[jax.Array | None] | None,
 ) -> jax.Array:
-    """`feed_forward` of linears that not all have an adapter."""
-    matrices = matrices or [None] * 3
-    products = project(linears[:2], x, keys[0], first=first, matrices=matrices[:2])
-    inner = twins.plain_swiglu(*map(checkpoint_name, products, GATED_PRODUCTS))
-    (out,) = project(linears[2:], inner, keys[1], first=first, matrices=matrices[2:], residual=residual)
+    """`feed_forward` of linears that not all have an adapter, are fused, have biases or no gate."""
+    *entering, down = linears
+    matrices = matrices or [None] * len(linears)
+    products = project(entering, x, keys[0], first=first, matrices=matrices[:-1])
+    named = [checkpoint_name(product, name) for product, name in zip(products, GATED_PRODUCTS, strict=False)]
+    inner = activated(named, activation)
+    (out,) = project([down], inner, keys[1], first=first, matrices=matrices[-1:], residual=residual)
     return out
+
+
+def activated(products: Sequence[jax.Array], activation: Activation) -> jax.Array:
+    """Return what an MLP's last linear is given [..., F].
+
+    Args:
+        products: gate and up [..., F]; or both in one [..., 2F]; or, without a gate, up [..., F].
+    """
+    if activation.gated:
+        gate, up = products if len(products) == len(GATED_PRODUCTS) else jnp.split(products[0], 2, axis=-1)
+        return twins.plain_swiglu(gate, up, activation.name)
+    (up,) = products
+    return twins.ACTIVATIONS[activation.name](up) if activation.numbers is None else activation.numbers(up)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _feed_forward(
     x: jax.Array,
-    residual: jax.Array,
+    residual: jax.Array | None,
     weights: tuple[Weight, ...],
     pairs: tuple[Pair, ...],
     draws: Draws,
@@ -120,7 +179,7 @@ def _feed_forward(
 
 def _forward(
     x: jax.Array,
-    residual: jax.Array,
+    residual: jax.Array | None,
     weights: tuple[Weight, ...],
     pairs: tuple[Pair, ...],
     draws: Draws,
@@ -136,7 +195,9 @@ def _forward(
     inner = dispatch.swiglu(_gated(products, lora_x, pairs, options), spent=options.recomputed)
     inner_bits = dropout_bits(inner.shape, draws.inner, options)
     inner_lora_x = project_down(dropped_out(inner, inner_bits, options.dropout), pairs[2:])
-    bases, lora_b = [matmul(inner, weights[2]), residual], pairs[2].lora_b.astype(x.dtype)
+    bases, lora_b = [matmul(inner, weights[2])], pairs[2].lora_b.astype(x.dtype)
+    if residual is not None:
+        bases.append(residual)
     out = dispatch.low_rank_add(bases, inner_lora_x, lora_b, factor=options.scalings[2], transposed=True)
     saves_dropped = options.recomputed and dropped.bits is not None
     return out, _Residuals(
@@ -180,7 +241,7 @@ def _backward(options: MatmulOptions, saved: _Residuals, dy: jax.Array) -> tuple
     dx = input_gradient(bases, dlora_x, pairs[gate_up], dropped.bits, options.dropout)
     parts = Gradients(dlora_x, dropped.x, lora_x)
     dpairs = pair_gradients(dproducts, parts, pairs[gate_up], options.scalings[gate_up]) + dpairs
-    return dx, dy, None, dpairs, None  # weights are frozen: no cotangent
+    return dx, dy if options.adds_residual else None, None, dpairs, None  # weights are frozen: no cotangent
 
 
 _feed_forward.defvjp(_forward, _backward)
@@ -191,4 +252,5 @@ def _gated(
 ) -> Gated:
     """Gate and up with their adapters, as SwiGLU takes them."""
     gate_v, up_v = (pair.lora_b.astype(lora_x.dtype) for pair in pairs[:2])
-    return Gated(*products, lora_x, gate_v, up_v, options.scalings[:2], tuple(first_rows(pairs[:2])))
+    firsts = tuple(first_rows(pairs[:2]))
+    return Gated(*products, lora_x, gate_v, up_v, options.scalings[:2], firsts, options.activation)

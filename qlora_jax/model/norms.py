@@ -1,4 +1,11 @@
-"""RMSNorm, and how it leaves the residual stream: with what it was given, so that both gradients are added in the pass that makes one."""
+"""Norms of hidden states, and how one leaves the residual stream: with what it was given, so that both gradients are added in one pass.
+
+    RMSNorm:   x / sqrt(mean(x²) + eps) · weight
+    LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) · weight (+ bias)
+
+Both are computed in float32. A weight in bfloat16 multiplies what was rounded to x's dtype, as Llama's does ("early"); a weight in float32
+multiplies before the one rounding, as Gemma's and OLMo's do ("late").
+"""
 
 import functools
 from typing import Any
@@ -7,15 +14,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qlora_jax.model.architecture import Norms
 from qlora_jax.model.linear import FrozenParam
 from qlora_jax.ops import dispatch, twins
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) in float32, rounded to x's dtype, times `weight` [D]."""
+    """x / rms(x), times `weight` of shape [D], or any that broadcasts against x."""
 
-    def __init__(self, size: int, eps: float) -> None:
-        self.weight = FrozenParam(jnp.ones((size,), jnp.bfloat16))
+    def __init__(self, size: int | tuple[int, ...], eps: float, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> None:
+        self.weight = FrozenParam(jnp.ones(size, dtype))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -28,6 +36,39 @@ class RMSNorm(nnx.Module):
         The backward pass keeps x alone.
         """
         return _norm_and_skip(x, self.weight[...], self.eps)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / deviation, times `weight`, plus a bias if there is one."""
+
+    def __init__(self, size: int | tuple[int, ...], norms: Norms, *, bias: bool) -> None:
+        self.weight = FrozenParam(jnp.ones(size, _dtype(norms)))
+        self.bias = FrozenParam(jnp.zeros(size, jnp.bfloat16)) if bias else None
+        self.eps = norms.eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] → the same shape and dtype."""
+        bias = None if self.bias is None else self.bias[...]
+        return twins.plain_layer_norm(x, self.weight[...], bias, self.eps)
+
+    def and_skip(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [..., D] → (normed, x)."""
+        return self(x), x
+
+
+def make_norm(size: int | tuple[int, ...], norms: Norms, *, of_heads: bool = False) -> RMSNorm | LayerNorm:
+    """Return a norm with a weight of shape `size`.
+
+    Args:
+        of_heads: a norm of queries or keys, which has no bias.
+    """
+    if norms.centred:
+        return LayerNorm(size, norms, bias=norms.bias and not of_heads)
+    return RMSNorm(size, norms.eps, _dtype(norms))
+
+
+def _dtype(norms: Norms) -> jnp.dtype:
+    return jnp.dtype(jnp.float32 if norms.is_float32 else jnp.bfloat16)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -113,7 +113,7 @@ def swiglu(gated: Gated, *, spent: bool = False) -> jax.Array:
 
         if _supported(gated):
             return kernel.swiglu(gated, spent=spent)
-    return plain_swiglu(*plain_sums(gated))
+    return plain_swiglu(*plain_sums(gated), gated.activation)
 
 
 def swiglu_backward(
@@ -139,14 +139,15 @@ def swiglu_backward(
         if _supported(gated) and kernel.supported([dy], u, v):
             return kernel.swiglu_backward(gated, dy, u, v, **options, spent=spent)
     dy = plain_low_rank_add([dy], u, v, **options)
-    inner, pull = jax.vjp(plain_swiglu, *plain_sums(gated))
+    inner, pull = jax.vjp(functools.partial(plain_swiglu, activation=gated.activation), *plain_sums(gated))
     return [inner, *pull(dy)]
 
 
 def _supported(gated: Gated) -> bool:
     from qlora_jax.ops.pallas import low_rank as kernel
 
-    return all(kernel.supported([base], gated.u, v.T) for base, v, *_ in gated.halves)
+    is_known = gated.activation == "silu"
+    return is_known and all(kernel.supported([base], gated.u, v.T) for base, v, *_ in gated.halves)
 
 
 def updates_8bit(param: jax.Array, mu: Any) -> bool:
@@ -175,8 +176,8 @@ def adamw_8bit(
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x [..., D] / rms(x) in float32, rounded to x's dtype, times `weight` [D] in that dtype."""
-    if available():
+    """x [..., D] / rms(x) in float32, rounded to x's dtype, times `weight` [D]; a float32 weight multiplies before that rounding."""
+    if available() and _is_early(x, weight):
         from qlora_jax.ops.pallas import norm as kernel
 
         rows, scale = x.reshape(-1, x.shape[-1]), weight.astype(x.dtype)
@@ -187,7 +188,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 def rms_norm_backward(x: jax.Array, weight: jax.Array, dnormed: jax.Array, dskip: jax.Array, eps: float) -> jax.Array:
     """From the gradient of what `rms_norm` gives, that of x, plus `dskip`; all [..., D]. The kernel rounds once, the twin every step."""
-    if available():
+    if available() and _is_early(x, weight):
         from qlora_jax.ops.pallas import norm as kernel
 
         rows, dnormed_rows, dskip_rows = (array.reshape(-1, x.shape[-1]) for array in (x, dnormed, dskip))
@@ -195,6 +196,11 @@ def rms_norm_backward(x: jax.Array, weight: jax.Array, dnormed: jax.Array, dskip
             return kernel.backward(rows, scale, dnormed_rows, dskip_rows, eps).reshape(x.shape)
     _, pull = jax.vjp(lambda x: (plain_rms_norm(x, weight, eps), x), x)
     return pull((dnormed, dskip))[0]
+
+
+def _is_early(x: jax.Array, weight: jax.Array) -> bool:
+    """Whether a norm's weight multiplies what was rounded already, which is what the kernel does."""
+    return weight.dtype != jnp.float32 or x.dtype == jnp.float32
 
 
 @functools.cache

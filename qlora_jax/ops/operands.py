@@ -18,7 +18,8 @@ class Rotation(NamedTuple):
 
 
 class Gated(NamedTuple):
-    """The two products that enter SwiGLU, and their adapters' terms: gate + factors[0] · u[:, firsts[0]:]·gate_vᵀ, and so for up."""
+    """The two products of a gated MLP (SwiGLU, GeGLU), and their adapters' terms: gate + factors[0] · u[:, firsts[0]:]·gate_vᵀ, and so
+    for up."""
 
     gate: jax.Array  # [tokens, features]
     up: jax.Array  # [tokens, features]
@@ -27,6 +28,8 @@ class Gated(NamedTuple):
     up_v: jax.Array  # [features, R]
     factors: tuple[float, float]
     firsts: tuple[int, int]
+    activation: str = "silu"
+    """What the gate goes through, see `twins.ACTIVATIONS`."""
 
     @property
     def halves(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -5,7 +5,7 @@ A twin rounds to its inputs' dtype at every step, where a kernel sums in float32
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,18 @@ def plain_low_rank_add(
     return functools.reduce(jnp.add, more, base + product)
 
 
-def plain_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """The function itself, in XLA's operations."""
-    return jax.nn.silu(gate) * up
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+"""Activations of an MLP by their names in `Architecture`."""
+
+
+def plain_swiglu(gate: jax.Array, up: jax.Array, activation: str = "silu") -> jax.Array:
+    """activation(gate) · up, in XLA's operations."""
+    return ACTIVATIONS[activation](gate) * up
 
 
 def plain_sums(gated: Gated) -> list[jax.Array]:
@@ -60,6 +69,24 @@ def plain_rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """The twin of `rms_norm`; the weight may be any that broadcasts against x [..., D]."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return _scaled(normed, weight, x)
+
+
+def plain_layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+    """(x - mean) / deviation over the last axis of x [..., D], times the weight, plus the bias; both broadcast against x."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    if bias is None:
+        return _scaled(normed, weight, x)
+    scale, shift = (jnp.broadcast_to(each.astype(jnp.float32), x.shape) for each in (weight, bias))
+    return (normed * scale + shift).astype(x.dtype)
+
+
+def _scaled(normed: jax.Array, weight: jax.Array, x: jax.Array) -> jax.Array:
+    """Multiply in float32 and round once if the weight is in float32; otherwise round to x's dtype, in which the weight multiplies."""
+    if weight.dtype == jnp.float32:
+        return (normed * jnp.broadcast_to(weight, x.shape)).astype(x.dtype)
     return normed.astype(x.dtype) * jnp.broadcast_to(weight.astype(x.dtype), x.shape)
 
 

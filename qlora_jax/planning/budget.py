@@ -4,8 +4,9 @@ import dataclasses
 import functools
 from typing import Any
 
-from qlora_jax.planning.estimate import Item, Job, Layout, Seconds, Workspace, items, seconds, total
+from qlora_jax.planning.estimate import Item, Job, Layout, Workspace, items, total
 from qlora_jax.planning.hardware import Rates
+from qlora_jax.planning.roofline import Seconds, seconds
 
 SPARE_SHARE = 0.04
 """Of the device's memory, left free: what the estimate may be wrong by."""

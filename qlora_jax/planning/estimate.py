@@ -1,4 +1,4 @@
-"""Bytes and seconds of a run, from shapes alone.
+"""Bytes of a run, from shapes alone.
 
 A step is two walks over L layers and an update (see `engine.py`). On the device there are at any time: what lives there; a ring of slots
 for streamed layers; and the workspace of the one compiled function at work. So the peak is a sum, taken at the three moments where it
@@ -6,7 +6,7 @@ can be largest: the turn of the walk (all layer inputs, no gradients), its end (
 
 The workspace comes from the compiled functions' own memory analysis where there is a backend to compile for; `workspace` below estimates
 it elsewhere. Its coefficients are fitted to that analysis for an H100 (`benchmarks.workspace`: Llama-2 7B and 70B, 512 to 8192 tokens),
-which they meet within a tenth, or 0.1 GiB. The seconds are a roofline: matrix products at the card's rate, all else by bytes moved.
+which they meet within a tenth, or 0.1 GiB.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSetting
 from qlora_jax.engine import programs
 from qlora_jax.engine.optimizer import abstract_moments
 from qlora_jax.model.architecture import Architecture
-from qlora_jax.model.decoder import MLP_TOKENS, Attention, DecoderLayer
+from qlora_jax.model.attention import Attention
+from qlora_jax.model.decoder import MLP_TOKENS, DecoderLayer
 from qlora_jax.model.loss import LOGIT_BYTES
-from qlora_jax.planning.hardware import Rates
 from qlora_jax.runtime.placement import READ_AHEAD, SLOTS, LayerPlace, Tree, Where, nbytes, spread
 
 PROCESS_BYTES = {True: 6 * 2**30, False: 0.7 * 2**30}
@@ -51,6 +51,8 @@ class Job:
     """Of an evaluation's micro-batch, as long as the longest; 0 for none."""
     packed: bool = False
     """Whether rows hold several examples, kept apart by a mask."""
+    extra_bytes: tuple[int, ...] = ()
+    """For each layer, bytes that its linears which are not in 4 bits take beyond those in which they would be; empty if all are."""
 
     @property
     def tokens(self) -> int:
@@ -78,8 +80,13 @@ class Job:
 
     @functools.cached_property
     def layer_bytes(self) -> int:
-        """One layer's frozen weights: 441 MB for Llama-2-70B."""
-        return nbytes(self._layer[1])
+        """One layer's frozen weights, on average: 441 MB for Llama-2-70B."""
+        return nbytes(self._layer[1]) + math.ceil(sum(self.extra_bytes) / self.config.num_hidden_layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """The largest layer's frozen weights."""
+        return nbytes(self._layer[1]) + max(self.extra_bytes, default=0)
 
     @functools.cached_property
     def moments_bytes(self) -> int:
@@ -103,7 +110,7 @@ class Job:
         config, itemsize = self.config, jnp.dtype(self.dtype).itemsize
         heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         width = 2 * heads + 2 * kv_heads + config.hidden_size + 2 * config.intermediate_size
-        adapters = len(self.lora.targets) * self.lora.r
+        adapters = len(self.lora.targets(config.linears)) * self.lora.r
         softmax: float = 4 * config.num_attention_heads  # float32, a row's log of the sum
         if self.attention == "xla":
             softmax *= 3.25 * self.length  # the scores, three times, and a mask
@@ -158,7 +165,10 @@ def workspace(job: Job, layout: Layout) -> Workspace:
     config, itemsize = job.config, jnp.dtype(job.dtype).itemsize
     hidden, mlp, tokens = config.hidden_size, config.intermediate_size, job.tokens
     bytes_of = {name: itemsize * rows * columns for name, (rows, columns) in config.linear_shapes().items()}
-    dense, mlp_dense = [*bytes_of.values()], [bytes_of[name] for name in config.mlp_linears]
+    dense, mlp_dense = (
+        [*bytes_of.values()],
+        [bytes_of[linear.name] for linear in (*config.mlp_inputs, config.mlp_output)],
+    )
     chunk = min(tokens, layout.mlp_tokens)
     hoisted = sum(mlp_dense) if chunk < tokens else max(dense)
     scores = 0
@@ -209,7 +219,7 @@ def _always(job: Job, layout: Layout) -> list[Item]:
     """What is there from the first step to the last."""
     depth = job.config.num_hidden_layers
     streamed = depth - layout.resident
-    on_device = (layout.resident + (layout.slots if streamed else 0)) * job.layer_bytes
+    on_device = layout.resident * job.layer_bytes + (layout.slots if streamed else 0) * job.slot_bytes
     on_host = streamed if layout.streamed_from == "host" else min(streamed, READ_AHEAD + 2)
     at_rest = 0 if layout.optimizer == "host" else depth  # from the host they visit in the update only
     return [
@@ -266,83 +276,6 @@ def _evaluation(job: Job, layout: Layout) -> list[Item]:
         Item("hidden states", 2 * rows.hidden_bytes + job.hidden_bytes * job.micro_batches, 0),
         Item("workspace", max(work.forward, work.head), 0),
     ]
-
-
-HEAD_FACTOR = 1.0
-"""What the head takes over its three matrix products, which are faster than most."""
-LAUNCH_SECONDS = 3e-6
-"""Of one kernel, with what its inputs and outputs wait for."""
-KERNELS = (45, 110)
-"""Kernels of a layer, forwards and backwards."""
-ELEMENTWISE = (25, 85)
-"""Bytes that norms, activations, residuals and adapters move a layer, forwards and backwards (with recomputation), over those of one
-[N, D] array: fitted to steps of 7B and 70B on an H100."""
-KEPT_SHARE = 0.67
-"""Of the latter, what is left to a layer that is not run again."""
-TURN_SECONDS = 1.7e-3
-"""For which the device waits at each streamed layer if there are only two slots: Python can start the copy of the next but one, some thirty
-arrays, only when a layer is done, and must before it dispatches the next (H200)."""
-FEW_TOKENS = 64
-"""Tokens at which a matrix product with a large weight reaches half of its rate."""
-ATTENTION_SHARE = 0.55
-"""Of the matrix products' rate that cuDNN's attention reaches, half of its square being masked."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Seconds:
-    """Of one step."""
-
-    forward: float
-    head: float
-    backward: float
-    update: float
-    bus_bytes: int
-    """Both directions."""
-
-    @property
-    def total(self) -> float:
-        """Of a step."""
-        return self.forward + self.head + self.backward + self.update
-
-
-def seconds(job: Job, layout: Layout, rates: Rates) -> Seconds:
-    """A roofline of one step; a walk takes as long as its computing or as its copies, whichever is longer."""
-    depth, micro = job.config.num_hidden_layers, job.micro_batches
-    streamed = depth - layout.resident
-    forward, again, kept = _layer_seconds(job, layout, rates)
-    layers = streamed * job.layer_bytes
-    adapters = depth * job.adapter_bytes * (layout.adapters == "host")
-    inputs = depth * job.hidden_bytes * micro * (layout.activations == "host")
-    moments = depth * job.moments_bytes * (layout.optimizer == "host")
-    stream = layers / (rates.bus if layout.streamed_from == "host" else min(rates.bus, rates.disk))
-    waits = streamed * TURN_SECONDS * (layout.slots < SLOTS)
-    up = waits + max(micro * depth * forward, stream + adapters / rates.bus, inputs / rates.bus)
-    computing = micro * ((depth - layout.keep) * again + layout.keep * kept)
-    down = waits + max(computing, stream + (adapters + inputs) / rates.bus)
-    head = micro * 6 * job.config.vocab_size * job.config.hidden_size * job.tokens / rates.flop * HEAD_FACTOR
-    update = (moments + 2 * adapters) / rates.bus + 8 * depth * job.adapter_bytes / rates.memory
-    update += depth * 30 * LAUNCH_SECONDS
-    return Seconds(up, head, down, update, int(2 * layers + 6 * adapters + 2 * inputs + 2 * moments))
-
-
-def _layer_seconds(job: Job, layout: Layout, rates: Rates) -> tuple[float, float, float]:
-    """One layer on one micro-batch: forwards, backwards with running it again, backwards from what was kept."""
-    chunk = min(job.tokens, layout.mlp_tokens)
-    mlp = sum(math.prod(job.config.linears[name].shape) for name in job.config.mlp_linears)
-    slower = 1 + FEW_TOKENS / job.tokens + mlp / job.layer_weights * (FEW_TOKENS / chunk - FEW_TOKENS / job.tokens)
-    product = 2 * job.layer_weights * job.tokens / rates.flop * slower
-    heads = job.config.num_attention_heads * job.config.head_dim
-    attention = 2 * job.rows * job.length**2 * heads / (rates.flop * ATTENTION_SHARE)
-    dequantize = 2.6 * job.layer_weights / rates.memory
-    moved = [factor * job.hidden_bytes / rates.memory for factor in ELEMENTWISE]
-    launches = [number * LAUNCH_SECONDS for number in KERNELS]
-    forward = product + attention + dequantize + moved[0] + launches[0]
-    rows, columns = job.config.linears[job.config.mlp_linears[-1]].shape
-    product_again = product * (1 - rows * columns / job.layer_weights)  # nothing needs what down_proj gives
-    again = product + product_again + 3.5 * attention + moved[1] + launches[1]
-    again += dequantize * (1 if layout.share_dense else 2)
-    kept = product + 2.5 * attention + KEPT_SHARE * moved[1] + launches[1] + dequantize
-    return forward, again, kept
 
 
 def total(lines: list[Item]) -> tuple[int, int]:

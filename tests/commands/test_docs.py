@@ -22,6 +22,8 @@ from convert import cache, merge, quantize
 from qlora_jax.__main__ import COMMANDS, main
 from qlora_jax.commands import train
 from qlora_jax.config import Config
+from qlora_jax.model.family_rows import FAMILIES
+from qlora_jax.model.unsupported import WRAPPERS
 from tests.helpers import tiny
 from tests.helpers.children import REPOSITORY
 from tests.helpers.runs import write_place
@@ -234,6 +236,13 @@ def test_the_modules_of_the_design() -> None:
     }
     assert {name for name in named if "benchmarks" not in name} == {name for name in modules if "/__" not in name}
     assert RULE in PAGES["docs/design.md"]
+
+
+def test_the_families_of_models() -> None:
+    """The table of docs/models.md has every family, and no other."""
+    rows = [line.split("|")[1] for line in PAGES["docs/models.md"].splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == FAMILIES.keys() | WRAPPERS.keys()
 
 
 @pytest.mark.parametrize("page", PAGES)

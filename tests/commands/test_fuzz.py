@@ -197,7 +197,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantize(model, place / "nf4", QuantizationSettings())
     lora = LoraSettings(r=2, target_modules=("q_proj",))
     engine = Engine(read_config(model), lora, QuantizationSettings(), compute_dtype="float32")
-    save_adapter(place / "adapter", engine.init_adapters(0), lora, QuantizationSettings(), "base")
+    save_adapter(
+        place / "adapter",
+        engine.init_adapters(0),
+        lora,
+        QuantizationSettings(),
+        "base",
+        architecture=read_config(model),
+    )
     checkpoints = Checkpoints(place, 1)
     checkpoints.save(1, {"adapters": [one_device().put({"a": np.zeros(3, np.float32)}, "device")]}, {})
     checkpoints.wait()

@@ -35,7 +35,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantize(model, work / "nf4", QuantizationSettings())
     lora = LoraSettings(r=2, target_modules=("q_proj",))
     engine = Engine(read_config(model), lora, QuantizationSettings(), compute_dtype="float32")
-    save_adapter(work / "adapter", engine.init_adapters(0), lora, QuantizationSettings(), "model")
+    save_adapter(
+        work / "adapter",
+        engine.init_adapters(0),
+        lora,
+        QuantizationSettings(),
+        "model",
+        architecture=read_config(model),
+    )
     write_rows(work)
     write_gguf(work / "model.gguf")
     settings = {

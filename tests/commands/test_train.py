@@ -21,7 +21,6 @@ import pytest
 import safetensors.numpy
 
 from convert.adapters.adapter import WEIGHTS_FILE, load_adapter
-from convert.files import names
 from convert.files.folder import ModelFolder
 from convert.files.shards import write_json
 from convert.load import read_config
@@ -35,6 +34,7 @@ from qlora_jax.training import trainer
 from qlora_jax.training.progress import Progress
 from tests.helpers import tiny
 from tests.helpers.runs import adapter_bytes, records, train_main, write_place
+from tests.helpers.tiny import NAMES
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 12
@@ -385,7 +385,7 @@ def initial_tensors(place: Path, seed: int = 0) -> dict[str, np.ndarray]:
     shape = read_config(ModelFolder(place / "model"))
     engine = Engine(shape, config.lora, config.quantization, compute_dtype=jnp.float32)
     return {
-        names.adapter(layer, name, part): np.asarray(value)
+        NAMES.adapter(layer, name, part): np.asarray(value)
         for layer, tree in enumerate(engine.init_adapters(seed))
         for name, linear in tree.items()
         for part, value in linear["adapter"].items()
@@ -535,9 +535,16 @@ def not_finite(model: Path) -> None:
         (only_pickles, ["only pickled weights (pytorch_model.bin)"]),
         (truncated, ["model.safetensors: truncated"]),
         (lambda model: (model / "config.json").unlink(), ["no config.json"]),
-        (configured(model_type="mistral"), ["config.json", "model_type is 'mistral', supported: 'llama'"]),
-        (configured(attention_bias=True, hidden_act="gelu"), ["attention_bias is True", "hidden_act is 'gelu'"]),
-        (configured(rope_scaling={"rope_type": "llama3"}), ["rope_scaling", "llama3"]),
+        (
+            configured(model_type="mixtral"),
+            ["config.json", "model_type is 'mixtral'", "mixtures of experts are not supported"],
+        ),
+        (configured(is_causal=False, hidden_act="tanh"), ["is_causal is False", "hidden_act is 'tanh'"]),
+        (configured(attention_bias=True), ["missing: model.layers.0.self_attn.q_proj.bias"]),
+        (
+            configured(rope_scaling={"rope_type": "llama3"}),
+            ["rope_scaling: factor is missing", "high_freq_factor is missing"],
+        ),
         (configured(num_hidden_layers=3), ["missing: model.layers.2.mlp.up_proj.weight"]),
         (no_tokenizer, ["model", "tokenizer"]),
         (not_finite, ["model.layers.1.mlp.up_proj.weight"]),

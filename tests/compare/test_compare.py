@@ -22,7 +22,9 @@ from qlora_jax.compare.both import Ours, Reference, Steps, Subject, differences,
 from qlora_jax.compare.report import as_json
 from qlora_jax.config import LoraSettings, QuantizationSettings, TrainingSettings
 from qlora_jax.engine.engine import Weights
-from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.architecture import Kind, Rope
+from qlora_jax.model.families import read_architecture
+from qlora_jax.model.rope import plain_frequencies
 from qlora_jax.runtime.placement import LayerStore
 from tests.helpers import tiny
 
@@ -92,11 +94,13 @@ def test_both_sides_agree(case: Case) -> None:
     )
 
 
-def with_config(**changes: Any) -> Callable[[Case], dict[str, Any]]:
-    """Our side with another model shape, of the same arrays."""
+def with_rope_theta(theta: float) -> Callable[[Case], dict[str, Any]]:
+    """Our side with another rotation, of the same arrays."""
 
     def wrong(case: Case) -> dict[str, Any]:
-        config = dataclasses.replace(case.model.config, **changes)
+        facts = case.model.config
+        rope = Rope(frequencies=plain_frequencies(theta, facts.head_dim))
+        config = dataclasses.replace(facts, kinds=(Kind(rope=rope),) * facts.num_hidden_layers)
         model = dataclasses.replace(case.model, config=config)
         return {"ours": dataclasses.replace(dataclasses.replace(case, model=model).ours(), weights=case.ours().weights)}
 
@@ -138,7 +142,7 @@ def with_labels_shifted(case: Case) -> dict[str, Any]:
 
 
 WRONG = {
-    "rope_theta": (with_config(rope_theta=9000.0), "hidden states"),
+    "rope_theta": (with_rope_theta(9000.0), "hidden states"),
     "scaling": (with_lora(lora_alpha=18.0), "gradients"),
     "weight decay": (with_steps(weight_decay=30.0), "training"),
     "clipping": (with_steps(max_grad_norm=0.0, adam_epsilon=1e-2), "training"),
@@ -173,7 +177,7 @@ def test_a_number_that_is_none_is_exceeded() -> None:
 
 
 def test_bounds_grow_with_depth_and_stay_far_below_what_matters() -> None:
-    config = Architecture.from_hf(tiny.hf_config())
+    config = read_architecture(tiny.hf_config())
     deeper = [bounds.arithmetic(config, depth) for depth in range(80)]
     assert deeper == sorted(deeper)
     llama_70b = dataclasses.replace(config, hidden_size=8192, intermediate_size=28672)

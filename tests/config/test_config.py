@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from qlora_jax.base.errors import InputError
-from qlora_jax.config import LINEAR_NAMES, NOT_YET, Config, LoraSettings, load_config
+from qlora_jax.config import NOT_YET, Config, LoraSettings, load_config
 from qlora_jax.config.section import MAX_WHOLE
+from tests.helpers.tiny import LINEAR_NAMES
 
 REPOSITORY = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {
@@ -95,9 +96,13 @@ def test_an_exponent_without_a_point_is_a_number(file: Path, text: str) -> None:
 
 
 def test_targets_are_in_the_layers_order() -> None:
-    assert LoraSettings(target_modules=["down_proj", "v_proj", "q_proj"]).targets == ("q_proj", "v_proj", "down_proj")
-    assert LoraSettings(target_modules=["v_proj", "v_proj"]).targets == ("v_proj",)
-    assert LoraSettings().targets == LINEAR_NAMES
+    assert LoraSettings(target_modules=["down_proj", "v_proj", "q_proj"]).targets(LINEAR_NAMES) == (
+        "q_proj",
+        "v_proj",
+        "down_proj",
+    )
+    assert LoraSettings(target_modules=["v_proj", "v_proj"]).targets(LINEAR_NAMES) == ("v_proj",)
+    assert LoraSettings().targets(LINEAR_NAMES) == LINEAR_NAMES
 
 
 def test_scaling() -> None:
@@ -182,8 +187,6 @@ def test_not_yet_does_not_hide_what_is_there() -> None:
         ("lora", "lora_alpha", -1, "-1"),
         ("lora", "lora_alpha", float("inf"), "inf"),
         ("lora", "target_modules", [], "[]"),
-        ("lora", "target_modules", "q_proj", "'q_proj'"),
-        ("lora", "target_modules", None, "None"),
         ("training", "learning_rate", 0, "0"),
         ("training", "learning_rate", "fast", "'fast'"),
         ("training", "learning_rate", float("nan"), "nan"),
@@ -223,13 +226,12 @@ def test_one_line_for_each_setting(tmp_path: Path, section: str, values: dict[st
     assert "{" not in problems[0] and "constrained" not in problems[0] and "literal" not in problems[0]
 
 
-def test_a_wrong_target_names_itself_and_the_choice(tmp_path: Path) -> None:
-    message = refused(tmp_path, lora={"target_modules": ["q_proj", "qproj"]})
+@pytest.mark.parametrize("value", [[], ["q_proj", 1], {"q_proj": 1}, 7, ""], ids=str)
+def test_targets_that_are_no_names(tmp_path: Path, value: Any) -> None:
+    """Which names there are is the model's to say, when it is opened."""
+    message = refused(tmp_path, lora={"target_modules": value})
     problems = [line for line in message.splitlines() if line.startswith("    ")]
-    choice = ", ".join(LINEAR_NAMES)
-    assert problems == [
-        f"    lora.target_modules: expected all-linear, or a list of some of {choice}, found ['q_proj', 'qproj']"
-    ]
+    assert len(problems) == 1 and problems[0].startswith("    lora.target_modules: expected all-linear, a list of")
 
 
 def test_missing_settings(tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ import safetensors.numpy
 
 from convert.adapters.adapter import WEIGHTS_FILE, as_adapters, load_adapter, save_adapter
 from convert.adapters.config import CONFIG_FILE
-from convert.files import names
 from convert.files.folder import ModelFolder
+from convert.files.names import ADAPTER_PARTS
 from convert.load import load_weights, read_bfloat16, read_config
 from qlora_jax.base.errors import InputError
-from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
+from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Adapters, Engine, Weights
 from qlora_jax.model.architecture import Architecture
 from qlora_jax.ops import nf4
 from tests.helpers import tiny
+from tests.helpers.tiny import ARCHITECTURE, LINEAR_NAMES, NAMES
 
 FLOAT32_TWO_LAYERS = 1e-4
 """Relative to the largest logit: float32 sums of 64 to 128 products in another order, ~1e-6 each, through two layers and a norm."""
@@ -58,7 +59,10 @@ def random_adapters(config: Architecture, lora: LoraSettings, seed: int = 0) -> 
         return {"lora_a": jnp.asarray(lora_a, jnp.float32), "lora_b": jnp.asarray(lora_b, jnp.float32)}
 
     shapes = config.linear_shapes()
-    return [{name: {"adapter": pair(*shapes[name])} for name in lora.targets} for _ in range(config.num_hidden_layers)]
+    return [
+        {name: {"adapter": pair(*shapes[name])} for name in lora.targets(LINEAR_NAMES)}
+        for _ in range(config.num_hidden_layers)
+    ]
 
 
 def our_logits(
@@ -89,7 +93,7 @@ def make_reference(folder: ModelFolder) -> Callable[[], Any]:
 
     def weight(name: str) -> Any:
         tensor = read_bfloat16(folder, name)
-        if names.parse_linear(name):
+        if NAMES.parse_linear(name):
             tensor = np.asarray(nf4.dequantize(nf4.quantize(jnp.asarray(tensor), QUANTIZATION.double_quant)))
         return torch.from_numpy(tensor.astype(np.float32))
 
@@ -113,7 +117,7 @@ def their_logits(model: Any) -> np.ndarray:
 
 
 def save(folder: Path, adapters: Adapters, lora: LoraSettings = ALL, quantization: Any = QUANTIZATION) -> Path:
-    save_adapter(folder, adapters, lora, quantization, "some/model")
+    save_adapter(folder, adapters, lora, quantization, "some/model", architecture=ARCHITECTURE)
     return folder
 
 
@@ -207,9 +211,9 @@ def test_round_trip_bit_for_bit(tmp_path: Path, config: Architecture, use_rslora
     adapter = load_adapter(save(tmp_path / "adapter", adapters, lora, quantization), config)
     assert {target.scaling for target in adapter.targets.values()} == {lora.scaling}
     assert (adapter.quantization, adapter.base_model) == (quantization, "some/model")
-    assert list(adapter.pairs) == [(layer, name) for layer in range(2) for name in lora.targets]
+    assert list(adapter.pairs) == [(layer, name) for layer in range(2) for name in lora.targets(LINEAR_NAMES)]
     for (layer, name), pair in adapter.pairs.items():
-        for part in names.ADAPTER_PARTS:
+        for part in ADAPTER_PARTS:
             loaded = getattr(pair, part)
             assert loaded.dtype == np.float32
             assert loaded.tobytes() == np.asarray(adapters[layer][name]["adapter"][part]).tobytes()
@@ -217,7 +221,7 @@ def test_round_trip_bit_for_bit(tmp_path: Path, config: Architecture, use_rslora
 
 def test_as_adapters_is_what_the_engine_trained(saved: Path, config: Architecture) -> None:
     lora, adapters = as_adapters(load_adapter(saved, config), config)
-    assert (lora.r, lora.scaling, lora.targets) == (ALL.r, ALL.scaling, ALL.targets)
+    assert (lora.r, lora.scaling, lora.targets(LINEAR_NAMES)) == (ALL.r, ALL.scaling, LINEAR_NAMES)
     expected = random_adapters(config, ALL)
     assert jax.tree.structure(adapters) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(adapters), jax.tree.leaves(expected), strict=True):
@@ -261,7 +265,7 @@ def test_an_adapter_in_sixteen_bits_is_widened(saved: Path, config: Architecture
     safetensors.numpy.save_file(halves, saved / WEIGHTS_FILE)
     for (layer, name), pair in load_adapter(saved, config).pairs.items():
         assert pair.lora_a.dtype == np.float32
-        np.testing.assert_array_equal(pair.lora_a, halves[names.adapter(layer, name, "lora_a")].astype(np.float32))
+        np.testing.assert_array_equal(pair.lora_a, halves[NAMES.adapter(layer, name, "lora_a")].astype(np.float32))
 
 
 # Refusals
@@ -279,8 +283,8 @@ def change_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], objec
     safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE)
 
 
-FIRST = names.adapter(0, "q_proj", "lora_a")
-LAST = names.adapter(1, "down_proj", "lora_b")
+FIRST = NAMES.adapter(0, "q_proj", "lora_a")
+LAST = NAMES.adapter(1, "down_proj", "lora_b")
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
@@ -428,11 +432,11 @@ def test_a_damaged_note_about_quantization(saved: Path, config: Architecture, no
 
 def test_layers_that_differ_cannot_be_run(saved: Path, config: Architecture) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
-        for part in names.ADAPTER_PARTS:
-            del tensors[names.adapter(1, "o_proj", part)]
+        for part in ADAPTER_PARTS:
+            del tensors[NAMES.adapter(1, "o_proj", part)]
 
     change_tensors(saved, change)
-    assert f"{names.adapter(1, 'o_proj', 'lora_b')} is missing" in refusal(saved, config)
+    assert f"{NAMES.adapter(1, 'o_proj', 'lora_b')} is missing" in refusal(saved, config)
     settings = json.loads((saved / CONFIG_FILE).read_text())
     excluded = {**settings, "exclude_modules": ["layers.1.self_attn.o_proj"]}
     (saved / CONFIG_FILE).write_text(json.dumps(excluded))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert.files import bitsandbytes, names
+from convert.files import bitsandbytes
 from convert.files.folder import ModelFolder
 from convert.files.shards import write_json, write_shard
 from convert.load import load_weights, read_config
@@ -21,6 +21,7 @@ from qlora_jax.config import QuantizationSettings
 from qlora_jax.engine.engine import Engine
 from qlora_jax.ops import nf4
 from tests.helpers import tiny
+from tests.helpers.tiny import NAMES
 
 BF16_ROUNDING = 2.0**-8  # half a step of an 8-bit significand, relative
 LOGITS_RTOL = 1e-4  # of the largest logit; float32 sums in another order through every layer
@@ -66,7 +67,7 @@ def bits(array: Any) -> np.ndarray:
 
 
 def linear_names(folder: ModelFolder) -> list[str]:
-    found = [name for name in folder.names if names.parse_linear(name)]
+    found = [name for name in folder.names if NAMES.parse_linear(name)]
     assert len(found) % 7 == 0
     return found
 
@@ -184,7 +185,7 @@ def test_what_was_float16_runs_as_float16(tmp_path: Path) -> None:
     model = tiny.write_model(tmp_path / "model", dtype=np.float16, torch_dtype="float16", num_hidden_layers=1)
     # What is not in 4 bits is cast to bfloat16 here; make that change nothing.
     tensors = safetensors.numpy.load_file(model / "model.safetensors")
-    plain = {n: t.astype(ml_dtypes.bfloat16).astype(t.dtype) for n, t in tensors.items() if not names.parse_linear(n)}
+    plain = {n: t.astype(ml_dtypes.bfloat16).astype(t.dtype) for n, t in tensors.items() if not NAMES.parse_linear(n)}
     safetensors.numpy.save_file({**tensors, **plain}, model / "model.safetensors", {"format": "pt"})
     theirs = load_theirs(model, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
     theirs.save_pretrained(tmp_path / "theirs")

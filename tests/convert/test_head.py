@@ -10,7 +10,6 @@ import pytest
 import safetensors.numpy
 
 from convert.adapters.adapter import WEIGHTS_FILE, load_adapter
-from convert.files import names
 from convert.files.folder import ModelFolder
 from convert.files.head import is_tied
 from convert.files.sizes import merged_bytes, tensors_of
@@ -24,6 +23,7 @@ from qlora_jax.runtime.placement import nbytes
 from tests.convert.test_merge import make_adapter, run_merge
 from tests.convert.test_peft_kinds import peft_adapter
 from tests.helpers import tiny
+from tests.helpers.tiny import NAMES
 from tests.model.test_llama import LOGITS_RTOL, load_model, no_adapters, relative_difference, transformers_model
 
 NF4 = QuantizationSettings()
@@ -42,14 +42,14 @@ def with_head(folder: Path, kind: str) -> Path:
     """A tied tiny model with a head stored all the same."""
 
     def change(tensors: dict[str, np.ndarray]) -> None:
-        head = tensors[names.EMBEDDING].copy()
+        head = tensors[NAMES.embedding].copy()
         if kind == "one element":
             head[-1, -1] += 1
         elif kind == "another":
             head = np.random.default_rng(3).standard_normal(head.shape).astype(head.dtype) / 8
         elif kind == "float32 copy":
             head = head.astype(np.float32)
-        tensors[names.LM_HEAD] = head
+        tensors[NAMES.lm_head] = head
 
     return changed(tiny.write_model(folder), change)
 
@@ -77,7 +77,7 @@ def test_logits_are_transformers(tmp_path: Path, kind: str, tied: bool) -> None:
 
 def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
-        tensors[names.LM_HEAD] = tensors[names.EMBEDDING][:-8]
+        tensors[NAMES.lm_head] = tensors[NAMES.embedding][:-8]
 
     with pytest.raises(InputError, match=r"lm_head.weight: shape \(256, 64\), the config says \(264, 64\)"):
         read_config(ModelFolder(changed(tiny.write_model(tmp_path / "model"), change)))
@@ -105,10 +105,10 @@ def test_a_merge_carries_it_and_says_so(tmp_path: Path, own: Path, base: Any) ->
     merge_with_progress(folder, load_adapter(adapter, read_config(folder)), out, base, make_console())
     assert config_of(out)["tie_word_embeddings"] is False
     merged = ModelFolder(out)
-    assert merged.read_bytes(names.LM_HEAD) == folder.read_bytes(names.LM_HEAD)
+    assert merged.read_bytes(NAMES.lm_head) == folder.read_bytes(NAMES.lm_head)
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     head = model.lm_head.weight.detach().float().numpy()
-    np.testing.assert_array_equal(head, folder.read(names.LM_HEAD).astype(np.float32))
+    np.testing.assert_array_equal(head, folder.read(NAMES.lm_head).astype(np.float32))
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
@@ -141,22 +141,22 @@ def test_a_copy_of_the_embedding_stays_one(tmp_path: Path, replaced: bool) -> No
     more: dict[str, Any] = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True} if replaced else {}
     adapter = peft_adapter(tmp_path / "adapter", model, target_modules=["q_proj"], **more)
     stored = safetensors.numpy.load_file(adapter / WEIGHTS_FILE)
-    kept = {name: tensor for name, tensor in stored.items() if names.LM_HEAD not in name}  # as some versions save it
+    kept = {name: tensor for name, tensor in stored.items() if NAMES.lm_head not in name}  # as some versions save it
     safetensors.numpy.save_file(kept, adapter / WEIGHTS_FILE, {"format": "pt"})
     run_merge(model, adapter, tmp_path / "merged", "original")
     merged = ModelFolder(tmp_path / "merged")
-    assert (names.LM_HEAD in merged) is not replaced
+    assert (NAMES.lm_head in merged) is not replaced
     assert config_of(merged.path)["tie_word_embeddings"] is True and read_config(merged).tie_word_embeddings
     written = sum(path.stat().st_size for path in merged.path.glob("*.safetensors"))
-    assert written <= merged_bytes(tensors_of(ModelFolder(model)), ["q_proj"], "original")
+    assert written <= merged_bytes(tensors_of(ModelFolder(model)), NAMES, ["q_proj"], "original")
 
 
 # ----------------------------------------------------------------------------------------------------------------- dtypes
 
-NORM, LINEAR = names.norm(0, "input_layernorm"), names.linear(1, "q_proj")
+NORM, LINEAR = NAMES.norm(0, "input_layernorm"), NAMES.linear(1, "q_proj")
 
 
-@pytest.mark.parametrize("name", [NORM, LINEAR, names.EMBEDDING])
+@pytest.mark.parametrize("name", [NORM, LINEAR, NAMES.embedding])
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int8, np.bool_, np.int32, np.uint16], ids=str)
 def test_weights_of_integers_are_refused_by_name(tmp_path: Path, name: str, dtype: Any) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
@@ -173,7 +173,7 @@ def test_weights_in_64_bits_are_rounded(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
 
     def change(tensors: dict[str, np.ndarray]) -> None:
-        tensors[names.EMBEDDING] = rng.standard_normal((264, 64))
+        tensors[NAMES.embedding] = rng.standard_normal((264, 64))
 
     path = changed(tiny.write_model(tmp_path / "model"), change)
     _, weights = load_model(path)

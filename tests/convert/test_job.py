@@ -268,7 +268,7 @@ def test_a_merge_is_continued_with_its_adapter_only(
             name: {"adapter": {part: jnp.asarray(rng.standard_normal(s), jnp.float32) for part, s in parts.items()}}
             for name, parts in shapes.items()
         }
-        save_adapter(tmp_path / "adapter", [tree, tree], lora, KINDS, str(model))
+        save_adapter(tmp_path / "adapter", [tree, tree], lora, KINDS, str(model), architecture=config)
         return load_adapter(tmp_path / "adapter", config)
 
     adapter, out = saved(0), tmp_path / "out"

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from convert import load as load_module
-from convert.files import names
 from convert.files.ahead import num_threads
 from convert.files.folder import ModelFolder
 from convert.load import load_weights, read_config, read_layer, total_bytes
 from convert.quantize import quantize
 from qlora_jax.base.errors import InputError
-from qlora_jax.config import LINEAR_NAMES, QuantizationSettings
+from qlora_jax.config import QuantizationSettings
 from qlora_jax.runtime.placement import LayerPlace, Placement, nbytes, one_device
 from tests.helpers import tiny
+from tests.helpers.tiny import LINEAR_NAMES, NAMES
 
 NF4 = QuantizationSettings()
 LAYERS = 7
@@ -79,7 +79,7 @@ def test_several_linears_at_a_time(folders: dict[str, ModelFolder], monkeypatch:
     folder, threads = folders["4bit"], min(max(num_threads(), 2), len(LINEAR_NAMES))
     monkeypatch.setattr("convert.files.ahead.num_threads", lambda: threads)
     real, meeting, seen = load_module.read_linear, threading.Barrier(threads, timeout=30), set()
-    first = {names.linear(0, name) for name in LINEAR_NAMES[:threads]}
+    first = {NAMES.linear(0, name) for name in LINEAR_NAMES[:threads]}
 
     def read(folder: ModelFolder, name: str, *args: Any) -> Any:
         seen.add(threading.current_thread())
@@ -114,7 +114,7 @@ def test_one_linear_a_thread_is_held(folders: dict[str, ModelFolder], monkeypatc
 def test_a_scale_that_is_not_finite(tmp_path: Path, folders: dict[str, ModelFolder]) -> None:
     """Found by a thread, raised to the caller."""
     folder = shutil.copytree(folders["4bit"].path, tmp_path / "model")
-    name = f"{names.linear(5, 'up_proj')}.nested_absmax"
+    name = f"{NAMES.linear(5, 'up_proj')}.nested_absmax"
     opened = ModelFolder(folder)
     shard, header = opened._where[name], opened._headers[opened._where[name]]
     with (folder / shard).open("r+b") as file:

@@ -16,18 +16,20 @@ import safetensors.numpy
 from convert import merge as merge_module
 from convert.adapters.adapter import WEIGHTS_FILE, Adapter, load_adapter, save_adapter
 from convert.adapters.config import CONFIG_FILE
-from convert.files import bitsandbytes, names
+from convert.files import bitsandbytes
 from convert.files.folder import ModelFolder
+from convert.files.names import ADAPTER_PARTS
 from convert.files.shards import INDEX_NAME, TensorSpec, write_index, write_json, write_shard
 from convert.load import load_weights, read_config
 from convert.merge import Base, main, merge
 from convert.quantize import quantize
 from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
-from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
+from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.engine.engine import Engine
 from qlora_jax.model.architecture import Architecture
 from qlora_jax.ops import nf4
 from tests.helpers import tiny
+from tests.helpers.tiny import LINEAR_NAMES, NAMES
 
 BF16_EPSILON = 2.0**-8
 """Half the distance between neighbours in bfloat16 at 1.0: the relative error of one rounding."""
@@ -64,8 +66,15 @@ def make_adapter(
 
     shapes = config.linear_shapes()
     layers = range(config.num_hidden_layers)
-    adapters = [{name: {"adapter": pair(*shapes[name])} for name in lora.targets} for _ in layers]
-    save_adapter(folder, adapters, lora, QuantizationSettings(double_quant=double_quant), named or str(model))
+    adapters = [{name: {"adapter": pair(*shapes[name])} for name in lora.targets(shapes)} for _ in layers]
+    save_adapter(
+        folder,
+        adapters,
+        lora,
+        QuantizationSettings(double_quant=double_quant),
+        named or str(model),
+        architecture=config,
+    )
     return folder
 
 
@@ -129,7 +138,7 @@ def test_one_rounding_of_the_exact_sum(model: Path, adapter: Path, merged: dict[
     changed = 0
     for (layer, name), pair in loaded.pairs.items():
         lora_a, lora_b = pair.lora_a, pair.lora_b
-        tensor = names.linear(layer, name)
+        tensor = NAMES.linear(layer, name)
         weight = base_weight(folder, tensor, base)
         delta = pair.scaling * (lora_b.astype(np.float64) @ lora_a.astype(np.float64))
         exact = weight.astype(np.float64) + delta
@@ -163,7 +172,7 @@ def write_dequantized(out: Path, model: Path) -> Path:
     folder = ModelFolder(model)
     out.mkdir()
     tensors = {
-        name: base_weight(folder, name, "dequantized") if names.parse_linear(name) else folder.read(name)
+        name: base_weight(folder, name, "dequantized") if NAMES.parse_linear(name) else folder.read(name)
         for name in folder.names
     }
     write_shard(
@@ -177,7 +186,7 @@ def test_the_two_bases_differ(merged: dict[str, Path]) -> None:
     original, through_four_bits = read_all(merged["original"]), read_all(merged["dequantized"])
     for name, tensor in original.items():
         same = np.array_equal(bits(tensor), bits(through_four_bits[name]))
-        assert same == (names.parse_linear(name) is None), name
+        assert same == (NAMES.parse_linear(name) is None), name
 
 
 def test_logits_of_base_and_adapter(model: Path, adapter: Path, merged: dict[str, Path]) -> None:
@@ -195,7 +204,7 @@ def test_logits_of_base_and_adapter(model: Path, adapter: Path, merged: dict[str
     layers = range(config.num_hidden_layers)
     adapters = [
         {
-            name: {"adapter": {part: jnp.asarray(getattr(pair, part)) for part in names.ADAPTER_PARTS}}
+            name: {"adapter": {part: jnp.asarray(getattr(pair, part)) for part in ADAPTER_PARTS}}
             for (at, name), pair in loaded.pairs.items()
             if at == layer
         }
@@ -226,7 +235,7 @@ def test_other_dtypes(tmp_path: Path, base: Base, dtype: Any, stored: str) -> No
     folder, result = ModelFolder(model), ModelFolder(tmp_path / "out")
     assert result.config["torch_dtype"] == "bfloat16"
     for name in folder.names:
-        linear = names.parse_linear(name)
+        linear = NAMES.parse_linear(name)
         if linear in loaded.pairs or (linear and base == "dequantized"):
             assert result.spec(name).dtype == "BF16"
             expected = base_weight(folder, name, base)
@@ -243,7 +252,7 @@ def test_the_adapters_own_quantization_is_used(tmp_path: Path, tiny_folder: Path
     adapter = make_adapter(tmp_path / "adapter", tiny_folder, QV, double_quant=double_quant)
     run_merge(tiny_folder, adapter, tmp_path / "out", "dequantized")
     base, result = ModelFolder(tiny_folder), ModelFolder(tmp_path / "out")
-    name = names.linear(0, "up_proj")  # without an adapter: the base, dequantized
+    name = NAMES.linear(0, "up_proj")  # without an adapter: the base, dequantized
     np.testing.assert_array_equal(bits(result.read(name)), bits(base_weight(base, name, "dequantized", double_quant)))
     assert (bits(result.read(name)) != bits(base_weight(base, name, "dequantized", not double_quant))).any()
 
@@ -254,8 +263,8 @@ def test_an_adapter_on_q_and_v_only(tmp_path: Path, tiny_folder: Path, base: Bas
     before, after = ModelFolder(tiny_folder), ModelFolder(tmp_path / "out")
     assert after.names == before.names
     for name in before.names:
-        linear = names.parse_linear(name)
-        changes = linear is not None and (base == "dequantized" or linear[1] in QV.targets)
+        linear = NAMES.parse_linear(name)
+        changes = linear is not None and (base == "dequantized" or linear[1] in QV.target_modules)
         assert (after.read_bytes(name) != before.read_bytes(name)) == changes, name
 
 
@@ -270,7 +279,7 @@ def test_everything_else_is_kept(model: Path, merged: dict[str, Path], base: Bas
     for shard in before.shards:
         assert after.specs(shard) == before.specs(shard)  # names, dtypes, shapes and their order
         assert after.metadata(shard) == {"format": "pt"}
-    untouched = [name for name in before.names if names.parse_linear(name) is None]
+    untouched = [name for name in before.names if NAMES.parse_linear(name) is None]
     assert len(untouched) == 7  # embedding, head, final norm, two norms in each of two layers
     for name in untouched:
         assert after.read_bytes(name) == before.read_bytes(name)
@@ -411,7 +420,7 @@ def test_a_float16_base_is_rounded_to_bfloat16_once(tmp_path: Path) -> None:
     folder, kind = ModelFolder(source), QuantizationSettings()
     data: dict[str, tuple[TensorSpec, Any]] = {}
     for name in folder.names:
-        if names.parse_linear(name) is None:
+        if NAMES.parse_linear(name) is None:
             data[name] = (folder.spec(name), folder.read(name))
         else:
             parts = bitsandbytes.tensors(name, nf4.quantize(jnp.asarray(folder.read(name))))
@@ -423,7 +432,7 @@ def test_a_float16_base_is_rounded_to_bfloat16_once(tmp_path: Path) -> None:
     loaded = run_merge(source, make_adapter(tmp_path / "adapter", source, QV), tmp_path / "out", "dequantized")
     base, results = ModelFolder(source), read_all(tmp_path / "out")
     for layer, name in [(0, name) for name in LINEAR_NAMES]:
-        tensor = names.linear(layer, name)
+        tensor = NAMES.linear(layer, name)
         expected = np.asarray(nf4.dequantize(bitsandbytes.read(base, tensor)))
         assert expected.dtype == np.float16
         if (layer, name) in loaded.pairs:
@@ -460,7 +469,7 @@ def test_an_adapter_of_an_unknown_kind_is_taken(tmp_path: Path, model: Path, ada
     tensors = safetensors.numpy.load_file(adapter / WEIGHTS_FILE)
     safetensors.numpy.save_file(tensors, unrecorded / WEIGHTS_FILE, {"format": "pt"})
     loaded = run_merge(tmp_path / "fp4", unrecorded, tmp_path / "out", "dequantized")
-    name = names.linear(1, "o_proj")
+    name = NAMES.linear(1, "o_proj")
     weight = nf4.quantize(jnp.asarray(ModelFolder(model).read(name)), FP4.double_quant, FP4.quant_type)
     expected = merge_module.merged_weight(np.asarray(nf4.dequantize(weight)), loaded.pairs[1, "o_proj"])
     np.testing.assert_array_equal(bits(ModelFolder(tmp_path / "out").read(name)), bits(expected))

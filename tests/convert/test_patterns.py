@@ -16,13 +16,13 @@ from convert.adapters import patterns
 from convert.adapters.adapter import WEIGHTS_FILE, load_adapter
 from convert.adapters.config import CONFIG_FILE, AdapterConfig, Target
 from convert.adapters.patterns import evaluate
-from convert.files import names
+from convert.files.names import Target as Key
 from qlora_jax.base.errors import InputError
-from qlora_jax.config import LINEAR_NAMES
-from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.families import read_architecture
 from tests.helpers import tiny
+from tests.helpers.tiny import LINEAR_NAMES, NAMES
 
-CONFIG = Architecture.from_hf(tiny.hf_config(num_hidden_layers=12, tie_word_embeddings=False))
+CONFIG = read_architecture(tiny.hf_config(num_hidden_layers=12, tie_word_embeddings=False))
 PLACE = Path("an adapter/adapter_config.json")
 UNSLOTH = (
     r"(?:.*?(?:vision|visual|language|text).*?(?:self_attn|attn|mlp|ffn).*?(?:q_proj|v_proj).*?)|"
@@ -32,20 +32,20 @@ UNSLOTH = (
 ENDLESS = [".?" * 40 + "Z", "(.|.)*Z", r"(\w+\.?)+Z", r"(?:(?:\w|\.)+)+\d\d\dZ", ".*" * 12 + "Z"]
 
 
-def targets(**settings: Any) -> dict[names.Target, Target]:
+def targets(**settings: Any) -> dict[Key, Target]:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **settings}
     return AdapterConfig(PLACE, settings).targets(CONFIG)
 
 
-def pefts_targets(**settings: Any) -> dict[names.Target, Target]:
+def pefts_targets(**settings: Any) -> dict[Key, Target]:
     """By PEFT's own functions."""
     tuners, other = pytest.importorskip("peft.tuners.tuners_utils"), pytest.importorskip("peft.utils.other")
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **settings})
     keys = [(layer, name) for layer in range(CONFIG.num_hidden_layers) for name in LINEAR_NAMES]
     found = {}
-    for key in [*keys, *((None, name) for name in names.VOCABULARY)]:
-        path = names.target(*key).removesuffix(".weight")
+    for key in [*keys, *((None, name) for name in NAMES.vocabulary)]:
+        path = NAMES.target(*key).removesuffix(".weight")
         if tuners.check_target_module_exists(config, path) not in (True, False, None) and not isinstance(
             tuners.check_target_module_exists(config, path), re.Match
         ):
@@ -206,8 +206,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     pairs = {}
     for layer in range(CONFIG.num_hidden_layers):
-        pairs[names.adapter(layer, "q_proj", "lora_a")] = np.zeros((4, CONFIG.hidden_size), np.float32)
-        pairs[names.adapter(layer, "q_proj", "lora_b")] = np.zeros((64, 4), np.float32)
+        pairs[NAMES.adapter(layer, "q_proj", "lora_a")] = np.zeros((4, CONFIG.hidden_size), np.float32)
+        pairs[NAMES.adapter(layer, "q_proj", "lora_b")] = np.zeros((64, 4), np.float32)
     safetensors.numpy.save_file(pairs, folder / WEIGHTS_FILE)
     return folder
 

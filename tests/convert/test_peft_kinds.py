@@ -12,7 +12,6 @@ import safetensors.numpy
 
 from convert.adapters.adapter import WEIGHTS_FILE, as_adapters, load_adapter
 from convert.adapters.config import CONFIG_FILE
-from convert.files import names
 from convert.files.folder import ModelFolder
 from convert.jobs.check import check_merge
 from convert.load import read_config
@@ -21,6 +20,7 @@ from qlora_jax.__main__ import main as command
 from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
 from tests.helpers import tiny
 from tests.helpers.peft_files import merged, peft_adapter, pefts_merge
+from tests.helpers.tiny import NAMES
 
 FLIPPED = 5e-4
 """DoRA: the share of weights that come out one bfloat16 apart. Both sides are float32 and round once, but add the squares of a row in
@@ -79,7 +79,7 @@ def test_pefts_bits(tmp_path: Path, model: Path, kind: str) -> None:
         differing += int((apart > 0).sum())
     loaded = load_adapter(adapter, read_config(ModelFolder(model)))
     changed = {name for name in ours if not np.array_equal(ours[name], ModelFolder(model).read(name))}
-    assert changed == {names.target(*key) for key in loaded.targets} | set(loaded.saved)
+    assert changed == {NAMES.target(*key) for key in loaded.targets} | set(loaded.saved)
     assert differing <= FLIPPED * sum(ours[name].size for name in changed)
 
 
@@ -99,7 +99,7 @@ def test_a_tied_head_saved_with_its_embedding(tmp_path: Path, tiny_folder: Path)
     settings = {"target_modules": QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     adapter = peft_adapter(tmp_path / "adapter", tiny_folder, **settings)
     ours, theirs = merged(tiny_folder, adapter, tmp_path / "out"), pefts_merge(tiny_folder, adapter)
-    assert ours.keys() == theirs.keys() - {names.LM_HEAD}
+    assert ours.keys() == theirs.keys() - {NAMES.lm_head}
     for name, tensor in ours.items():
         np.testing.assert_array_equal(tensor.view(np.uint16), theirs[name].view(np.uint16), err_msg=name)
 
@@ -138,7 +138,7 @@ def test_the_stored_copy_of_a_base_is_what_is_merged_into(tmp_path: Path, model:
     """PEFT loads it into the base's place; here it is another head than the base has."""
     adapter = peft_adapter(tmp_path / "adapter", model, target_modules=["q_proj", "lm_head"])
     tensors = safetensors.numpy.load_file(adapter / WEIGHTS_FILE)
-    key = names.stored_base(names.LM_HEAD)
+    key = NAMES.stored_base(NAMES.lm_head)
     tensors[key] = np.ascontiguousarray(tensors[key][::-1])
     safetensors.numpy.save_file(tensors, adapter / WEIGHTS_FILE, {"format": "pt"})
     ours, theirs = merged(model, adapter, tmp_path / "out"), pefts_merge(model, adapter)
@@ -155,9 +155,9 @@ def test_a_head_is_never_in_4_bits(tmp_path: Path, model: Path) -> None:
     merge(folder, loaded, tmp_path / "out", "dequantized")
     check_merge(folder, loaded, tmp_path / "out", "dequantized")
     ours, theirs = ModelFolder(tmp_path / "out"), pefts_merge(model, adapter)
-    for name in (names.LM_HEAD, names.EMBEDDING):
+    for name in (NAMES.lm_head, NAMES.embedding):
         np.testing.assert_array_equal(ours.read(name).view(np.uint16), theirs[name].view(np.uint16))
-    for name in (names.LM_HEAD, names.EMBEDDING):  # another one is noticed
+    for name in (NAMES.lm_head, NAMES.embedding):  # another one is noticed
         damaged = tmp_path / name
         shutil.copytree(tmp_path / "out", damaged)
         where, header = ours._where[name], ours._headers[ours._where[name]]
@@ -177,21 +177,21 @@ def test_everything_that_is_missing_or_too_much_is_said_at_once(tmp_path: Path, 
     settings = {"target_modules": QV, "use_dora": True, "modules_to_save": ["lm_head"], "layers_to_transform": [1]}
     adapter = peft_adapter(tmp_path, model, **settings)
     tensors = safetensors.numpy.load_file(adapter / WEIGHTS_FILE)
-    lost = [names.magnitude(1, "q_proj"), names.adapter(1, "v_proj", "lora_b"), names.saved(names.LM_HEAD)]
+    lost = [NAMES.magnitude(1, "q_proj"), NAMES.adapter(1, "v_proj", "lora_b"), NAMES.saved(NAMES.lm_head)]
     for name in lost:
         del tensors[name]
-    tensors[names.adapter(0, "q_proj", "lora_a")] = np.zeros((4, 64), np.float32)
-    tensors[names.adapter(7, "q_proj", "lora_a")] = np.zeros((4, 64), np.float32)
-    tensors[names.saved(names.FINAL_NORM)] = np.ones(64, np.float32)
-    tensors[names.adapter(1, "q_proj", "lora_a")][0, 0] = np.inf
+    tensors[NAMES.adapter(0, "q_proj", "lora_a")] = np.zeros((4, 64), np.float32)
+    tensors[NAMES.adapter(7, "q_proj", "lora_a")] = np.zeros((4, 64), np.float32)
+    tensors[NAMES.saved(NAMES.final_norm)] = np.ones(64, np.float32)
+    tensors[NAMES.adapter(1, "q_proj", "lora_a")][0, 0] = np.inf
     safetensors.numpy.save_file(tensors, adapter / WEIGHTS_FILE)
     message = refusal(adapter, model)
     for name in lost:
         assert f"{name} is missing" in message
-    assert f"{names.adapter(0, 'q_proj', 'lora_a')}: target_modules does not name this linear" in message
+    assert f"{NAMES.adapter(0, 'q_proj', 'lora_a')}: target_modules does not name this linear" in message
     assert "layer 7 of q_proj: the model has 2 layers" in message
-    assert f"unknown tensor {names.saved(names.FINAL_NORM)}" in message
-    assert f"{names.adapter(1, 'q_proj', 'lora_a')} holds values that are not finite" in message
+    assert f"unknown tensor {NAMES.saved(NAMES.final_norm)}" in message
+    assert f"{NAMES.adapter(1, 'q_proj', 'lora_a')} holds values that are not finite" in message
     assert f"give the model this adapter was trained on, {str(model)!r}" in message
     with pytest.raises(
         InputError, match=r"the adapter names this model as its base .* so one of the two was replaced since"

@@ -10,13 +10,13 @@ import safetensors.numpy
 
 from convert.adapters.adapter import WEIGHTS_FILE, as_adapters, load_adapter
 from convert.adapters.config import CONFIG_FILE
-from convert.files import names
 from convert.files.folder import ModelFolder
 from convert.load import read_config
 from convert.merge import merge
 from qlora_jax.base.errors import InputError
 from tests.helpers import tiny
 from tests.helpers.peft_files import merged, peft_adapter, pefts_merge, reference, resized
+from tests.helpers.tiny import NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS, MORE_ROWS = 264, 272
@@ -71,9 +71,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, int], Pa
 
 def assert_pefts_bits(tmp_path: Path, model: Path, adapter: Path, tied: bool, dtype: str = "bfloat16") -> None:
     ours, theirs = merged(model, adapter, tmp_path / "out"), pefts_merge(model, adapter, dtype)
-    assert theirs.keys() - ours.keys() == ({names.LM_HEAD} if tied else set())
+    assert theirs.keys() - ours.keys() == ({NAMES.lm_head} if tied else set())
     for name, tensor in theirs.items():
-        found = ours.get(name, ours[names.EMBEDDING] if tied else None)
+        found = ours.get(name, ours[NAMES.embedding] if tied else None)
         np.testing.assert_array_equal(found.view(np.uint16), tensor.view(np.uint16), err_msg=name)
 
 
@@ -128,7 +128,7 @@ def test_a_tied_adapter_on_the_embedding(tmp_path: Path, bases: dict[tuple[bool,
     model, ids = bases[True, ROWS], torch.arange(3, 40)[None]
     settings = {"target_modules": [*QV, "embed_tokens"], "ensure_weight_tying": True}
     adapter = peft_adapter(tmp_path / "adapter", model, base_dtype="float32", **settings)
-    assert names.adapter(None, "lm_head", "lora_a") in stored(adapter)
+    assert NAMES.adapter(None, "lm_head", "lora_a") in stored(adapter)
     merged(model, adapter, tmp_path / "out")
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(reference(model, "float32"), adapter)(ids).logits
@@ -160,28 +160,28 @@ def test_what_is_stored_and_unchanged_is_the_bases(tmp_path: Path, bases: dict[t
     model = bases[False, MORE_ROWS]
     folder = ModelFolder(model)
     adapter = peft_adapter(tmp_path, model, named=bases[False, ROWS], target_modules=QV)
-    assert stored(adapter)[names.saved(names.EMBEDDING)].dtype == np.float32
+    assert stored(adapter)[NAMES.saved(NAMES.embedding)].dtype == np.float32
     config = read_config(folder)
     loaded = load_adapter(adapter, config, folder)
-    assert not loaded.saved and as_adapters(loaded, config)[0].targets == ("q_proj", "v_proj")
-    assert set(load_adapter(adapter, config).saved) == {names.EMBEDDING, names.LM_HEAD}  # who knows, without the model
+    assert not loaded.saved and as_adapters(loaded, config)[0].target_modules == ("q_proj", "v_proj")
+    assert set(load_adapter(adapter, config).saved) == {NAMES.embedding, NAMES.lm_head}  # who knows, without the model
     tensors = stored(adapter)
-    tensors[names.saved(names.LM_HEAD)][-1, -1] += 1
+    tensors[NAMES.saved(NAMES.lm_head)][-1, -1] += 1
     safetensors.numpy.save_file(tensors, adapter / WEIGHTS_FILE)
-    assert set(load_adapter(adapter, config, folder).saved) == {names.LM_HEAD}
+    assert set(load_adapter(adapter, config, folder).saved) == {NAMES.lm_head}
 
 
 def test_copies_that_differ(tmp_path: Path, bases: dict[tuple[bool, int], Path]) -> None:
     model = bases[False, ROWS]
     adapter = peft_adapter(tmp_path, model, target_modules=QV, modules_to_save=BOTH, save=WHOLE)
     tensors = stored(adapter)
-    tensors[names.untrained_copy(names.EMBEDDING)] += 1  # nothing uses it, in PEFT either
+    tensors[NAMES.untrained_copy(NAMES.embedding)] += 1  # nothing uses it, in PEFT either
     safetensors.numpy.save_file(tensors, adapter / WEIGHTS_FILE)
     load_adapter(adapter, read_config(ModelFolder(model)))
-    tensors[names.trained_copy(names.LM_HEAD)][3, 2] += 1
+    tensors[NAMES.trained_copy(NAMES.lm_head)][3, 2] += 1
     safetensors.numpy.save_file(tensors, adapter / WEIGHTS_FILE)
     message = refusal(adapter, model)
-    key, copy = names.saved(names.LM_HEAD), names.trained_copy(names.LM_HEAD)
+    key, copy = NAMES.saved(NAMES.lm_head), NAMES.trained_copy(NAMES.lm_head)
     assert f"{copy} is to hold what {key} holds, and its values are others" in message
     assert "which of them was trained cannot be told" in message
 
@@ -190,12 +190,12 @@ def test_a_tied_folder_that_stores_its_head_too(tmp_path: Path, bases: dict[tupl
     """Some tied checkpoints do: the copy changes with the embedding, or transformers would untie them."""
     model = tiny.write_model(tmp_path / "model")
     tensors = safetensors.numpy.load_file(model / "model.safetensors")
-    tensors[names.LM_HEAD] = tensors[names.EMBEDDING]
+    tensors[NAMES.lm_head] = tensors[NAMES.embedding]
     safetensors.numpy.save_file(tensors, model / "model.safetensors", {"format": "pt"})
     adapter = peft_adapter(tmp_path / "adapter", bases[True, ROWS], target_modules=QV, trainable_token_indices=[5, 3])
     ours = merged(model, adapter, tmp_path / "out")
-    np.testing.assert_array_equal(ours[names.LM_HEAD].view(np.uint16), ours[names.EMBEDDING].view(np.uint16))
-    assert not np.array_equal(ours[names.EMBEDDING], tensors[names.EMBEDDING])
+    np.testing.assert_array_equal(ours[NAMES.lm_head].view(np.uint16), ours[NAMES.embedding].view(np.uint16))
+    assert not np.array_equal(ours[NAMES.embedding], tensors[NAMES.embedding])
 
 
 def test_tokens_of_a_kind_that_only_merges(tmp_path: Path, bases: dict[tuple[bool, int], Path]) -> None:
@@ -213,7 +213,7 @@ def test_tokens_in_4_bits(tmp_path: Path, bases: dict[tuple[bool, int], Path]) -
     adapter = peft_adapter(tmp_path / "adapter", model, target_modules=QV, trainable_token_indices=[5, 3])
     merge(folder, load_adapter(adapter, read_config(folder), folder), tmp_path / "out", "dequantized")
     ours, theirs = ModelFolder(tmp_path / "out"), pefts_merge(model, adapter)
-    for name in (names.EMBEDDING, names.LM_HEAD):
+    for name in (NAMES.embedding, NAMES.lm_head):
         np.testing.assert_array_equal(ours.read(name).view(np.uint16), theirs[name].view(np.uint16))
 
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from convert.adapters.delta import base_rows
-from convert.files import names, pieces
+from convert.files import pieces
 from convert.files.ahead import in_order, made_ahead, num_threads
 from convert.files.folder import ModelFolder
 from convert.quantize import quantize
@@ -25,6 +25,7 @@ from qlora_jax.runtime import pinned
 from qlora_jax.runtime.placement import one_device
 from tests.convert.test_quantize import KINDS, RAGGED
 from tests.helpers import tiny
+from tests.helpers.tiny import NAMES
 
 
 def through_4_bits(folder: ModelFolder, name: str, kind: QuantizationSettings) -> pieces.Rows:
@@ -42,7 +43,7 @@ def test_through_4_bits(
     model = tiny.write_model(tmp_path / "model", num_hidden_layers=1, **RAGGED)
     path = model / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
-    name = names.linear(0, "up_proj")
+    name = NAMES.linear(0, "up_proj")
     tensors[name][:8] = 0
     tensors[name][8:16] *= ml_dtypes.bfloat16(1e-38)  # blocks that need more than float32's normal numbers
     tensors[name][-1] *= ml_dtypes.bfloat16(1e37)
@@ -50,7 +51,7 @@ def test_through_4_bits(
     folder = ModelFolder(model)
     monkeypatch.setattr(pieces, "PIECE", piece)
     for linear in ("q_proj", "up_proj", "down_proj"):
-        name = names.linear(0, linear)
+        name = NAMES.linear(0, linear)
         quantized = pieces.quantized(folder, name, kind)
         expected = np.asarray(nf4.dequantize(quantized))
         roads: list[Any] = [pieces.dequantized(quantized), through_4_bits(folder, name, kind)]
@@ -67,7 +68,7 @@ def test_whole_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     model = tiny.write_model(tmp_path / "model", num_hidden_layers=1, **RAGGED)
     folder = ModelFolder(model)
     monkeypatch.setattr(pieces, "PIECE", 64 * 3)
-    all_names = [names.linear(0, linear) for linear in ("q_proj", "up_proj", "down_proj")]
+    all_names = [NAMES.linear(0, linear) for linear in ("q_proj", "up_proj", "down_proj")]
 
     def results() -> list[Any]:
         found = []
@@ -84,7 +85,7 @@ def test_whole_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     monkeypatch.setattr(pinned, "client", lambda: None)
     for ours, theirs in zip(results(), expected, strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
-    for name in (names.EMBEDDING, names.FINAL_NORM):
+    for name in (NAMES.embedding, NAMES.final_norm):
         found, same = pieces.on_device(folder, name), pieces.read_bfloat16(folder, name)
         assert one_device().lives(found, "device")
         assert (found.dtype, found.shape, np.asarray(found).tobytes()) == (same.dtype, same.shape, same.tobytes())
@@ -168,7 +169,7 @@ def test_memory_does_not_hold_a_tensor(tmp_path: Path, monkeypatch: pytest.Monke
     quantize(folder, tmp_path / "out", kind)
     quantized = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
-    name = names.linear(0, "up_proj")
+    name = NAMES.linear(0, "up_proj")
     for weight in in_order(values for _, values in base_rows(folder, name, kind, "dequantized")):
         del weight
     through = tracemalloc.get_traced_memory()[1]

@@ -104,13 +104,6 @@ def no_companions(tensors: Tensors, config: Settings) -> None:
         del tensors[name]
 
 
-def plain_up(tensors: Tensors, config: Settings) -> None:
-    """As llm_int8_skip_modules leaves it."""
-    for name in [name for name in tensors if name.startswith(UP)]:
-        del tensors[name]
-    tensors[UP] = np.zeros((128, 64), ml_dtypes.bfloat16)
-
-
 def another_type(tensors: Tensors, config: Settings) -> None:
     state(quant_type="fp4")(tensors, config)
     tensors[STATE.replace("nf4", "fp4")] = tensors.pop(STATE)
@@ -134,10 +127,9 @@ def several(tensors: Tensors, config: Settings) -> None:
 BAD = {
     "no config block": (
         lambda tensors, config: config.pop("quantization_config"),
-        ["7 weights in 4 bits (model.layers.0.", "and 2 more), but config.json has no quantization_config"],
+        ["7 weights in 4 or 8 bits (model.layers.0.", "and 2 more), but config.json has no quantization_config"],
     ),
     "no companions": (no_companions, ["config.json says 4 bits, but the weights are not"]),
-    "a mixture": (plain_up, [f"1 of 7 linears are not in 4 bits ({UP}): all or none must be"]),
     "the head": (
         replaced("lm_head.weight.absmax", np.zeros(1, np.uint8)),
         ["lm_head.weight: in 4 bits; only the linears of decoder layers can be"],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert.files import bitsandbytes, names, pieces
+from convert.files import bitsandbytes, pieces
 from convert.files.folder import ModelFolder
 from convert.files.shards import INDEX_NAME, write_json
 from convert.load import load_weights, read_config
@@ -20,6 +20,7 @@ from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
 from qlora_jax.config import QuantizationSettings
 from qlora_jax.ops import nf4
 from tests.helpers import tiny
+from tests.helpers.tiny import NAMES
 
 KINDS = [
     QuantizationSettings(quant_type=quant_type, double_quant=double_quant)
@@ -78,7 +79,7 @@ def test_other_dtypes_are_cast_first(tmp_path: Path, dtype: Any) -> None:
     assert folder.config["torch_dtype"] == "bfloat16"
     kept = [folder.spec(n) for n in folder.names if n.endswith("norm.weight") or "embed" in n]
     assert {spec.dtype for spec in kept} == {"BF16"}
-    states = {bitsandbytes.read_state(folder, name).dtype for name in folder.names if names.parse_linear(name)}
+    states = {bitsandbytes.read_state(folder, name).dtype for name in folder.names if NAMES.parse_linear(name)}
     assert states == {"bfloat16"}
 
 
@@ -112,13 +113,13 @@ def test_what_no_model_reads_is_left_out(tmp_path: Path) -> None:
     source = tiny.write_model(tmp_path / "model", num_hidden_layers=1)
     tensors = safetensors.numpy.load_file(source / "model.safetensors")
     frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    tensors |= {frequencies: np.ones(8, np.float32), names.LM_HEAD: tensors[names.EMBEDDING]}
+    tensors |= {frequencies: np.ones(8, np.float32), NAMES.lm_head: tensors[NAMES.embedding]}
     safetensors.numpy.save_file(tensors, source / "model.safetensors", {"format": "pt"})
     quantize(ModelFolder(source), tmp_path / "out", QuantizationSettings())
     found = ModelFolder(tmp_path / "out")
     read_config(found)
     assert frequencies not in found
-    assert found.read_bytes(names.LM_HEAD) == tensors[names.EMBEDDING].tobytes()
+    assert found.read_bytes(NAMES.lm_head) == tensors[NAMES.embedding].tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.quant_type}{'-double' * kind.double_quant}")
@@ -201,7 +202,7 @@ def test_command_with_another_kind(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", names.EMBEDDING])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", NAMES.embedding])
 def test_what_is_not_finite_is_found_in_any_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: Any
 ) -> None:
@@ -230,7 +231,7 @@ def in_4_bits(model: Path) -> None:
 
 
 def another_family(model: Path) -> None:
-    write_json(model / "config.json", tiny.hf_config(model_type="mistral"))
+    write_json(model / "config.json", tiny.hf_config(model_type="mamba"))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def another_family(model: Path) -> None:
     [
         (in_4_bits, ["a model that is in 4 bits already", "give the unquantized model"]),
         (not_finite, ["model.layers.1.mlp.up_proj.weight", "the first at (3, 5)"]),
-        (another_family, ["model_type is 'mistral'"]),
+        (another_family, ["model_type is 'mamba'"]),
         (lambda model: model.with_name("out").write_text("a file"), ["out", "something there already"]),
         (lambda model: (model / "model.safetensors").unlink(), ["no weights"]),
     ],

@@ -18,10 +18,10 @@ from convert.model import open_model, open_shape
 from convert.quantize import main as quantize
 from qlora_jax.__main__ import main as command
 from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
-from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.families import read_architecture
 from tests.helpers import tiny
 
-SHAPE = Architecture.from_hf(tiny.hf_config())
+SHAPE = read_architecture(tiny.hf_config())
 PEFT = {
     "peft_type": "LORA",
     "base_model_name_or_path": "org/base",
@@ -57,8 +57,6 @@ OTHERS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "an adapter of mlx-lm's: no peft_type, so not in PEFT's format",
         "python -m mlx_lm fuse --model org/base --adapter-path",
     ),
-    "a GGUF file": (lambda at: write(at / "a", **{"m.gguf": b"GGUF\3"}) / "m.gguf", "a GGUF file", "gguf_file='m.gguf'"),
-    "a folder of one": (lambda at: write(at / "a", **{"m.gguf": b"GGUF\3"}), "a GGUF file", "gguf_file='m.gguf'"),
     "a run": (
         lambda at: write(at / "run", **{"run.json": {}, "adapter__adapter_config.json": PEFT, "merged__config.json": {}, "best__x": b""}),
         "the folder of a run of train.py",
@@ -218,3 +216,16 @@ def test_what_is_here_is_never_hurt_by_a_look(tmp_path: Path, tiny_folder: Path)
     for path in (tmp_path / "nowhere", tmp_path / ("a" * 300), tmp_path / "a\0b", Path("/dev/null")):
         assert recognize(path) is None
     assert recognize(tiny_folder).is_model
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    """As a model it is converted, so that what is wrong with it is said of the file; as an adapter it is none."""
+    folder = write(tmp_path / "a", **{"m.gguf": b"GGUF\3"})
+    for path in (folder / "m.gguf", folder):
+        for give in (open_model, open_shape):
+            with pytest.raises(InputError, match="not a whole GGUF file"):
+                give(str(path))
+        for look in (ModelFolder, lambda at: load_adapter(at, SHAPE)):
+            with pytest.raises(InputError, match="a GGUF file, llama") as caught:
+                look(path)
+            assert f"which is converted once: {folder / 'm.gguf'}" in caught.value.fix

@@ -15,7 +15,7 @@ from convert import merge
 from convert import quantize as quantize_command
 from convert.adapters.adapter import load_adapter
 from convert.adapters.delta import resolve_base
-from convert.files import levels, names
+from convert.files import levels
 from convert.files.folder import ModelFolder
 from convert.files.shards import TensorSpec, write_json, write_shard
 from convert.jobs.check import check_merge
@@ -32,6 +32,7 @@ from qlora_jax.ops import nf4
 from tests.convert.test_merge import make_adapter, run_merge
 from tests.helpers import tiny
 from tests.helpers.runs import train_main, write_place
+from tests.helpers.tiny import NAMES
 
 SMALL = LoraSettings(r=4, lora_alpha=0.25)
 """An update of about a tenth of the levels' distances."""
@@ -89,8 +90,8 @@ def rewrite(folder: Path, change: Callable[[str, np.ndarray], np.ndarray], dtype
     tensors = {}
     for name in model.names:
         value = model.read(name)
-        tensors[name] = change(name, value) if names.parse_linear(name) else value
-    specs = [TensorSpec(name, dtype if names.parse_linear(name) else "BF16", x.shape) for name, x in tensors.items()]
+        tensors[name] = change(name, value) if NAMES.parse_linear(name) else value
+    specs = [TensorSpec(name, dtype if NAMES.parse_linear(name) else "BF16", x.shape) for name, x in tensors.items()]
     write_shard(folder / "model.safetensors", specs, tensors.values())
     return folder
 
@@ -117,7 +118,7 @@ def test_the_note_counts_what_bitsandbytes_own_codes_say(
 
     base, after = ModelFolder(model), ModelFolder(merged["dequantized"])
     changed, size, kept, squares = 0, 0, 0.0, 0.0
-    for name in filter(names.parse_linear, base.names):
+    for name in filter(NAMES.parse_linear, base.names):
         before = np.asarray(nf4.dequantize(nf4.quantize(jnp.asarray(base.read(name)))))
         (old, old_values), (new, new_values) = through(before), through(after.read(name))
         update = (after.read(name).astype(np.float64) - before.astype(np.float64)).reshape(-1)
@@ -145,7 +146,9 @@ def test_only_adapted_linears_count(tmp_path: Path, model: Path) -> None:
     two = LoraSettings(r=4, lora_alpha=0.25, target_modules=["q_proj", "v_proj"])
     run_merge(model, make_adapter(tmp_path / "adapter", model, two), tmp_path / "out", "dequantized")
     shapes = read_config(ModelFolder(model)).linear_shapes()
-    assert read_note(ModelFolder(tmp_path / "out")).codes == 2 * sum(np.prod(shapes[name]) for name in two.targets)
+    assert read_note(ModelFolder(tmp_path / "out")).codes == 2 * sum(
+        np.prod(shapes[name]) for name in two.targets(shapes)
+    )
 
 
 def test_an_adapter_that_changes_nothing_leaves_no_note(tmp_path: Path, model: Path) -> None:

@@ -11,7 +11,6 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.tokenizer import byte_tokenizer
-from convert.files import names
 from convert.files.folder import ModelFolder
 from convert.load import read_config
 from convert.merge import main as merge_main
@@ -27,6 +26,7 @@ from qlora_jax.data.chat.templates import NAMED
 from tests.convert.test_head import changed
 from tests.convert.test_merge import make_adapter
 from tests.helpers import tiny
+from tests.helpers.tiny import NAMES
 
 END, TURN_END = 258, 257
 VOCABULARY = 264
@@ -54,13 +54,13 @@ def always(folder: Path, token: int) -> Path:
     """The model made to answer one token, whatever it is asked."""
 
     def change(tensors: dict[str, np.ndarray]) -> None:
-        tensors[names.LM_HEAD][:] = 0
+        tensors[NAMES.lm_head][:] = 0
         for layer in range(2):
-            tensors[names.linear(layer, "o_proj")][:] = 0
-            tensors[names.linear(layer, "down_proj")][:] = 0
-        tensors[names.EMBEDDING][:] = 1
-        tensors[names.FINAL_NORM][:] = 1
-        tensors[names.LM_HEAD][token] = 1
+            tensors[NAMES.linear(layer, "o_proj")][:] = 0
+            tensors[NAMES.linear(layer, "down_proj")][:] = 0
+        tensors[NAMES.embedding][:] = 1
+        tensors[NAMES.final_norm][:] = 1
+        tensors[NAMES.lm_head][token] = 1
 
     return changed(folder, change)
 

@@ -9,7 +9,6 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from convert.files import names
 from convert.model import load_tokenizer, open_model
 from qlora_jax.__main__ import main
 from qlora_jax.base.console import make_console
@@ -21,6 +20,7 @@ from qlora_jax.data.corpus import load_corpus, tokenize_rows
 from qlora_jax.data.rows.row import RowError
 from tests.convert.test_head import changed
 from tests.helpers import tiny
+from tests.helpers.tiny import NAMES
 
 ROWS = 264
 FIRST = ROWS  # the number of the first token without a row
@@ -218,7 +218,7 @@ def test_a_head_and_frequencies_that_are_not_what_the_config_says(tmp_path: Path
     right = (10000.0 ** -(np.arange(0, 16, 2) / 16)).astype(np.float32)
 
     def change(tensors: dict[str, np.ndarray]) -> None:
-        tensors[names.LM_HEAD] = tensors[names.EMBEDDING] * 2
+        tensors[NAMES.lm_head] = tensors[NAMES.embedding] * 2
         tensors[frequencies.replace("1", "0")] = right
         tensors[frequencies] = right / 2
 

@@ -21,7 +21,8 @@ from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.data import IGNORED_LABEL, Batch
 from qlora_jax.data.chat.templates import CHATML
 from qlora_jax.engine.engine import Adapters, Engine, Weights
-from qlora_jax.model.decoder import add_noise, default_attention
+from qlora_jax.model.attention import default_attention
+from qlora_jax.model.vocabulary import add_noise
 from qlora_jax.runtime.placement import one_device
 from tests.helpers import tiny
 

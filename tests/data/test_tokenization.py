@@ -255,7 +255,7 @@ def test_what_is_learned_can_be_chosen(template: str) -> None:
 
 def test_templates_and_rows_that_do_not_go_together() -> None:
     with pytest.raises(InputError, match=r"f:1\n.*rewrites its own prompt: messages\[1\]"):
-        one(chat("hi", "hi"), make_tokenizer(CHATML.replace("assistant\n", "assistant\n<think>")))
+        one(chat("hi", "hi"), make_tokenizer(CHATML.replace("assistant\n", "assistant\nplan:")))
     with pytest.raises(InputError, match=r"f:1\n.*cannot render: TemplateError: no system turns"):
         one(chat("hi", "hi", system="be"), make_tokenizer(LLAMA2))
     with pytest.raises(InputError, match=r"f:1\n.*cannot render: TemplateError: none"):

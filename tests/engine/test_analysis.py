@@ -13,9 +13,9 @@ from qlora_jax.data import Batch
 from qlora_jax.engine import optimizer
 from qlora_jax.engine.compiled_memory import Ahead, StepShapes
 from qlora_jax.engine.optimizer import AdamW
-from qlora_jax.model.architecture import Architecture
 from qlora_jax.planning.estimate import Job, Layout
 from qlora_jax.planning.search import keeps, make_engine
+from tests.helpers.tiny import shape_of
 
 
 @pytest.mark.parametrize(("micro_batches", "dropout"), [(1, 0.0), (2, 0.1)])
@@ -23,9 +23,7 @@ def test_a_step_compiles_none_of_its_large_functions(
     caplog: pytest.LogCaptureFixture, micro_batches: int, dropout: float
 ) -> None:
     """With layers of both kinds, also the first one; after a start that has compiled them while the weights were loaded."""
-    config = Architecture(
-        264, 64, 128, 3, 4, 2, 16, 1e-5 * (1 + micro_batches), 10000.0, False
-    )  # compiled by no other test
+    config = shape_of(264, 64, 128, 3, 4, 2, 16, 1e-5 * (1 + micro_batches))  # compiled by no other test
     lora = LoraSettings(r=4, lora_dropout=dropout)
     job = Job(config, lora, QuantizationSettings(), "paged_adamw_8bit", 2, 32, micro_batches, "float32", "xla")
     layout = Layout(3, keep=1)

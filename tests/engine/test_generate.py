@@ -229,7 +229,9 @@ def test_an_adapter_of_another_quantization_is_refused(
     quantize(ModelFolder(folder), tmp_path / "4bit", QuantizationSettings(quant_type="fp4"))
     config, lora = read_config(ModelFolder(folder)), LoraSettings(r=4)
     engine = Engine(config, lora, QuantizationSettings(), compute_dtype=jnp.float32)
-    save_adapter(tmp_path / "adapter", engine.init_adapters(0), lora, QuantizationSettings(), str(folder))
+    save_adapter(
+        tmp_path / "adapter", engine.init_adapters(0), lora, QuantizationSettings(), str(folder), architecture=config
+    )
     arguments = ["--model", str(tmp_path / "4bit"), "--adapter", str(tmp_path / "adapter"), "--prompt", "abc"]
     assert main(["generate", *arguments]) == EXIT_BAD_INPUT
     error = capsys.readouterr().err

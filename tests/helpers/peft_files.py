@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from convert.adapters.adapter import load_adapter
-from convert.files import names
 from convert.files.folder import ModelFolder
 from convert.jobs.check import check_merge
 from convert.load import read_config
 from convert.merge import merge
+from tests.helpers.tiny import NAMES
 
 GRID = 2.0**-10
 """A and B in multiples of this, below 1: their products are multiples of 2^-20, and float32 adds four of them exactly in any order."""
@@ -92,7 +92,7 @@ def pefts_merge(model: Path, adapter: Path, dtype: str = "bfloat16") -> dict[str
 
     state = peft.PeftModel.from_pretrained(reference(model, dtype), adapter).merge_and_unload().state_dict()
     in_float32 = peft.PeftModel.from_pretrained(reference(model, "float32"), adapter).merge_and_unload().state_dict()
-    state[names.EMBEDDING] = in_float32[names.EMBEDDING].to(torch.bfloat16)
+    state[NAMES.embedding] = in_float32[NAMES.embedding].to(torch.bfloat16)
     return {
         name: tensor.to(torch.bfloat16).view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         for name, tensor in state.items()

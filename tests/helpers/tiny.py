@@ -8,9 +8,11 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.tokenizer import byte_tokenizer as make_tokenizer
+from convert.files.names import Names
 from convert.files.shapes import tensor_shapes
 from convert.files.shards import TensorSpec, write_index, write_json, write_shard
 from qlora_jax.model.architecture import Architecture
+from qlora_jax.model.families import read_architecture
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:
@@ -39,11 +41,26 @@ def hf_config(**changes: Any) -> dict[str, Any]:
     }
 
 
+def shape_of(
+    vocab_size: int, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, head_dim: int, eps: float
+) -> Architecture:
+    """A Llama's architecture from its numbers, its embedding not tied."""
+    sizes = {"vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    heads_of = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    return read_architecture({"model_type": "llama", **sizes, **heads_of, "rms_norm_eps": eps})
+
+
+ARCHITECTURE = read_architecture(hf_config())
+NAMES = Names.of(ARCHITECTURE)
+"""Names of any Llama's tensors."""
+LINEAR_NAMES = tuple(NAMES.paths)
+
+
 def random_tensors(config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
     """Weights under Hugging Face's names: norms near 1, the rest normal with a deviation that keeps activations near 1."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in tensor_shapes(Architecture.from_hf(config)).items():
+    for name, shape in tensor_shapes(read_architecture(config)).items():
         values = rng.standard_normal(shape)
         tensors[name] = (1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5).astype(dtype)
     return tensors

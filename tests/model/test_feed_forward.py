@@ -53,7 +53,7 @@ def outcome(apply: Any, linears: list[NF4Linear], keys: Any, first: int) -> list
 
 
 def one_by_one(linears: Any, x: Any, residual: Any, keys: Any, *, first: int, matrices: Any) -> jax.Array:
-    return module._one_by_one(linears, x, residual, keys, first, matrices)
+    return module._one_by_one(linears, x, residual, keys, activation=module.SILU, first=first, matrices=matrices)
 
 
 def assert_alike(found: list[np.ndarray], expected: list[np.ndarray]) -> None:

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.config import LINEAR_NAMES, LoraSettings, QuantizationSettings
-from qlora_jax.model.architecture import Architecture
+from qlora_jax.config import LoraSettings, QuantizationSettings
 from qlora_jax.model.decoder import DecoderLayer
+from qlora_jax.model.families import read_architecture
 from qlora_jax.model.linear import FrozenParam, LoRA, NF4Linear, project
 from qlora_jax.ops import nf4
 from qlora_jax.ops.dropout import Dropout
 from tests.helpers import tiny
 from tests.helpers.linears import frozen_matmul, linear_of, make_lora, term
+from tests.helpers.tiny import LINEAR_NAMES
 
 IN, OUT, TOKENS, RANK = 256, 192, 8, 4
 F32_EPS = float(np.finfo(np.float32).eps)
@@ -283,7 +284,7 @@ def test_split_separates_exactly_the_adapter() -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "q_proj"], ["down_proj"]], ids=str)
 def test_split_of_a_decoder_layer(targets: Any) -> None:
-    config, lora = Architecture.from_hf(tiny.hf_config()), LoraSettings(r=RANK, target_modules=targets)
+    config, lora = read_architecture(tiny.hf_config()), LoraSettings(r=RANK, target_modules=targets)
     layer = nnx.eval_shape(lambda: DecoderLayer(config, lora, QuantizationSettings(), "xla", nnx.Rngs(0)))
     _, trained, frozen = nnx.split(layer, nnx.LoRAParam, ...)
     names = LINEAR_NAMES if targets == "all-linear" else targets

@@ -12,9 +12,9 @@ from flax import nnx
 
 from qlora_jax.data import IGNORED_LABEL
 from qlora_jax.model import loss
-from qlora_jax.model.architecture import Architecture
-from qlora_jax.model.decoder import Head
+from qlora_jax.model.families import read_architecture
 from qlora_jax.model.loss import chunked_loss, chunked_loss_and_grad, cross_entropy, shift
+from qlora_jax.model.vocabulary import Head
 from tests.helpers import tiny
 
 B, T, D, V = 2, 13, 16, 50
@@ -28,7 +28,7 @@ WEIGHT = 1 / 37
 
 @pytest.fixture(scope="module")
 def head() -> Head:
-    head = Head(Architecture.from_hf(tiny.hf_config(vocab_size=V, hidden_size=D)), nnx.Rngs(0))
+    head = Head(read_architecture(tiny.hf_config(vocab_size=V, hidden_size=D)), nnx.Rngs(0))
     rng = np.random.default_rng(0)
     head.norm.weight[...] = jnp.asarray(1 + 0.1 * rng.standard_normal(D), jnp.bfloat16)
     head.weight[...] = jnp.asarray(rng.standard_normal((V, D)), jnp.bfloat16)
@@ -200,7 +200,7 @@ def test_no_scatter_stands_between_the_gradient_of_the_logits_and_its_rounding(
 def test_no_array_of_all_tokens_and_the_vocabulary_exists() -> None:
     """On a Llama-3-sized vocabulary, described and never allocated: a chunk of logits is the largest array of float32."""
     batch, length, vocabulary = 2, 4096, 128_256
-    config = Architecture.from_hf(tiny.hf_config(vocab_size=vocabulary, hidden_size=256))
+    config = read_architecture(tiny.hf_config(vocab_size=vocabulary, hidden_size=256))
     graph, weights = nnx.split(nnx.eval_shape(lambda: Head(config, nnx.Rngs(0))))
     h = jax.ShapeDtypeStruct((batch, length, 256), jnp.bfloat16)
     labels = jax.ShapeDtypeStruct((batch, length), jnp.int32)

@@ -20,16 +20,19 @@ from qlora_jax.model.architecture import Architecture
 from qlora_jax.model.decoder import MLP_TOKENS
 from qlora_jax.planning import remembered
 from qlora_jax.planning.budget import PINNED_SLACK, Limits, Plan
-from qlora_jax.planning.estimate import PROCESS_BYTES, Job, Layout, Workspace, items, seconds, total, workspace
+from qlora_jax.planning.estimate import PROCESS_BYTES, Job, Layout, Workspace, items, total, workspace
 from qlora_jax.planning.hardware import Rates, published
+from qlora_jax.planning.roofline import seconds
 from qlora_jax.planning.search import compiled_workspace, make_plan
 from qlora_jax.planning.shortage import explain
 from qlora_jax.runtime import machine
 from qlora_jax.runtime.machine import CONTEXT_BYTES
+from qlora_jax.runtime.placement import SLOTS
 from tests.helpers import tiny
+from tests.helpers.tiny import shape_of
 
-LLAMA2_70B = Architecture(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 10000.0, False)
-LLAMA2_7B = Architecture(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 10000.0, False)
+LLAMA2_70B = shape_of(32000, 8192, 28672, 80, 64, 8, 128, 1e-5)
+LLAMA2_7B = shape_of(32000, 4096, 11008, 32, 32, 32, 128, 1e-5)
 SMALL_CARD = Limits(int(22.8 * GIB), 60 * GIB)
 LARGE_CARD = Limits(130 * GIB, 100 * GIB)
 H200 = published("NVIDIA H200")
@@ -234,7 +237,7 @@ def test_the_compiled_workspace_decides() -> None:
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_workspace_of_functions_compiled_here(keep: int) -> None:
-    config = Architecture(264, 64, 128, 2, 4, 2, 16, 1e-5, 10000.0, False)
+    config = shape_of(264, 64, 128, 2, 4, 2, 16, 1e-5)
     run = Job(config, LoraSettings(r=4), QuantizationSettings(), "adamw", 2, 32, 1, "float32", "xla")
     work = compiled_workspace(run, Layout(2, keep=keep))
     assert (work.forward > 0, work.kept_forward > 0) == (keep < 2, keep > 0)
@@ -388,3 +391,16 @@ def test_bad_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "expected a size such as 24GiB" in capsys.readouterr().err
     assert main(["plan", "--config", config, "--gpu-memory", "1GiB", "data.max_seq_length=100000000"]) == 2
     assert "does not fit" in capsys.readouterr().err
+
+
+def test_linears_that_are_not_in_4_bits_take_room() -> None:
+    """On average for the layers that stay on the device, and the largest layer's for each slot of those that are streamed."""
+    depth, extra = LLAMA2_7B.num_hidden_layers, (8 * 2**20, *[0] * (LLAMA2_7B.num_hidden_layers - 1))
+    plain, mixed = job(LLAMA2_7B, 1, 512), job(LLAMA2_7B, 1, 512, extra_bytes=extra)
+    for resident, expected in ((depth, 8 * 2**20), (0, SLOTS * 8 * 2**20)):
+        layout = Layout(resident=resident)
+        weights = [
+            next(item for item in items(each, layout, workspace(each, layout)) if item.name == "base weights")
+            for each in (plain, mixed)
+        ]
+        assert weights[1].device - weights[0].device == expected

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.config import LoraSettings, QuantizationSettings
-from qlora_jax.model.architecture import Architecture
 from qlora_jax.planning import remembered
 from qlora_jax.planning.estimate import Job, Layout, Workspace
 from qlora_jax.planning.hardware import published
+from tests.helpers.tiny import shape_of
 
-CONFIG = Architecture(264, 64, 128, 2, 4, 2, 16, 1e-5, 10000.0, False)
+CONFIG = shape_of(264, 64, 128, 2, 4, 2, 16, 1e-5)
 
 
 def job(length: int = 32) -> Job:

@@ -23,14 +23,14 @@ from qlora_jax.base.errors import EXIT_BAD_INPUT, InputError
 from qlora_jax.commands.plan import make_job
 from qlora_jax.commands.space import FILE_BYTES_A_TOKEN, TOKEN_BYTES, space_of, with_guessed_tokens
 from qlora_jax.config import Config, QuantizationSettings, load_config
-from qlora_jax.model.architecture import Architecture
 from qlora_jax.planning import disk as space_module
 from qlora_jax.planning.disk import NAME_BYTES, RECORD_BYTES, SMALL_BYTES, STATE_BYTES, Need, Space, bytes_in
 from tests.convert.test_merge import make_adapter
 from tests.helpers import tiny
 from tests.helpers.runs import records, train_main, write_place
+from tests.helpers.tiny import NAMES, shape_of
 
-LLAMA2_70B = Architecture(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 10000.0, False)
+LLAMA2_70B = shape_of(32000, 8192, 28672, 80, 64, 8, 128, 1e-5)
 GIB = 2**30
 
 
@@ -111,25 +111,27 @@ def test_quantized_and_merged_folders_as_large_as_predicted(tmp_path: Path, shar
     merge(folder, adapter, tmp_path / "merged", "dequantized")
     targets = sorted({name for _, name in adapter.targets})
     made = {
-        "nf4": (quantized_bytes(tensors_of(folder), kinds), 6 * len(folder.names)),
-        "merged": (merged_bytes(tensors_of(folder), targets, "dequantized"), len(folder.names)),
+        "nf4": (quantized_bytes(tensors_of(folder), NAMES, kinds), 6 * len(folder.names)),
+        "merged": (merged_bytes(tensors_of(folder), NAMES, targets, "dequantized"), len(folder.names)),
     }
     for name, (size, most_tensors) in made.items():
         size += companion_bytes(folder)
         assert size - SPARE_BYTES - TENSOR_BYTES * most_tensors <= bytes_in(tmp_path / name) <= size
-    assert quantized_bytes(tensors_for(config), kinds) == quantized_bytes(tensors_of(folder), kinds)
-    assert merged_bytes(tensors_for(config), targets, "original") == merged_bytes(
-        tensors_of(folder), targets, "original"
+    assert quantized_bytes(tensors_for(config), NAMES, kinds) == quantized_bytes(tensors_of(folder), NAMES, kinds)
+    assert merged_bytes(tensors_for(config), NAMES, targets, "original") == merged_bytes(
+        tensors_of(folder), NAMES, targets, "original"
     )
     again = ModelFolder(tmp_path / "nf4")
-    assert merged_bytes(tensors_of(again), targets, "dequantized") == made["merged"][0], "of the weights as they were"
+    assert merged_bytes(tensors_of(again), NAMES, targets, "dequantized") == made["merged"][0], (
+        "of the weights as they were"
+    )
 
 
 def test_a_merge_keeps_the_dtype_of_what_it_does_not_change(tmp_path: Path) -> None:
     folder = ModelFolder(tiny.write_model(tmp_path / "model", dtype="float32"))
     linears = sum(spec.nbytes for spec in tensors_of(folder) if "_proj" in spec.name)
-    whole = merged_bytes(tensors_of(folder), ["q_proj"], "original")
-    changed = merged_bytes(tensors_of(folder), ["q_proj"], "dequantized")
+    whole = merged_bytes(tensors_of(folder), NAMES, ["q_proj"], "original")
+    changed = merged_bytes(tensors_of(folder), NAMES, ["q_proj"], "dequantized")
     q_proj = sum(spec.nbytes for spec in tensors_of(folder) if "q_proj" in spec.name)
     assert whole - changed == (linears - q_proj) // 2
 

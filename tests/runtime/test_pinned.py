@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.files import names, pieces
+from convert.files import pieces
 from convert.files.folder import ModelFolder
 from convert.files.pieces import on_device, read_bfloat16
 from convert.load import load_weights, read_config, read_linear
@@ -32,6 +32,7 @@ from qlora_jax.engine.engine import Engine
 from qlora_jax.runtime import pinned, placement
 from qlora_jax.runtime.placement import LayerStore, one_device, spread
 from tests.helpers import tiny
+from tests.helpers.tiny import NAMES
 
 NF4 = QuantizationSettings()
 
@@ -303,7 +304,7 @@ def test_a_linear_is_read_where_it_stays(
         return real(self, name, begin, size, place)
 
     monkeypatch.setattr(ModelFolder, "elements", elements)
-    found = read_linear(folder, names.linear(0, "up_proj"), NF4, "host")
+    found = read_linear(folder, NAMES.linear(0, "up_proj"), NF4, "host")
     codes, absmax, nested, offset = jax.tree.leaves(found)
     assert into == [(array.ctypes.data, array.nbytes) for array in (codes, absmax, nested)]
     assert len(driver.contents) == 1 and all(map(driver.has, (codes, absmax, nested, offset)))
@@ -314,7 +315,7 @@ def test_embedding_and_norm_pass_through_registered_memory(
     driver: Driver, folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On their way to a GPU, each in a range that was full when it was registered, and is given back afterwards."""
-    folder, sent = folders["4bit"], (names.EMBEDDING, names.FINAL_NORM)
+    folder, sent = folders["4bit"], (NAMES.embedding, NAMES.final_norm)
     expected = [read_bfloat16(folder, name) for name in sent]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(pieces, "PIECE", 512)

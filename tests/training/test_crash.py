@@ -32,7 +32,7 @@ from convert import load, merge
 from convert.files.folder import ModelFolder
 from qlora_jax import config
 from qlora_jax.engine import layer_program, programs
-from qlora_jax.model import decoder
+from qlora_jax.model import decoder, vocabulary
 from qlora_jax.engine.engine import Engine, Gradients
 from tests.helpers.children import held_open
 
@@ -64,9 +64,9 @@ def describe_once():
     shape = load.read_config(ModelFolder(pathlib.Path(settings.model.name_or_path)))
     layer = (shape, settings.lora, settings.quantization, "xla")
     for saves in (False, True):
-        layer_program.LayerProgram.of(*layer, saves=saves, share_dense=True, mlp_tokens=decoder.MLP_TOKENS)
+        layer_program.LayerProgram.of(*layer, kind=shape.kinds[0], saves=saves, share_dense=True, mlp_tokens=decoder.MLP_TOKENS)
     programs.describe(decoder.DecoderLayer, shape, None, *layer[2:])
-    for module in (decoder.Embedding, decoder.Head):
+    for module in (vocabulary.Embedding, vocabulary.Head):
         programs.describe(module, shape)
     gc.freeze()
 

@@ -7,9 +7,13 @@ text up to where the assistant is to speak and for the text after it has spoken;
 Some templates write a turn differently once others follow it: they strip its thoughts, say. Such a turn cannot be learned
 from the whole conversation, where it is not what the model wrote. It becomes a row of its own: the conversation up to it,
 as the model will see it, with that turn alone supervised.
+
+Some (GLM's) end no turn: the next one's first token, `<|user|>` or `<|observation|>`, is what generation stops at. It is learned with the
+turn before it, and written after the last.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +28,8 @@ from qlora_jax.data.rows.row import RowError
 
 MARKS_FIX = "put {% generation %} ... {% endgeneration %} around the assistant's text in the chat template"
 OURS = {"role", "content", "tool_calls"}
+OPENED = re.compile(r"<(\w*think\w*)>\s*(?:</\1>\s*)?\Z")
+"""A thought that a generation prompt begins (or says to be empty) for the model, where a turn without a thought is written without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,9 @@ class Renderer:
     ) -> None:
         self._template = JinjaTemplate(template, special_tokens, by_transformers=by_transformers)
         self._end_tokens = tuple(end_tokens)
+        self._bos = special_tokens.get("bos_token")
         self._leaves_out: dict[str, bool] = {}
+        self._next_tokens: dict[bool, str] = {}
 
     def render(self, chat: Chat, loss_on: LossOn, where: str) -> list[Rendered]:
         """One text with its supervised spans; several where the template rewrites turns.
@@ -137,23 +145,81 @@ class Renderer:
         for turn in turns:
             if turn == 0:  # what is said before anyone asked is read, not learned
                 continue
-            before = write(turn, True)
-            after = write(turn + 1, False) if turn + 1 < len(messages) else text
-            if not after.startswith(before):
+            is_last = turn + 1 == len(messages)
+            after = text if is_last else write(turn + 1, False)
+            start = self._start(write(turn, True), after, messages[turn])
+            if start is None:
                 found = f"this chat template rewrites its own prompt: messages[{turn}] does not begin where that ends"
                 expected = "a template whose add_generation_prompt writes the start of an assistant's turn"
                 raise RowError(where, "template", found=found, expected=expected, fix=MARKS_FIX)
-            span = self._without_white_space(after, len(before))
-            if text.startswith(after):
+            ended = after if is_all else self._ended(after, start, bool(messages[turn].get("tool_calls")))
+            if is_last:
+                text = ended
+            elif not text.startswith(ended) and (inner := self._without_tail(after, start, text)) is not None:
+                ended = inner
+            span = self._without_white_space(ended, start)
+            if text.startswith(ended):
                 spans.append(span)
             else:
-                alone.append(Rendered(after, (span,)))
+                alone.append(Rendered(ended, (span,)))
         if is_all:
             if alone:
                 found = "a turn that is not to be learned, and the chat template rewrites it once others follow"
                 raise RowError(where, "template", found=found, fix="drop the row, or set data.loss_on=assistant")
             return [Rendered(text, _without(text, spans))]
         return [*alone, Rendered(text, tuple(spans))] if spans else alone
+
+    def _start(self, before: str, after: str, turn: Message) -> int | None:
+        """Find where in `after`, a conversation up to a turn's end, the model begins to write the turn; `before` is what it is given.
+
+        A prompt that opens a thought, and a turn that is written without one: it begins where the thought would, unless it had one.
+        """
+        if after.startswith(before):
+            return len(before)
+        opened, content = OPENED.search(before), turn.get("content")
+        if opened is None or not isinstance(content, str) or not after.startswith(before[: opened.start()]):
+            return None
+        return opened.start() if content.strip() in after[opened.start() :] else None
+
+    def _ended(self, after: str, start: int, calls: bool) -> str:
+        """A turn with the token that ends it, where the template leaves that to the next turn's beginning."""
+        if after[start:].rstrip().endswith(self._end_tokens):
+            return after
+        if calls not in self._next_tokens:
+            self._next_tokens[calls] = self._next_token(calls)
+        return after + self._next_tokens[calls]
+
+    def _next_token(self, calls: bool) -> str:
+        """The token with which what follows an assistant's turn begins: a user's turn, or a tool's answer to a call. Empty if none does."""
+        answered: Message = {"role": "assistant", "content": "b"}
+        follower: Message = {"role": "user", "content": "c"}
+        if calls:
+            answered = {"role": "assistant", "content": "", "tool_calls": [self._call_form(PROBED_CALL)]}
+            follower = {
+                "role": "tool",
+                "content": "c",
+                "name": PROBED_CALL["function"]["name"],
+                "tool_call_id": PROBED_CALL["id"],
+            }
+        messages: list[Message] = [{"role": "user", "content": "a"}, answered, follower]
+        shorter, longer = (self._text(Conversation(messages=messages[:number])) for number in (2, 3))
+        if shorter is None or longer is None or not longer.startswith(shorter):
+            return ""
+        rest = longer[len(shorter) :]
+        begins = [token for token in self._end_tokens if token != self._bos and rest.lstrip().startswith(token)]
+        return rest[: rest.index(max(begins, key=len)) + len(max(begins, key=len))] if begins else ""
+
+    def _without_tail(self, after: str, start: int, text: str) -> str | None:
+        """A turn as `text`, the whole conversation, begins: without end tokens that a template writes after the last message only."""
+        while not text.startswith(after):
+            stripped = after.rstrip()
+            tails = [token for token in self._end_tokens if stripped.endswith(token)]
+            if not tails:
+                return None
+            after = stripped.removesuffix(max(tails, key=len))
+            if not after[start:].rstrip().endswith(self._end_tokens):
+                return None
+        return after
 
     def _without_white_space(self, after: str, start: int) -> Span:
         """The turn that ends `after`. Without an end token, the white space is itself how the model ends it, and is learned."""

@@ -21,7 +21,7 @@ from qlora_jax.data.tokens.limits import check_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # slow to import; a process that tokenizes need not
 
-REVISION = 4
+REVISION = 5
 """Raised whenever the same rows may become other tokens or other masks, so that none that were kept are used again."""
 
 
