@@ -180,6 +180,10 @@ class FileSoFar:
                 out.write(data)
                 left -= len(data)
 
+    def close(self) -> None:
+        """Let the file go, copied or not."""
+        self._file.close()
+
 
 COPIED_AT_ONCE = 2**20
 """Bytes of a file that are in memory while it is copied."""

@@ -255,7 +255,9 @@ class Checkpoints:
         self, step: int, snapshot: Snapshot, about: dict[str, Json], files: list[FileSoFar], place: Anchor
     ) -> None:
         """Write the whole folder and remove what is now too old, in the writer's thread."""
-        with contextlib.closing(place):
+        with contextlib.ExitStack() as opened:
+            for each in (place, *files):
+                opened.callback(each.close)
             aside = place.path / f".{name_of(step)}.partial"
             try:
                 arrays = snapshot.take()

@@ -211,3 +211,12 @@ def test_scratch_folders_of_dead_processes_are_removed(tmp_path: Path) -> None:
     living.close()
     assert {path.name for path in tmp_path.iterdir()} == {living.path.name, ".writing-a-book"}
     recover_folder(tmp_path / "never-there")
+
+
+def test_a_file_so_far_is_let_go_uncopied(tmp_path: Path) -> None:
+    """As when the disk is full before its turn comes: no descriptor is left for the collector to find."""
+    (tmp_path / "lines").write_text("a\n")
+    part = files.FileSoFar(tmp_path / "lines")
+    part.close()
+    with pytest.raises(ValueError, match="closed"):
+        part.copy_to(tmp_path)
