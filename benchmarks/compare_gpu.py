@@ -88,8 +88,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     with progress_bar(console) as progress:
         task = progress.add_task("PyTorch's side", total=None)
         references = run_theirs(
-            subject, steps, DTYPES, device, work,
-            lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+            subject, steps, DTYPES, device=device, work=work,
+            progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
         )  # fmt: skip
     found = {}
     for dtype in DTYPES:

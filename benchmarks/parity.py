@@ -182,8 +182,9 @@ class Parity:
         with progress_bar(self.console) as progress:
             task = progress.add_task(f"training, ours, {what}", total=len(self.batches))
             found = ours.train(
-                engine, weights, start, self.batches, self.config.training, self.rates, lambda: progress.advance(task)
-            )
+                engine, weights, start, self.batches, settings=self.config.training, learning_rates=self.rates,
+                advance=lambda: progress.advance(task),
+            )  # fmt: skip
         self.console.print(f"ours, {what}: {time.perf_counter() - begun:.0f} s")
         return found
 

@@ -60,6 +60,7 @@ def merge(
     adapter: Adapter,
     out: Path,
     base: Base,
+    *,
     advance: Callable[[int], object] = lambda nbytes: None,
     log: Log = lambda line: None,
     verify: Callable[[Path], object] = lambda written: None,
@@ -270,7 +271,8 @@ def merge_with_progress(
                 found.append(check_merge(folder, adapter, written, base, lambda: layers.advance(checking), out))
 
         advance = functools.partial(progress.advance, task)
-        merge(folder, adapter, out, base, advance, console.print, verify if check else lambda written: None)
+        verify = verify if check else lambda written: None
+        merge(folder, adapter, out, base, advance=advance, log=console.print, verify=verify)
     stored = [name for name in adapter.saved if adapter.names.parse_target(name) not in adapter.pairs]
     whole = f" and {len(stored)} whole tensor{'s'[: len(stored) > 1]}" if stored else ""
     whole += "".join(f", {rows.indices.size} rows of {name}" for name, rows in adapter.tokens.items())

@@ -159,13 +159,15 @@ def test_ruff(arguments: list[str]) -> None:
 
 @every_source
 def test_what_belongs_together_is_a_record(path: Path) -> None:
-    """Nobody counts to six in a call of the engine, the planner or the trainer."""
-    if room(module_name(path)) not in ("engine", "planning", "training"):
+    """Nobody counts to six in a call of the engine, the planner or the trainer, and nowhere but in the mathematics to seven."""
+    here = room(module_name(path))
+    most = MAX_POSITIONAL if here in ("engine", "planning", "training") else MAX_POSITIONAL + 1
+    if here in ("ops", "model"):
         return
     functions = [
         node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
     ]
-    long = {node.name for node in functions if len([a for a in node.args.args if a.arg != "self"]) > MAX_POSITIONAL}
+    long = {node.name for node in functions if len([a for a in node.args.args if a.arg != "self"]) > most}
     assert not long - {"__init__"}
 
 

@@ -113,7 +113,9 @@ def run(options: argparse.Namespace) -> int:
     work.mkdir()
     try:
         folder = options.adapter or make_adapter(work / "adapter", model, lora, quantization)
-        found = compare_model(model, folder, lora, quantization, batches, options, work, console)
+        found = compare_model(
+            model, folder, lora, quantization, batches=batches, options=options, work=work, console=console
+        )
     except BaseException:
         shutil.rmtree(out)
         raise
@@ -250,6 +252,7 @@ def compare_model(
     adapter: Path,
     lora: LoraSettings,
     quantization: QuantizationSettings,
+    *,
     batches: Sequence[Batch],
     options: argparse.Namespace,
     work: Path,
@@ -266,10 +269,10 @@ def compare_model(
             subject_of(model, adapter, lora, quantization),
             ours_of(model, adapter, lora, quantization, options.dtype),
             Steps(batches, [options.learning_rate] * options.steps, TrainingSettings(output_dir=work)),
-            options.dtype,
-            "cuda" if jax.default_backend() == "gpu" else "cpu",
-            work,
-            advance,
+            dtype=options.dtype,
+            device="cuda" if jax.default_backend() == "gpu" else "cpu",
+            work=work,
+            progress=advance,
         )
     found.about |= {"model": options.model, "adapter": str(options.adapter) if options.adapter else None}
     found.about |= {"lora": lora.model_dump(mode="json"), "quantization": quantization.model_dump()}

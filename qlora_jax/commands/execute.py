@@ -2,11 +2,9 @@
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from convert.adapters.adapter import Adapter, as_adapters
 from convert.cache import cached_folder, discard
@@ -16,8 +14,7 @@ from convert.files.verified import DamagedError
 from convert.hub import cache_dir
 from convert.load import load_weights, total_bytes
 from convert.model import BaseModel
-from convert.stops import Conversation
-from qlora_jax.base.console import Phases, byte_bar
+from qlora_jax.base.console import byte_bar
 from qlora_jax.commands.export import conclude, export, finish, save
 from qlora_jax.commands.generate import answer
 from qlora_jax.commands.plan import memory_explained
@@ -28,11 +25,9 @@ from qlora_jax.engine.compiled_memory import Ahead, StepShapes
 from qlora_jax.engine.engine import Adapters, Engine, Weights
 from qlora_jax.engine.generation import Sampling
 from qlora_jax.planning.budget import Plan
-from qlora_jax.planning.disk import Space
 from qlora_jax.planning.search import keeps, make_engine
 from qlora_jax.runtime.machine import device_kind
 from qlora_jax.runtime.placement import nbytes
-from qlora_jax.training.checkpoint import Checkpoint
 from qlora_jax.training.samples import Samples
 from qlora_jax.training.trackers import open_trackers
 from qlora_jax.training.trainer import Hooks, Trainer
@@ -55,36 +50,33 @@ def execute(run: PreparedRun, command: Sequence[str]) -> None:
         console.print(line)
     with memory_explained(plan, run.asked.memory, run.asked.training.gradient_checkpointing, folder.path):
         engine = make_engine(plan.job, plan.layout, config.training.neftune_noise_alpha)
-        weights = load(config, engine, model, plan, run.space, console, phases)
+        weights = load(run, engine)
         adapters = first_adapters(config, engine, model, run.start)
         describe(run, engine, weights, adapters)
-        samples = make_samples(
-            config, engine, weights, run.conversation, folder.path / "samples.jsonl", console, run.resumed
-        )
+        samples = make_samples(run, engine, weights)
         trainer = Trainer(
             config.training, engine, weights, run.training, run.held_out,
             optimizer=plan.layout.optimizer, output_dir=folder.path, console=console, checkpoints=checkpoints, about=run.about,
             trackers=open_trackers(config, folder.path, run.resumed.step if run.resumed else 0, folder.record["id"]),
-            hooks=make_hooks(samples, folder.path / "best", config, model, run.conversation), phases=phases,
+            hooks=make_hooks(run, samples), phases=phases,
         )  # fmt: skip
         adapters = trainer.train(adapters, run.resumed)
         best_step, last_step = trainer.progress.best_step, trainer.progress.step
         del engine, weights, trainer
-        best_step = export(config, run.conversation, model, adapters, folder, console, phases, best_step)
-    conclude(config, run.held_out, samples, best_step, folder, console, phases)
+        best_step = export(run, adapters, best_step)
+    conclude(run, samples, best_step)
     finish(config, folder, checkpoints, last_step)
 
 
-def load(
-    config: Config, engine: Engine, model: BaseModel, plan: Plan, space: Space, console: Console, phases: Phases
-) -> Weights:
-    """The base model in 4 bits, each layer where the plan wants it. What was kept of it and is damaged is made again, once.
+def load(run: PreparedRun, engine: Engine) -> Weights:
+    """Load the base model in 4 bits, each layer where the plan wants it. What was kept of it and is damaged is made again, once.
 
     Meanwhile a step's functions are compiled.
     """
+    config, model, plan, console, phases = run.config, run.model, run.plan, run.console, run.phases
     on_gpu = plan.limits.device is not None  # a processor is busy enough, and may never see the longest row's shape
     ahead = compiled_ahead(engine, plan, config) if on_gpu else None
-    reserved = space.beside(cache_dir() / "quantized")
+    reserved = run.space.beside(cache_dir() / "quantized")
     places = plan.layout.places(model.config.num_hidden_layers)
     for last in (False, True):
         with phases.time("quantizing"):
@@ -149,25 +141,18 @@ def describe(run: PreparedRun, engine: Engine, weights: Weights, adapters: Adapt
     console.print(f"{len(training)} optimizer steps of {rows} {name}, {training.epoch(len(training)):.2f} epochs")
 
 
-def make_samples(
-    config: Config,
-    engine: Engine,
-    weights: Weights,
-    conversation: Conversation,
-    path: Path,
-    console: Console,
-    resumed: Checkpoint | None,
-) -> Samples:
-    """The sample prompts, and how they are answered."""
-    sampling = Sampling(config.training.sample_max_new_tokens)
-    before = resumed.file(path.name) if resumed else b""
+def make_samples(run: PreparedRun, engine: Engine, weights: Weights) -> Samples:
+    """Return the run's sample prompts, and how they are answered."""
+    sampling, path = Sampling(run.config.training.sample_max_new_tokens), run.folder.path / "samples.jsonl"
+    before = run.resumed.file(path.name) if run.resumed else b""
 
     def answer_one(adapters: Adapters, prompt: str) -> str:
-        return answer(engine, weights, adapters, conversation, prompt, sampling)
+        return answer(engine, weights, adapters, run.conversation, prompt, sampling)
 
-    return Samples(path, config.training.sample_prompts, answer_one, console, before)
+    return Samples(path, run.config.training.sample_prompts, answer_one, run.console, before)
 
 
-def make_hooks(samples: Samples, best: Path, config: Config, model: BaseModel, conversation: Conversation) -> Hooks:
-    """What the trainer calls with an evaluation; `best` is the folder that the best adapter so far is kept in."""
-    return Hooks(samples.take, lambda adapters: save(best, adapters, config, model, conversation), best)
+def make_hooks(run: PreparedRun, samples: Samples) -> Hooks:
+    """Return what the trainer calls with an evaluation; the best adapter so far is kept in the run's `best/`."""
+    best = run.folder.path / "best"
+    return Hooks(samples.take, lambda adapters: save(best, adapters, run.config, run.model, run.conversation), best)

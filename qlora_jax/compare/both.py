@@ -64,7 +64,7 @@ class Reference:
 
 
 def compare(
-    subject: Subject, our: Ours, steps: Steps, dtype: str, device: str, work: Path, progress: Progress = no_progress
+    subject: Subject, our: Ours, steps: Steps, *, dtype: str, device: str, work: Path, progress: Progress = no_progress
 ) -> Comparison:
     """Run both sides and take the differences; `work` is an empty folder, for about 2.6 bytes a weight.
 
@@ -75,12 +75,12 @@ def compare(
     Raises:
         InputError: PyTorch's side is not installed, or cannot load the model or the adapter.
     """
-    reference = run_theirs(subject, steps, [dtype], device, work, progress)[dtype]
+    reference = run_theirs(subject, steps, [dtype], device=device, work=work, progress=progress)[dtype]
     return differences(subject, our, steps, reference, progress)
 
 
 def run_theirs(
-    subject: Subject, steps: Steps, dtypes: Sequence[str], device: str, work: Path, progress: Progress = no_progress
+    subject: Subject, steps: Steps, dtypes: Sequence[str], *, device: str, work: Path, progress: Progress = no_progress
 ) -> dict[str, Reference]:
     """PyTorch's side alone, in each dtype; arguments and errors as of `compare`."""
     save_tokens(work / "tokens.npz", steps.batches, [], subject.pad_token_id)
@@ -130,8 +130,8 @@ def differences(
     if steps.learning_rates:
         done = iter(range(1, len(steps.learning_rates) + 1))
         side.losses, adapters = ours.train(
-            engine, shared, start, steps.batches, steps.settings, steps.learning_rates,
-            lambda: progress("training, ours", next(done), len(steps.learning_rates)),
+            engine, shared, start, steps.batches, settings=steps.settings, learning_rates=steps.learning_rates,
+            advance=lambda: progress("training, ours", next(done), len(steps.learning_rates)),
         )  # fmt: skip
         side.trained = ours.adapter_tensors(adapters)
         stages.compare_training(found, side, theirs, ours.adapter_tensors(start), engine.config, truth)

@@ -109,6 +109,7 @@ def train(
     weights: Weights,
     adapters: Adapters,
     batches: Sequence[Batch],
+    *,
     settings: TrainingSettings,
     learning_rates: Sequence[float],
     advance: Callable[[], object] = lambda: None,

@@ -174,8 +174,7 @@ class Checkpoints:
         if (self.folder / name_of(step)).exists():
             return  # the same step of the same run
         self.folder.mkdir(parents=True, exist_ok=True)
-        place = self._begin(step, best)
-        parts = [FileSoFar(path) for path in files]
+        place, parts = self._begin(step, best, files)
         self._snapshot = Snapshot(layers)
         self._writing = self._writer.submit(self._write, step, self._snapshot, dict(about), parts, place)
 
@@ -185,20 +184,22 @@ class Checkpoints:
             self._snapshot.taken.wait()
             self._snapshot = None
 
-    def _begin(self, step: int, best: Path | None) -> Anchor:
-        """Make the folder to fill, with the best adapter in it: that is replaced while the rest is written."""
+    def _begin(self, step: int, best: Path | None, files: Sequence[Path]) -> tuple[Anchor, list[FileSoFar]]:
+        """Make the folder to fill, with the best adapter in it, which is replaced while the rest is written; open what is saved along."""
         self.folder.mkdir(parents=True, exist_ok=True)
         place = Anchor(self.folder)
-        aside = place.path / f".{name_of(step)}.partial"
+        aside, parts = place.path / f".{name_of(step)}.partial", list[FileSoFar]()
         try:
             aside.mkdir()
+            parts.extend(map(FileSoFar, files))
             if best is not None:
                 link_folder(best, aside / BEST)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
-            place.close()
+            for each in (place, *parts):
+                each.close()
             raise self._not_saved(step, error) from None
-        return place
+        return place, parts
 
     def wait(self) -> None:
         """Until the save that was started last, if any, is done.

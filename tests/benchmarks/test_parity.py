@@ -57,5 +57,5 @@ def test_another_setting_gives_another_curve(parity: tuple[Parity, dict[str, Any
     engine, weights, start = made.prepare()
     shared = ours.with_reference_bytes(weights, made.work / "theirs", "float32", "device")
     settings = made.config.training.model_copy(update=change)
-    losses, _ = ours.train(engine, shared, start, made.batches, settings, made.rates)
+    losses, _ = ours.train(engine, shared, start, made.batches, settings=settings, learning_rates=made.rates)
     assert max(map(relative, losses, result["losses"]["theirs"])) > 10 * ARITHMETIC

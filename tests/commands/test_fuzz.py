@@ -11,21 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.adapters.adapter import load_adapter, save_adapter
+from convert.adapters.adapter import load_adapter
 from convert.files.folder import ModelFolder
 from convert.load import read_config
 from convert.model import MAX_UNUSED, open_tokenizer
-from convert.quantize import quantize
 from qlora_jax.base.errors import InputError
-from qlora_jax.config import LoraSettings, QuantizationSettings
-from qlora_jax.engine.engine import Engine
 from qlora_jax.model.architecture import Architecture
 from qlora_jax.runtime.placement import one_device
 from qlora_jax.training.checkpoint import Checkpoints
-from tests.helpers import tiny
 from tests.helpers.children import environment
+from tests.helpers.sound import write_sound
 
-FUZZ = r'''
+FUZZ = r"""
 import contextlib, copy, faulthandler, json, os, random, resource, shutil, signal, struct, sys, tempfile
 from pathlib import Path
 
@@ -48,77 +45,7 @@ from qlora_jax.config import QuantizationSettings
 from qlora_jax.data.corpus import tokenize_rows
 from qlora_jax.data.rows.row import RawRow
 from qlora_jax.base.errors import InputError
-
-NASTY = [None, True, False, 0, -1, 1, 3, 2**31, 2**32 - 1, 2**63, -2**63, 10**400, 10**4299, -10**4299, "1e400", 1e308, 5e-324,
-    float("nan"), float("inf"), 0.5, "", "\0", "\ud800",
-    "../../../etc/passwd", "/etc/passwd", "a" * 100_000, "model.safetensors", "model.embed_tokens.weight",
-    "F64", "I4", "(a+)+$", "(.|.)*Z", ".*.*.*.*.*.*.*Z", "[",
-    [], {}, [0], [[]],
-    [-1, 5], [0, 2**62], [2**40] * 4, [1] * 1000, {"": ""}, {"a": {"a": {"a": 1}}}]
-
-def paths_of(value, at=()):
-    yield at
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from paths_of(inner, (*at, key))
-
-def changed_json(text, random):
-    """One to three values replaced, removed, moved or nested deeply; or the text itself cut or spoiled."""
-    value = json.loads(text)
-    for _ in range(random.randint(1, 3)):
-        at = random.choice(list(paths_of(value)))
-        nasty = copy.deepcopy(random.choice(NASTY))
-        if not at:
-            if random.random() < 0.1:
-                return json.dumps(nasty).encode("utf-8", "surrogatepass")
-            continue
-        parent = value
-        for key in at[:-1]:
-            parent = parent[key]
-        action = random.random()
-        if action < 0.7:
-            parent[at[-1]] = nasty
-        elif action < 0.85:
-            del parent[at[-1]]
-        elif isinstance(parent, dict):
-            parent[str(random.choice(NASTY))[:50]] = nasty
-        if not paths_of(value):
-            break
-    data = json.dumps(value).encode("utf-8", "surrogatepass").replace(b'"1e400"', b"1e400")
-    if random.random() < 0.1:
-        depth = random.choice((50, 2000, 100_000))
-        data = data[:-1] + b', "deep": ' + b'[' * depth + b']' * depth + b'}'
-    return changed_bytes(data, random) if random.random() < 0.15 else data
-
-def changed_bytes(data, random):
-    data = bytearray(data)
-    for _ in range(random.randint(1, 4)):
-        at = random.randrange(len(data) + 1)
-        action = random.randrange(5)
-        if action == 0 and data:
-            data[at % len(data)] ^= 1 << random.randrange(8)
-        elif action == 1:
-            del data[at:]
-        elif action == 2:
-            data[at:at] = random.randbytes(random.randint(1, 40))
-        elif action == 3:
-            del data[at:at + random.randint(1, 40)]
-        elif data:
-            data[at % len(data)] = random.choice(b"\0\xff{}[]\",:0-e")
-    return bytes(data)
-
-def changed_safetensors(data, random):
-    """Mostly the header: as JSON, or its length."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header, rest = data[8:8 + length], data[8 + length:]
-    action = random.random()
-    if action < 0.6:
-        header = changed_json(header, random)
-        return struct.pack("<Q", len(header)) + header + rest
-    if action < 0.8:
-        length = random.choice((0, 1, length - 1, length + 1, len(data), 2**31, 2**63, 2**64 - 1, 99_999_999))
-        return struct.pack("<Q", length) + header + rest
-    return changed_bytes(data[:200] if action < 0.85 else data, random)
+from tests.helpers.mutations import changed_bytes, changed_json, changed_safetensors
 
 def read_model(folder):
     model = ModelFolder(folder)
@@ -183,7 +110,7 @@ for reader, (folder, name, change, read) in READERS.items():
                 raise AssertionError(f"an error of {len(str(error))} characters") from None
         signal.alarm(0)
     print(json.dumps([reader, outcomes]), file=results, flush=True)
-'''
+"""
 """In a process of its own: what crashes, hangs for a minute or takes a GiB of memory ends it."""
 
 
@@ -191,20 +118,7 @@ for reader, (folder, name, change, read) in READERS.items():
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Something sound of each kind."""
     place = tmp_path_factory.mktemp("place")
-    tiny.write_model(place / "plain", num_hidden_layers=1)
-    tiny.write_model(place / "sharded", num_hidden_layers=1, shards=3)
-    model = ModelFolder(place / "plain")
-    quantize(model, place / "nf4", QuantizationSettings())
-    lora = LoraSettings(r=2, target_modules=("q_proj",))
-    engine = Engine(read_config(model), lora, QuantizationSettings(), compute_dtype="float32")
-    save_adapter(
-        place / "adapter",
-        engine.init_adapters(0),
-        lora,
-        QuantizationSettings(),
-        "base",
-        architecture=read_config(model),
-    )
+    write_sound(place, "plain")
     checkpoints = Checkpoints(place, 1)
     checkpoints.save(1, {"adapters": [one_device().put({"a": np.zeros(3, np.float32)}, "device")]}, {})
     checkpoints.wait()

@@ -10,18 +10,13 @@ import datasets
 import pytest
 import yaml
 
-from convert.adapters.adapter import save_adapter
-from convert.files.folder import ModelFolder
-from convert.load import read_config
-from convert.quantize import quantize
 from qlora_jax.__main__ import main
 from qlora_jax.commands import train
-from qlora_jax.config import LoraSettings, QuantizationSettings
-from qlora_jax.engine.engine import Engine
 from tests.convert.test_gguf import write_gguf
 from tests.helpers import tiny
 from tests.helpers.children import environment
 from tests.helpers.hostile import DATA, KINDS, ORDERED, TRAIN, WORK
+from tests.helpers.sound import write_sound
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +24,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Something sound of each kind: models, an adapter, rows, a cache, and a run of two steps."""
     root = tmp_path_factory.mktemp("hostile")
     work = root / WORK
-    tiny.write_model(work / "model", num_hidden_layers=1)
-    tiny.write_model(work / "sharded", num_hidden_layers=1, shards=3)
-    model = ModelFolder(work / "model")
-    quantize(model, work / "nf4", QuantizationSettings())
-    lora = LoraSettings(r=2, target_modules=("q_proj",))
-    engine = Engine(read_config(model), lora, QuantizationSettings(), compute_dtype="float32")
-    save_adapter(
-        work / "adapter",
-        engine.init_adapters(0),
-        lora,
-        QuantizationSettings(),
-        "model",
-        architecture=read_config(model),
-    )
+    write_sound(work, "model")
     write_rows(work)
     write_gguf(work / "model.gguf")
     settings = {

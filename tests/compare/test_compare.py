@@ -66,7 +66,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     batches = command.make_batches(options, model)
     steps = Steps(batches, [2e-3] * STEPS, TrainingSettings(output_dir=work, weight_decay=0.1))
     subject = command.subject_of(model, adapter, lora, quantization)
-    references = run_theirs(subject, steps, ("float32", "bfloat16"), "cpu", work)
+    references = run_theirs(subject, steps, ("float32", "bfloat16"), device="cpu", work=work)
     return {
         name: Case(model, lora, quantization, adapter, subject, steps, reference)
         for name, reference in references.items()

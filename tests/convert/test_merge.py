@@ -360,7 +360,7 @@ def test_a_failure_in_the_middle_is_in_nobodys_way(
 def test_progress_counts_every_byte(tmp_path: Path, model: Path, adapter: Path) -> None:
     folder = ModelFolder(model)
     advanced: list[int] = []
-    merge(folder, load_adapter(adapter, read_config(folder)), tmp_path / "out", "original", advanced.append)
+    merge(folder, load_adapter(adapter, read_config(folder)), tmp_path / "out", "original", advance=advanced.append)
     assert len(advanced) == len(folder.names)
     assert sum(advanced) == sum(folder.spec(name).nbytes for name in folder.names)
 
@@ -386,7 +386,9 @@ def test_a_base_in_4_bits_is_the_dequantized_base(
     assert_same_folder(tmp_path / "out", merged["dequantized"])
     advanced: list[int] = []
     folder = ModelFolder(in_4_bits)
-    merge(folder, load_adapter(adapter, read_config(folder)), tmp_path / "again", "dequantized", advanced.append)
+    merge(
+        folder, load_adapter(adapter, read_config(folder)), tmp_path / "again", "dequantized", advance=advanced.append
+    )
     result = ModelFolder(tmp_path / "again")
     assert advanced == [spec.nbytes for shard in result.shards for spec in result.specs(shard)]
 

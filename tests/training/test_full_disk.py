@@ -75,7 +75,7 @@ def merging(model: Path, place: Path) -> Convert:
     adapter = make_adapter(place / "adapter", model)
     folder = ModelFolder(model)
     loaded = load_adapter(adapter, read_config(folder))
-    return lambda out, advance: merge(folder, loaded, out, "dequantized", advance)
+    return lambda out, advance: merge(folder, loaded, out, "dequantized", advance=advance)
 
 
 @pytest.mark.parametrize("kind", [quantizing, merging], ids=lambda kind: kind.__name__)
