@@ -224,7 +224,7 @@ def test_exit_status_and_verdict_of_a_difference(
 ) -> None:
     found = stages.Comparison(about={"compute_dtype": "float32"}, by_layer={"ours and theirs": [0.0, 1e-6]})
     found.add("logits", "relative difference", 0.5, 1e-5)
-    monkeypatch.setattr(command, "compare_model", lambda *arguments: found)
+    monkeypatch.setattr(command, "compare_model", lambda *arguments, **options: found)
     monkeypatch.setattr(process, "LIBRARIES", ())
     folder = tiny.write_model(tmp_path / "model")
     assert main(["compare", "--model", str(folder), "--out", str(tmp_path / "out")]) == command.EXIT_EXCEEDED == 1
