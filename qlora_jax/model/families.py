@@ -44,9 +44,8 @@ def read_architecture(config: Mapping[str, Any], where: object = "config.json") 
             )
         elif ignored and len(ignored) == len(others):
             fix += f"; or, if it was trained without, as transformers runs it, remove {' and '.join(ignored)} from config.json"
-        raise InputError(
-            where, found="; ".join(problems), expected=f"a model of type {family.model_type} without these", fix=fix
-        )
+        expected = "a type that is supported" if unknown else f"a model of type {family.model_type} without these"
+        raise InputError(where, found="; ".join(problems), expected=expected, fix=fix)
     return _architecture(family, full, scalings)
 
 
